@@ -1,0 +1,64 @@
+"""Loads an exported checkpoint with transformers and lets it answer: `python scripts/sample.py DIR [--prompt TEXT]`.
+
+Fails where the export and transformers disagree on any tensor's name or shape.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+PROMPTS = ["Which number is larger, 9.11 or 9.8?", "5 千克等于多少克？"]
+
+
+def load(folder: Path) -> Any:
+    """Returns the model in evaluation mode, on the GPU where there is one.
+
+    Raises SystemExit naming the tensors if any is missing, unexpected or of another shape. The multi-token-prediction
+    layers (`model.layers.N`, N from num_hidden_layers) are not expected: transformers does not build them.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    first_mtp, count_mtp = model.config.num_hidden_layers, getattr(model.config, "num_nextn_predict_layers", 0) or 0
+    mtp = tuple(f"model.layers.{first_mtp + i}." for i in range(count_mtp))
+    unexpected = [name for name in report["unexpected_keys"] if not name.startswith(mtp)]
+    problems = {kind: sorted(names) for kind, names in {**report, "unexpected_keys": unexpected}.items() if names}
+    if problems:
+        raise SystemExit(f"{folder}: transformers and the export disagree: {problems}")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tuple[str, str]:
+    """Returns the rendered prompt and the greedy continuation, special tokens included."""
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
+    length = inputs["input_ids"].shape[1]
+    return tokenizer.decode(output[0, :length]), tokenizer.decode(output[0, length:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="the exported Hugging Face directory")
+    parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="one or several user messages")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    args = parser.parse_args()
+    logging.set_verbosity_error()  # what is missing or unexpected, we say ourselves
+    logging.disable_progress_bar()
+    model = load(args.folder)
+    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{args.folder}: every tensor in its place, {parameters / 1e6:.1f} M parameters, {model.dtype}.")
+    for prompt in args.prompt:
+        rendered, text = answer(model, tokenizer, prompt, args.max_new_tokens)
+        print(f"\nprompt   {rendered}\nanswer   {text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Every check of the project: lint, format, types, folder contracts, tests. All of it runs on CPU.
+#   bash scripts/test.sh [more arguments of pytest]
+# Tests that need a GPU skip here; on a machine with one:  pytest -m gpu
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+# shellcheck source=/dev/null
+source .venv/bin/activate
+
+echo "== ruff"
+ruff check .
+ruff format --check .
+echo "== mypy"
+mypy
+echo "== import-linter"
+lint-imports
+echo "== pytest"
+# Two workers; tests that spawn processes of their own stay on one of them (tests/conftest.py).
+OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup "$@"

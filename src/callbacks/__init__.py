@@ -1,0 +1,1 @@
+"""What a person watches and what a run leaves behind."""

@@ -1,0 +1,86 @@
+"""DeepSeek-V3's FP8 weights: e4m3, one fp32 scale for each block of 128 x 128, value = weight x scale.
+
+DeepSeek-V3 technical report, section 3.3; the published layout is `X.weight` [R, C] in float8_e4m3fn beside
+`X.weight_scale_inv` [ceil(R/128), ceil(C/128)] in fp32. Blocks at the edges are as if padded with zeros.
+"""
+
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+BLOCK = 128
+SCALE_SUFFIX = "_scale_inv"
+QUANTIZATION_CONFIG: dict[str, Any] = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+
+_E4M3_MAX = 448.0
+_QUANTISED = re.compile(
+    r"model\.layers\.\d+\.(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
+    r"|mlp\.(shared_experts\.|experts\.\d+\.)?(gate|up|down)_proj)\.weight"
+)
+
+
+def is_quantised(name: str) -> bool:
+    """Whether the published FP8 checkpoints hold this tensor in FP8: the projections of attention and MLPs.
+
+    Embedding, head, norms, router and the MTP block's eh_proj stay in BF16, the correction bias in F32.
+    """
+    return _QUANTISED.fullmatch(name) is not None
+
+
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = (BLOCK, BLOCK)) -> tuple[int, int]:
+    """[R, C] -> [ceil(R / block rows), ceil(C / block columns)]."""
+    rows, columns = shape
+    return -(-rows // block[0]), -(-columns // block[1])
+
+
+def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantises a weight, or a band of its rows that starts at a multiple of 128.
+
+    Args:
+        weight: [R, C], any float dtype.
+
+    Returns:
+        The e4m3 values [R, C] and the fp32 scales [ceil(R/128), ceil(C/128)]: the block's largest magnitude / 448, or
+        1 for a block of zeros.
+    """
+    rows, columns = weight.shape
+    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)  # [R/128, 128, C/128, 128]
+    largest = blocks.abs().amax(dim=(1, 3))
+    scale = torch.where(largest > 0, largest / _E4M3_MAX, 1.0)
+    values = (blocks / scale[:, None, :, None]).clamp_(-_E4M3_MAX, _E4M3_MAX)  # a quotient may round past 448
+    return values.view_as(padded)[:rows, :columns].to(torch.float8_e4m3fn), scale
+
+
+def dequantise(
+    values: torch.Tensor, scale: torch.Tensor, start: int, columns: int, block: tuple[int, int] = (BLOCK, BLOCK)
+) -> torch.Tensor:
+    """Dequantises a flat range of a weight [R, C].
+
+    Args:
+        values: [n] e4m3, the elements [start, start + n) of the flattened weight.
+        scale: the rows of the scales that cover the range, the first being that of element `start`.
+        start: where the range begins.
+        columns: C.
+        block: rows and columns that share a scale.
+
+    Returns:
+        [n] fp32.
+    """
+    first, last = start // columns, (start + values.numel() - 1) // columns
+    aligned = torch.empty((last - first + 1) * columns)  # whole rows, so that scales are found by row and column
+    inside = aligned[start - first * columns :][: values.numel()]
+    inside.copy_(values)
+    rows = scale[torch.arange(first, last + 1) // block[0] - first // block[0]]  # [rows, ceil(C / block columns)]
+    whole = columns // block[1]
+    matrix = aligned.view(-1, columns)
+    matrix[:, : whole * block[1]].unflatten(1, (whole, block[1])).mul_(rows[:, :whole, None])
+    matrix[:, whole * block[1] :].mul_(rows[:, whole:])  # the edge's block, if there is one
+    return inside

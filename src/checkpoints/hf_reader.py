@@ -1,0 +1,213 @@
+"""Byte ranges of a Hugging Face directory's safetensors files, FP8 dequantised on the way.
+
+Nothing is mapped or cached: a range is one `preadv` into the memory that is returned, so what a process holds is what
+it asked for. File format: https://github.com/huggingface/safetensors (8 bytes header length, JSON header, data).
+"""
+
+import json
+import math
+import os
+import weakref
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from src.checkpoints.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
+from src.checkpoints.source import raise_listed
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class _Stored:
+    descriptor: int
+    offset: int  # bytes from the file's start
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+class HFDirectorySource:
+    """The tensors of a Hugging Face model directory, BF16, F16 and F32 as stored, FP8 dequantised to fp32.
+
+    Args:
+        path: holds model.safetensors, or model.safetensors.index.json and its shards.
+        dequantise: False offers the FP8 values and their `weight_scale_inv` as they are stored, for copying.
+
+    Raises:
+        ValueError: the directory has no safetensors weights; or one list of all that is wrong with it: missing or
+            truncated files, an index that does not agree with them, dtypes or scales that are not of DeepSeek's format.
+
+    Attributes:
+        bytes_read: bytes of tensors read so far, headers not counted.
+    """
+
+    def __init__(self, path: str | Path, *, dequantise: bool = True) -> None:
+        self.path = Path(path)
+        self.bytes_read = 0
+        self._lock = Lock()
+        self._descriptors: list[int] = []
+        weakref.finalize(self, _close, self._descriptors)
+        self._dequantise = dequantise
+        self._block = _block_size(self.path)
+        self._tensors: dict[str, _Stored] = {}
+        problems = self._open()
+        if dequantise:
+            problems += self._wrong_scales()
+        raise_listed(f"{self.path}: {len(problems)} problems with the weights; copy these files again:", problems)
+
+    def names(self) -> Iterable[str]:
+        return [name for name in self._tensors if not self._is_scale(name)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if self._is_fp8(name) else self._tensors[name].dtype
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        stored = self._tensors[name]
+        assert 0 <= start <= stop <= stored.numel, f"{name}: range [{start}, {stop}) of {stored.numel} elements"
+        values = self._read_stored(name, start, stop)
+        if start == stop or not self._is_fp8(name):
+            return values.to(self.dtype(name))
+        columns, scale_columns = stored.shape[1], self.shape(name + SCALE_SUFFIX)[1]
+        first, last = (element // columns // self._block[0] for element in (start, stop - 1))
+        scale = self._read_stored(name + SCALE_SUFFIX, first * scale_columns, (last + 1) * scale_columns)
+        return dequantise(values, scale.view(-1, scale_columns), start, columns, self._block)
+
+    def _is_fp8(self, name: str) -> bool:
+        return self._dequantise and self._tensors[name].dtype == torch.float8_e4m3fn
+
+    def _is_scale(self, name: str) -> bool:
+        return self._dequantise and name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in self._tensors
+
+    def _read_stored(self, name: str, start: int, stop: int) -> torch.Tensor:
+        stored = self._tensors[name]
+        buffer = torch.empty((stop - start) * stored.dtype.itemsize, dtype=torch.uint8)
+        _read_into(buffer, stored.descriptor, stored.offset + start * stored.dtype.itemsize, f"{self.path}: {name}")
+        with self._lock:
+            self.bytes_read += buffer.numel()
+        return buffer.view(stored.dtype)
+
+    def _open(self) -> list[str]:
+        """Reads every file's header; returns what is wrong."""
+        if (self.path / INDEX_FILE).is_file():
+            index: dict[str, str] | None = json.loads((self.path / INDEX_FILE).read_text())["weight_map"]
+            files = sorted(set(index.values())) if index else []
+        elif (self.path / SINGLE_FILE).is_file():
+            index, files = None, [SINGLE_FILE]
+        else:
+            raise ValueError(
+                f"{self.path} has neither {SINGLE_FILE} nor {INDEX_FILE}: give a Hugging Face directory with weights"
+            )
+        present = [file for file in files if (self.path / file).is_file()]
+        problems = [f"{file}: missing" for file in files if file not in present]
+        with ThreadPoolExecutor(16) as pool:  # latency of a network file system, not work
+            opened = list(pool.map(self._open_file, present))
+        where: dict[str, str] = {}
+        for file, (tensors, wrong) in zip(present, opened, strict=True):
+            problems += [f"{file}: {problem}" for problem in wrong]
+            problems += [f"{file}: {name} is in {where[name]} too" for name in tensors if name in where]
+            where |= dict.fromkeys(tensors, file)
+            self._tensors |= tensors
+        if index is not None:
+            readable = {file for file, (_, wrong) in zip(present, opened, strict=True) if not wrong}
+            problems += [
+                f"{INDEX_FILE}: {name} is not in {file}"
+                for name, file in index.items()
+                if file in readable and where.get(name) != file
+            ]
+            problems += [f"{file}: {name} is not in {INDEX_FILE}" for name, file in where.items() if name not in index]
+        return problems
+
+    def _open_file(self, file: str) -> tuple[dict[str, _Stored], list[str]]:
+        descriptor = os.open(self.path / file, os.O_RDONLY)
+        self._descriptors.append(descriptor)
+        size = os.fstat(descriptor).st_size
+        try:
+            header, data = _header(descriptor, size)
+        except ValueError as error:
+            return {}, [str(error)]
+        tensors, problems, end = {}, [], 0
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                problems.append(f"{name} is {entry['dtype']}, which is none of {', '.join(DTYPES)}")
+                continue
+            begin, stop = entry["data_offsets"]
+            stored = _Stored(descriptor, data + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            if stop - begin != stored.numel * stored.dtype.itemsize:
+                problems.append(f"{name} of shape {stored.shape} has {stop - begin} bytes")
+            tensors[name] = stored
+            end = max(end, stop)
+        if data + end != size:
+            kind = "truncated" if size < data + end else "longer than its header says"
+            problems.append(f"{kind}, {size} bytes instead of {data + end}")
+        return tensors, problems
+
+    def _wrong_scales(self) -> list[str]:
+        problems = []
+        for name, stored in self._tensors.items():
+            if stored.dtype != torch.float8_e4m3fn:
+                continue
+            scale = self._tensors.get(name + SCALE_SUFFIX)
+            if scale is None:
+                problems.append(f"{name} is FP8 but {name}{SCALE_SUFFIX} is missing")
+            elif len(stored.shape) != 2 or scale.shape != scale_shape(stored.shape, self._block):
+                problems.append(
+                    f"{name}{SCALE_SUFFIX} is {scale.shape} for a weight {stored.shape} in blocks {self._block}"
+                )
+            elif scale.dtype != torch.float32:
+                problems.append(f"{name}{SCALE_SUFFIX} is {scale.dtype}, not float32")
+        return problems
+
+
+def _header(descriptor: int, size: int) -> tuple[dict[str, Any], int]:
+    """A safetensors file's entries and the byte at which its data starts; ValueError where that cannot be read."""
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little") if size >= 8 else 0
+    if not 0 < length <= min(size - 8, _MAX_HEADER):
+        raise ValueError(f"truncated, or no safetensors file: {size} bytes, header of {length}")
+    try:
+        header: dict[str, Any] = json.loads(os.pread(descriptor, length, 8))
+    except ValueError as error:
+        raise ValueError(f"the header is not JSON ({error})") from None
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _read_into(buffer: torch.Tensor, descriptor: int, offset: int, what: str) -> None:
+    view = buffer.numpy().data
+    while view:
+        count = os.preadv(descriptor, [view], offset)  # a call reads 2 GiB at most
+        if count == 0:
+            raise ValueError(f"{what}: the file ended at byte {offset}; it was cut while being read")
+        view, offset = view[count:], offset + count
+
+
+def _block_size(path: Path) -> tuple[int, int]:
+    config = path / "config.json"
+    quantization = json.loads(config.read_text()).get("quantization_config") if config.is_file() else None
+    rows, columns = (quantization or {}).get("weight_block_size") or (BLOCK, BLOCK)
+    return int(rows), int(columns)
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -1,0 +1,48 @@
+"""What a checkpoint holds beside DeepSpeed's shards: the run's own files, and a Hugging Face directory's."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src.checkpoints.side_files import copy_side_files
+
+_MODEL_FILES = ("config.json", "generation_config.json")
+
+
+def write_run_files(
+    directory: Path, files: dict[str, str], model_directory: str, tokenizer_directory: str | None
+) -> None:
+    """Writes `files` (name to text) into a checkpoint, and `hf/` with all that an export needs but the weights.
+
+    The model's config and generation settings come from `model_directory`, all else from `tokenizer_directory`.
+    """
+    for name, text in files.items():
+        (directory / name).write_text(text)
+    hf = directory / "hf"
+    hf.mkdir()
+    if tokenizer_directory is not None:
+        copy_side_files(tokenizer_directory, hf, skip=_MODEL_FILES)
+    for name in _MODEL_FILES:
+        file = Path(model_directory) / name
+        if file.is_file():
+            shutil.copyfile(file, hf / name)
+
+
+def client_state(directory: str | Path) -> dict[str, Any]:
+    """What Lightning put into a DeepSpeed checkpoint, read without an engine; big tensors stay on disk.
+
+    Raises:
+        ValueError: the directory is no such checkpoint.
+    """
+    path = Path(directory)
+    latest = path / "latest"
+    folder = path / latest.read_text().strip() if latest.is_file() else path
+    files = sorted(folder.glob("*mp_rank_00_model_states.pt"))
+    if not files:
+        raise ValueError(
+            f"{path} is no checkpoint: it has no model_states file; give a directory such as step=100.ckpt"
+        )
+    # The files are this project's own, and hold more than tensors.
+    return torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)

@@ -1,0 +1,85 @@
+"""What a Hugging Face directory holds beside the weights: configuration, generation settings, tokenizer, template."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.checkpoints.fp8 import QUANTIZATION_CONFIG
+from src.checkpoints.hf_writer import write_json
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV3Config
+
+_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.tiktoken",
+    "tokenization_*.py",
+    "chat_template.*",
+    "additional_chat_templates/*",
+    "LICENSE*",
+)
+
+
+def copy_side_files(src_dir: str | Path, dst_dir: str | Path, skip: tuple[str, ...] = ()) -> list[str]:
+    """Copies those files of a Hugging Face directory that are not weights nor model code.
+
+    Files are copied as they are: transformers' own `save_pretrained` drops rope_scaling, rope_theta and torch_dtype.
+
+    Args:
+        skip: names of files that are left out.
+
+    Returns:
+        The paths copied, relative to `dst_dir`, which is made.
+    """
+    src, dst = Path(src_dir), Path(dst_dir)
+    files = sorted(
+        {file for pattern in _PATTERNS for file in src.glob(pattern) if file.is_file() and file.name not in skip}
+    )
+    for file in files:
+        target = dst / file.relative_to(src)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    return [str(file.relative_to(src)) for file in files]
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """config.json as it is written. Raises ValueError where there is none."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; it comes with the weights, and training copies it into each checkpoint")
+    config: dict[str, Any] = json.loads(path.read_text())
+    return config
+
+
+def write_config(directory: Path, config: dict[str, Any], *, dtype: str, mtp_layers: int) -> None:
+    """Writes config.json for weights in `dtype` (bf16, fp32, fp8), everything else as it was.
+
+    `quantization_config` is there for fp8 alone, `auto_map` goes, since no model code is written, and
+    `num_nextn_predict_layers` is the number of MTP blocks among the weights.
+    """
+    torch_dtype = "float32" if dtype == "fp32" else "bfloat16"
+    written = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config", "dtype")}
+    written |= {"torch_dtype": torch_dtype, "num_nextn_predict_layers": mtp_layers}
+    if "dtype" in config:  # transformers 5 writes it in torch_dtype's place
+        written["dtype"] = torch_dtype
+    if dtype == "fp8":
+        written["quantization_config"] = QUANTIZATION_CONFIG
+    write_json(directory / "config.json", written)
+
+
+def architecture(config: dict[str, Any]) -> "DeepseekV3Config":
+    """The content of config.json as transformers' config object, for its shapes."""
+    from transformers import DeepseekV3Config  # slow to import, and of no use to those who only copy files
+
+    # What transformers derives, or would take for a request to run code or to quantise.
+    ignored = ("model_type", "architectures", "auto_map", "quantization_config", "transformers_version")
+    return DeepseekV3Config(**{key: value for key, value in config.items() if key not in ignored})

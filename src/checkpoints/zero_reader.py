@@ -1,0 +1,232 @@
+"""Ranges of a Lightning-DeepSpeed checkpoint's fp32 masters, moments and buffers, by our parameter names.
+
+DeepSpeed (0.19.8; deepspeed/utils/zero_to_fp32.py reads the same files whole) writes a directory
+
+    latest                                                      the name of the folder with the state, "checkpoint"
+    checkpoint/[bf16_]zero_pp_rank_{r}_mp_rank_00_optim_states.pt   rank r's flat masters and moments
+    checkpoint/zero_pp_rank_{r}_mp_rank_00_model_states.pt      stage 3: names, shapes, buffers, frozen partitions
+    checkpoint/mp_rank_00_model_states.pt                       stages 0 to 2: the same, parameters and all
+
+in which the optimizer's groups are flat tensors:
+
+    stage 3     rank r's group is the concatenation of its partitions, [r*p, (r+1)*p) of each parameter
+    stages 1, 2 the concatenation of a group's parameters is cut into one part for each rank
+
+The files are mapped: a range costs the pages that it touches, and those are the page cache's, not this process's.
+"""
+
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PosixPath
+from threading import RLock
+from typing import Any, Literal
+
+import torch
+from deepspeed.checkpoint.constants import (
+    BASE_OPTIMIZER_STATE,
+    BUFFER_NAMES,
+    FP32_FLAT_GROUPS,
+    FROZEN_PARAM_FRAGMENTS,
+    FROZEN_PARAM_SHAPES,
+    GROUP_PADDINGS,
+    OPTIMIZER_STATE_DICT,
+    PARAM_ALIGNMENT_PADDINGS,
+    PARAM_SHAPES,
+    PARTITION_COUNT,
+    SINGLE_PARTITION_OF_FP32_GROUPS,
+    ZERO_STAGE,
+)
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from src.checkpoints.source import raise_listed
+
+Slot = Literal["fp32", "exp_avg", "exp_avg_sq"]
+
+_ALLOWED = [DynamicLossScaler, LossScaler, PosixPath, ZeroStageEnum, fragment_address]
+_OPTIM = re.compile(r"((?:bf16_|fp16_)?zero_pp_rank_)(\d+)(_mp_rank_00_optim_states\.pt)")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter's elements are: element i is at `base + inner` of rank `r`'s flat tensor, where
+    r, inner = divmod(shift + i, period)."""
+
+    shape: tuple[int, ...]
+    flat: int | str  # the optimizer's group, or the name of a frozen fragment
+    shift: int
+    period: int
+    base: int
+
+
+class ZeroCheckpointSource:
+    """A checkpoint of ZeRO stage 0 to 3, in our parameter names; wrap it in `PerExpert` for Hugging Face's.
+
+    Args:
+        path: the checkpoint's directory, the one that holds `latest`.
+        slot: `fp32` for the weights with frozen parameters and buffers; `exp_avg`, `exp_avg_sq` for AdamW's moments
+            of the trained parameters. Weights are the fp32 masters; of stage 0 and of frozen parameters the checkpoint
+            names only the model's own precision, which is then what is read.
+        prefix: what the LightningModule puts before our names; tensors without it are not offered.
+
+    Raises:
+        ValueError: not a checkpoint; one list of all files that are missing or torn; no such slot.
+    """
+
+    def __init__(self, path: str | Path, slot: Slot = "fp32", prefix: str = "model.") -> None:
+        self.path = Path(path)
+        self._slot, self._prefix = slot, prefix
+        self._lock = RLock()
+        self._files: dict[Path, dict[str, Any]] = {}
+        latest = self.path / "latest"
+        if not latest.is_file():
+            raise ValueError(
+                f"{self.path} is no checkpoint: it has no file `latest`; give a directory such as step=100.ckpt"
+            )
+        self._folder = self.path / latest.read_text().strip()
+        self._optim_files = self._list_optim_files()
+        self.world_size, self.stage = len(self._optim_files), self._stage()
+        self._model_files = self._list_model_files()
+        self._check_files([*self._optim_files, *self._model_files])
+
+        self._whole: dict[str, torch.Tensor] = {}  # buffers, and whatever stages 0 to 2 keep unpartitioned
+        self._places = self._find_places()
+        if slot == "fp32":
+            self._find_frozen_and_buffers()
+        elif self.stage == 0:
+            raise ValueError(f"{self.path}: stage 0 does not record whose {slot} is whose; train with stage 1 to 3")
+
+    def names(self) -> Iterable[str]:
+        return [*self._places, *self._whole]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name].shape if name in self._places else tuple(self._whole[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        if name in self._whole:
+            return self._whole[name].dtype
+        return self._flat(0, self._places[name].flat).dtype
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if name in self._whole:
+            return self._whole[name].view(-1)[start:stop]
+        place, parts = self._places[name], []
+        assert 0 <= start <= stop <= math.prod(place.shape), f"{name}: range [{start}, {stop}) of {place.shape}"
+        while start < stop:
+            rank, inner = divmod(place.shift + start, place.period)
+            count = min(stop - start, place.period - inner)
+            parts.append(self._flat(rank, place.flat)[place.base + inner : place.base + inner + count])
+            start += count
+        if not parts:
+            return torch.empty(0, dtype=self.dtype(name))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _list_optim_files(self) -> list[Path]:
+        """Every rank's optimizer file, whether it is there or not; none for stage 0."""
+        found = [match for file in self._folder.glob("*") if (match := _OPTIM.fullmatch(file.name))]
+        sound = [match for match in found if zipfile.is_zipfile(self._folder / match[0])]
+        if not found:
+            return []
+        if not sound:
+            raise_listed(f"{self._folder}: torn files; use another checkpoint:", sorted(match[0] for match in found))
+        count = self._optim(self._folder / sound[0][0])[PARTITION_COUNT]
+        world_size = max(count) if isinstance(count, list) else int(count)
+        return [self._folder / f"{found[0][1]}{rank}{found[0][3]}" for rank in range(world_size)]
+
+    def _stage(self) -> int:
+        sound = [file for file in self._optim_files if file.is_file() and zipfile.is_zipfile(file)]
+        # DeepSpeed's BF16_Optimizer, which it takes for stage 1 with fp32 gradients, does not name its stage.
+        return int(self._optim(sound[0]).get(ZERO_STAGE, 1)) if sound else 0
+
+    def _list_model_files(self) -> list[Path]:
+        if self.stage < 3:
+            return [self._folder / "mp_rank_00_model_states.pt"]
+        return [self._folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(self.world_size)]
+
+    def _check_files(self, files: list[Path]) -> None:
+        def wrong(file: Path) -> str | None:
+            if not file.is_file():
+                return f"{file.name}: missing"
+            return None if zipfile.is_zipfile(file) else f"{file.name}: torn, {file.stat().st_size} bytes"
+
+        with ThreadPoolExecutor(16) as pool:
+            problems = [problem for problem in pool.map(wrong, files) if problem]
+        raise_listed(
+            f"{self._folder}: {len(problems)} of {len(files)} files are bad; use another checkpoint:", problems
+        )
+
+    def _load(self, file: Path) -> dict[str, Any]:
+        with self._lock, torch.serialization.safe_globals(_ALLOWED):
+            if file not in self._files:
+                try:
+                    self._files[file] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                except pickle.UnpicklingError as error:
+                    raise ValueError(
+                        f"{file} holds an object that is not loaded for safety; if you trust the file, allow its class "
+                        f"with torch.serialization.add_safe_globals: {error}"
+                    ) from error
+            return self._files[file]
+
+    def _optim(self, file: Path) -> Mapping[str, Any]:
+        state: Mapping[str, Any] = self._load(file)[OPTIMIZER_STATE_DICT]
+        return state
+
+    def _flat(self, rank: int, flat: int | str) -> torch.Tensor:
+        """Rank `rank`'s 1-D tensor of an optimizer group, or its partition of a frozen parameter."""
+        tensor: torch.Tensor
+        if isinstance(flat, str):
+            tensor = self._load(self._model_files[rank])[FROZEN_PARAM_FRAGMENTS][self._prefix + flat]
+            return tensor
+        optim = self._optim(self._optim_files[rank])
+        if self._slot == "fp32":
+            tensor = optim[FP32_FLAT_GROUPS if self.stage == 3 else SINGLE_PARTITION_OF_FP32_GROUPS][flat]
+        else:
+            tensor = optim[OPTIMIZER_STATE_DICT if self.stage == 3 else BASE_OPTIMIZER_STATE]["state"][flat][self._slot]
+        return tensor.detach()
+
+    def _find_places(self) -> dict[str, _Place]:
+        if self.stage == 0:
+            return {}
+        places = {}
+        optim = self._optim(self._optim_files[0])
+        for group, shapes in enumerate(self._load(self._model_files[0])[PARAM_SHAPES]):
+            offset = 0
+            if self.stage < 3:
+                saved = optim[SINGLE_PARTITION_OF_FP32_GROUPS][group].numel()
+                # ZeRO's optimizer cuts the padding off what it saves, BF16_Optimizer does not.
+                cut = int(optim[GROUP_PADDINGS][group]) if ZERO_STAGE in optim else 0
+                paddings = (
+                    optim[PARAM_ALIGNMENT_PADDINGS][group] if PARAM_ALIGNMENT_PADDINGS in optim else [0] * len(shapes)
+                )
+            for index, (name, shape) in enumerate(shapes.items()):
+                numel, ours = math.prod(shape), name.removeprefix(self._prefix)
+                if self.stage == 3:
+                    period = -(-numel // self.world_size)
+                    place = _Place(tuple(shape), group, shift=0, period=period, base=offset)
+                    offset += period
+                else:
+                    place = _Place(tuple(shape), group, shift=offset, period=saved + cut, base=0)
+                    offset += numel + paddings[index]
+                if name.startswith(self._prefix):
+                    places[ours] = place
+        return places
+
+    def _find_frozen_and_buffers(self) -> None:
+        state = self._load(self._model_files[0])
+        module = state["module"]
+        if self.stage == 3:
+            for name, shape in (state.get(FROZEN_PARAM_SHAPES) or {}).items():
+                if name.startswith(self._prefix):
+                    ours, period = name.removeprefix(self._prefix), -(-math.prod(shape) // self.world_size)
+                    self._places[ours] = _Place(tuple(shape), ours, shift=0, period=period, base=0)
+            module = {name: module[name] for name in state[BUFFER_NAMES] if name in module}
+        for name, tensor in module.items():
+            ours = name.removeprefix(self._prefix)
+            if name.startswith(self._prefix) and ours not in self._places:
+                self._whole[ours] = tensor.detach().contiguous()

@@ -1,0 +1,51 @@
+"""The commands: `python -m src.cli fit|validate|export|verify ...`. The wiring, nothing else."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# Heavy libraries are imported by the command that needs them, so that --help answers at once.
+
+USAGE = """usage: python -m src.cli COMMAND [--help] [arguments]
+
+  fit       train, from a config file:  fit --config configs/tiny_cpu.yaml [--ckpt_path last]
+  validate  loss on the validation data:  validate --config ... [--ckpt_path DIR]
+  export    a checkpoint to a Hugging Face directory:  export --ckpt CKPT --out DIR
+  verify    our logits, loss and gradients against transformers':  verify --model DIR
+"""
+
+
+def _export() -> Callable[..., Any]:
+    from src.checkpoints.export import export
+
+    return export
+
+
+def _verify() -> Callable[..., Any]:
+    from src.verify import verify
+
+    return verify
+
+
+FUNCTIONS: dict[str, Callable[[], Callable[..., Any]]] = {"export": _export, "verify": _verify}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs one command; `args` are the command line's by default."""
+    command, *rest = sys.argv[1:] if args is None else args or [""]
+    if command in ("fit", "validate"):
+        from src.training import TrainingCLI
+
+        TrainingCLI([command, *rest] if args is not None else None)
+    elif command in FUNCTIONS:
+        from jsonargparse import auto_cli
+
+        auto_cli(FUNCTIONS[command](), args=rest, as_positional=False, prog=f"python -m src.cli {command}")
+    else:
+        print(USAGE, end="")
+        if command not in ("-h", "--help"):
+            raise SystemExit(f"error: unknown command {command!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Tokenise once: samples in a memory-mapped cache, one directory for each (files, tokenizer, options).
+
+A directory appears whole or not at all: it is written aside, under a lock, and renamed. Its name is a digest of the
+files' bytes, the tokenizer with its template, the options and the format, so it never goes stale.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from filelock import FileLock
+from transformers import PreTrainedTokenizerFast
+
+from .chat_template import ChatTemplate
+from .reader import FileScan, RowError, Span, scan
+from .sequence_shard import Document
+from .tokenization import Statistics, TokenizeOptions, tokenize_spans
+
+FORMAT_VERSION = 1  # raise it when rendering, masking or the columns change
+
+_FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "target_spans": List(Value("int32")),  # start, stop, start, stop, ...
+        "file": Value("int32"),
+        "row": Value("int64"),
+        "length": Value("int32"),
+        "targets": Value("int32"),
+        "mtp_targets": Value("int32"),
+    }
+)
+
+
+class TokenCache:
+    """The samples of one cache directory, memory-mapped.
+
+    `lengths`, `targets`, `mtp_targets`: int32 [samples], tokens and labels of each sample.
+    """
+
+    def __init__(self, directory: Path, paths: Sequence[str]) -> None:
+        manifest = json.loads((directory / "manifest.json").read_text())
+        self.fingerprint = directory.name
+        self.statistics = Statistics(**manifest["statistics"])
+        self.paths = list(paths)
+        files = sorted(str(path) for path in directory.glob("*.arrow"))
+        self._table = concatenate_datasets([Dataset.from_file(file) for file in files]).with_format("arrow")
+        assert len(self._table) == self.statistics.samples
+        self.lengths, self.targets, self.mtp_targets = (
+            self._table.data.column(name).to_numpy() for name in ("length", "targets", "mtp_targets")
+        )
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def document(self, index: int) -> Document:
+        row = self._table[index]
+        return Document(
+            row["input_ids"][0].values.to_numpy(),
+            row["target_spans"][0].values.to_numpy().reshape(-1, 2),
+            f"{self.paths[row['file'][0].as_py()]}:{row['row'][0].as_py()}",
+        )
+
+
+def default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-sft"
+
+
+def open_or_build(
+    paths: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    options: TokenizeOptions,
+    cache_dir: Path | None = None,
+    num_proc: int | None = None,
+) -> TokenCache:
+    """Opens the cache of these files, tokenising them first where it does not exist.
+
+    Safe to call from any number of processes and nodes at once: one tokenises, the others wait for it.
+
+    Args:
+        paths: data files (see `reader.expand`).
+        num_proc: processes that tokenise; by default as many as the size of the files and the CPU cores suggest.
+
+    Raises:
+        RowError: a row is malformed (the first of those found, by file and row).
+        ValueError: no sample is left to train on.
+    """
+    cache_dir = cache_dir or default_cache_dir()
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    scans = [_remembered_scan(path, cache_dir) for path in paths]
+    directory = cache_dir / _fingerprint(scans, tokenizer, options)
+    if not directory.exists():
+        with FileLock(f"{directory}.lock"):
+            if not directory.exists():
+                _build(directory, scans, tokenizer, options, num_proc or _processes(paths))
+    return TokenCache(directory, paths)
+
+
+def _processes(paths: Sequence[str]) -> int:
+    """A process takes seconds to start, as long as a few MB of text take to tokenise."""
+    size = sum(os.path.getsize(path) for path in paths)
+    return max(1, min(len(os.sched_getaffinity(0)), size // (8 << 20)))
+
+
+def _fingerprint(scans: Sequence[FileScan], tokenizer: PreTrainedTokenizerFast, options: TokenizeOptions) -> str:
+    parts = {
+        "version": FORMAT_VERSION,
+        "files": [found.digest for found in scans],
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "chat_template": tokenizer.chat_template,
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "options": asdict(options),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _remembered_scan(path: str, cache_dir: Path) -> FileScan:
+    """The scan of a file, remembered by its path, size and time, so that only one process has to read it all."""
+    absolute, stat = os.path.abspath(path), os.stat(path)
+    name = hashlib.sha256(f"{FORMAT_VERSION} {absolute} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:32]
+    memo = cache_dir / "scans" / f"{name}.json"
+    try:
+        stored = json.loads(memo.read_text())
+        return FileScan(path, stored["digest"], tuple(Span(path, *span) for span in stored["spans"]))
+    except FileNotFoundError:
+        found = scan(path)
+    memo.parent.mkdir(exist_ok=True)
+    spans = [(span.kind, span.first_row, span.start, span.stop) for span in found.spans]
+    with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as file:
+        json.dump({"path": absolute, "digest": found.digest, "spans": spans}, file)
+    os.replace(file.name, memo)
+    return found
+
+
+def _build(
+    directory: Path,
+    scans: Sequence[FileScan],
+    tokenizer: PreTrainedTokenizerFast,
+    options: TokenizeOptions,
+    num_proc: int,
+) -> None:
+    template = ChatTemplate(tokenizer, options.history_reasoning)
+    _remove_abandoned(directory)
+    building = Path(tempfile.mkdtemp(prefix=f"{directory.name}.building-", dir=directory.parent))
+    try:
+        work = [(file, span) for file, found in enumerate(scans) for span in found.spans]
+        reports = building / "reports"
+        reports.mkdir()
+        processes = min(num_proc, len(work))
+        try:
+            Dataset.from_generator(
+                tokenize_spans,
+                features=_FEATURES,
+                cache_dir=str(building / "datasets"),
+                gen_kwargs={
+                    "work": [(index, *item) for index, item in enumerate(work)],
+                    "template": template,
+                    "options": options,
+                    "reports": reports,
+                },
+                num_proc=processes if processes > 1 else None,
+                fingerprint=directory.name,
+            )
+        except ValueError:  # datasets knows no empty dataset; the reports say why it is empty
+            if _gather(reports).samples:
+                raise
+        statistics = _gather(reports)
+        if not statistics.samples:
+            names = ", ".join(found.path for found in scans)
+            raise ValueError(
+                f"{names}: nothing to train on. {'; '.join(statistics.lines(options))}. Samples need an assistant turn "
+                "without loss: false that begins within max_length"
+            )
+        for index, file in enumerate(sorted((building / "datasets").rglob("*.arrow"))):
+            file.rename(building / f"data-{index:05d}.arrow")
+        shutil.rmtree(building / "datasets")
+        shutil.rmtree(reports)
+        manifest = {"statistics": asdict(statistics), "files": [found.path for found in scans], **asdict(options)}
+        (building / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        try:
+            building.rename(directory)
+        except OSError:
+            if not directory.exists():  # else another node was faster, where locks do not reach across nodes
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _gather(reports: Path) -> Statistics:
+    """Adds up the reports of all spans; raises the first row error of any."""
+    statistics = Statistics()
+    for report in sorted(reports.iterdir()):
+        content = json.loads(report.read_text())
+        if "error" in content:
+            raise RowError(*content["error"])
+        statistics.add(Statistics(**content["statistics"]))
+    return statistics
+
+
+def _remove_abandoned(directory: Path, older_than: float = 86400.0) -> None:
+    """Removes what killed builds left; by age (seconds), since a lock may not reach another node's build."""
+    for left in directory.parent.glob(f"{directory.name}.building-*"):
+        if time.time() - left.stat().st_mtime > older_than:
+            shutil.rmtree(left, ignore_errors=True)

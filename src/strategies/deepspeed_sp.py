@@ -1,0 +1,277 @@
+"""DeepSpeed ZeRO with sequence parallelism as a Lightning strategy, on CUDA (NCCL) and on CPU (gloo)."""
+
+import argparse
+import os
+import shutil
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies.ddp import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from src.checkpoints.hf_reader import HFDirectorySource
+from src.checkpoints.key_map import PerExpert
+from src.checkpoints.load import load
+from src.checkpoints.random_source import RandomSource
+from src.checkpoints.run_files import client_state, write_run_files
+from src.checkpoints.source import WeightSource
+from src.checkpoints.zero_reader import ZeroCheckpointSource
+from src.models.deepseek_v3 import DeepseekV3ForCausalLM, SequenceParallelGroup, SingleProcess
+
+from .parallel_dims import ParallelDims
+from .parallelize import (
+    apply_activation_checkpointing,
+    apply_zero_leaves,
+    check_heads,
+    zero3_settings,
+)
+from .partition import materialise
+from .sequence_parallel import ProcessGroupSP
+
+# DeepSpeed's and our own collectives under names that torch 2.13 deprecates and torch 2.11 knows no others for.
+warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
+
+
+class _ModulePrecision(DeepSpeedPrecision):
+    """Lightning would cast the whole module, the routers' fp32 bias included; the model is built in its dtype."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
+
+class DeepSpeedSPStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeedStrategy over a DP x SP mesh.
+
+    ZeRO partitions over the whole world, one shard a rank: DeepSpeed is told nothing of SP, and the gradient that it
+    averages over the world is made a sum in `backward`. Samplers see the DP axis alone.
+
+    Args:
+        sequence_parallel_size: ranks that share one packed row; it must divide the world and the attention heads.
+        stage: ZeRO stage, 0 to 3. Real models need 3.
+        offload_optimizer: keep the optimizer's states in host memory and step there (DeepSpeedCPUAdam).
+        offload_parameters: keep the parameters' partitions in host memory (stage 3).
+        pin_memory: pin what is offloaded, for copies beside the computation; without CUDA nothing is.
+        kwargs: as Lightning's DeepSpeedStrategy.
+
+    Raises:
+        ValueError: sizes do not divide, or no C++ compiler is found where DeepSpeed must build an operator.
+    """
+
+    def __init__(
+        self,
+        sequence_parallel_size: int = 1,
+        stage: int = 3,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        pin_memory: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if offload_parameters and stage != 3:
+            raise ValueError(f"offload_parameters needs ZeRO stage 3, stage is {stage}.")
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            pin_memory=pin_memory and torch.cuda.is_available(),
+            **kwargs,
+        )
+        self.sequence_parallel_size = sequence_parallel_size
+        self.dims: ParallelDims | None = None
+        self.sp_group: SequenceParallelGroup = SingleProcess()
+
+    # -- ranks ----------------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        # Past DeepSpeedStrategy's own, which refuses every accelerator but CUDA.
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        device = "cpu" if self.root_device.type == "cpu" else "cuda"
+        if get_accelerator().device_name() != device:
+            raise ValueError(
+                f"the Trainer runs on {device}, but DeepSpeed chose {get_accelerator().device_name()}: "
+                f"set the environment variable DS_ACCELERATOR={device}."
+            )
+        self._check_compiler()
+        reset_seed()
+        self.set_world_ranks()
+        self.dims = ParallelDims(self.world_size, self.sequence_parallel_size, self.global_rank)
+        self._init_deepspeed_distributed()
+        if self.dims.sp > 1:
+            group, _ = dist.new_subgroups_by_enumeration(self.dims.sp_groups)
+            assert group is not None
+            self.sp_group = ProcessGroupSP(group)
+
+    def _check_compiler(self) -> None:
+        """DeepSpeed builds its shared-memory collectives on CPU, and its CPU Adam, the first time they are used."""
+        if self.root_device.type != "cpu" and not self._offloads_optimizer:
+            return
+        compiler = os.environ.get("CXX", "c++")
+        if not any(shutil.which(name) for name in (compiler, "g++", "clang++")):
+            raise ValueError(
+                f"no C++ compiler found ({compiler}, g++ or clang++): DeepSpeed builds operators on first use. "
+                "Install one, e.g. `apt-get install g++` or `dnf install gcc-c++`."
+            )
+
+    @property
+    def _zero(self) -> dict[str, Any]:
+        assert isinstance(self.config, dict)
+        return self.config.setdefault("zero_optimization", {"stage": 0})
+
+    @property
+    def _offloads_optimizer(self) -> bool:
+        return "offload_optimizer" in self._zero
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        assert self.dims is not None
+        return {"num_replicas": self.dims.dp, "rank": self.dims.dp_rank}
+
+    # -- the model ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        """Nothing: the model is built on the meta device and gets its memory in `parallelize`."""
+        self._init_config_if_needed()
+        yield
+
+    def parallelize(self, model: DeepseekV3ForCausalLM, activation_checkpointing: bool = True) -> None:
+        """Makes the model, built on the meta device, this rank's part of the job: SP, recomputation, memory, ZeRO."""
+        assert self.dims is not None
+        check_heads(model, self.dims)
+        model.set_sequence_parallel(self.sp_group)
+        if activation_checkpointing:
+            apply_activation_checkpointing(model)
+        if self.zero_stage_3:
+            for name, value in zero3_settings(model).items():
+                self._zero.setdefault(name, value)
+            apply_zero_leaves(model)
+        assert isinstance(self.config, dict)
+        materialise(model, self.config, self._zero["stage"], self.root_device)
+
+    def load(self, model: DeepseekV3ForCausalLM, directory: str) -> None:
+        """Fills the model's weights from a Hugging Face directory or a checkpoint, each rank its own partitions."""
+        is_checkpoint = (Path(directory) / "latest").is_file()
+        source = PerExpert(ZeroCheckpointSource(directory)) if is_checkpoint else HFDirectorySource(directory)
+        self._load(model, source)
+
+    def initialise(self, model: DeepseekV3ForCausalLM, seed: int) -> None:
+        """Random weights, the same whatever the layout."""
+        self._load(model, RandomSource(model.config, seed))
+
+    @staticmethod
+    def _load(model: DeepseekV3ForCausalLM, source: WeightSource) -> None:
+        load(model, source, num_hidden_layers=model.config.num_hidden_layers)
+
+    # -- the engine -----------------------------------------------------------------------------------------------
+
+    def _format_config(self) -> None:
+        assert isinstance(self.config, dict)
+        # DeepSpeed reads it for its throughput log alone; Lightning would build the dataloader early to find it.
+        self.config.setdefault("train_micro_batch_size_per_gpu", 1)
+        super()._format_config()
+        # Under bf16 the defaults reduce and accumulate in bf16, where 64 micro-steps lose 1 % of a gradient.
+        self.config.setdefault("communication_data_type", "fp32")
+        self.config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+        # Our optimizer() decides; on CPU tests and on CUDA without CPU Adam the plain one is meant.
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        self.precision_plugin = _ModulePrecision(self.precision_plugin.precision)  # type: ignore[arg-type]
+        super().setup(trainer)
+
+    def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
+        """AdamW over parameter groups, where the states live: DeepSpeed's on the host, PyTorch's on the device.
+
+        settings: lr, betas, eps, weight_decay.
+        """
+        if self._offloads_optimizer:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        return torch.optim.AdamW(groups, fused=self.root_device.type == "cuda", **settings)
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRScheduler | None = None
+    ) -> tuple[deepspeed.DeepSpeedEngine, Optimizer]:
+        # As Lightning's, but for device_rank, which must be an int on CPU too.
+        engine, deepspeed_optimizer, _, _ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self.root_device.index or 0),
+            config=self.config,
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
+        return engine, deepspeed_optimizer
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        # As Lightning's, but for device_rank, and with every setting of the model's memory kept.
+        assert isinstance(self.config, dict)
+        config = {"train_micro_batch_size_per_gpu": 1}
+        if self.zero_stage_3:
+            config |= {key: self.config[key] for key in ("zero_optimization", "zero_allow_untested_optimizer")}
+        if "bf16" in self.config:
+            config["bf16"] = self.config["bf16"]
+        self.model, _, _, _ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self.root_device.index or 0),
+            config=config,
+            model=model,
+            model_parameters=[],
+            dist_init_required=False,
+        )
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Back-propagates a loss that is this rank's part of a sum over the world and the accumulated micro-steps.
+
+        DeepSpeed averages gradients over the world; with the factor here they are summed, and with scale_wrt_gas off
+        the micro-steps are too. This is the one place where the engine's averaging is undone.
+        """
+        return super().backward(closure_loss * self.world_size, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Global norm of the last optimizer step's gradient before clipping; None before the first."""
+        norm = self.deepspeed_engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """A directory that appears whole or not at all: written beside, then renamed."""
+        final = Path(self.broadcast(str(filepath)))
+        aside = final.with_name(final.name + ".incomplete")
+        if self.is_global_zero:
+            if final.exists():
+                raise MisconfigurationException(f"{final} exists already; checkpoints are never overwritten.")
+            shutil.rmtree(aside, ignore_errors=True)
+        self.barrier()
+        side_files = checkpoint.pop("side_files", None)
+        super().save_checkpoint(checkpoint, aside, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            if side_files is not None:
+                write_run_files(aside, **side_files)
+            aside.rename(final)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        return client_state(checkpoint_path)  # `load` has read the weights already, on whatever layout

@@ -1,0 +1,56 @@
+"""Everything that is parallel about the model, applied from outside in one visible order."""
+
+import contextlib
+from functools import partial
+
+from deepspeed.utils import set_z3_leaf_modules
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from src.models.deepseek_v3 import DeepseekV3ForCausalLM, ExpertShard, recompute
+
+from .parallel_dims import ParallelDims
+
+
+def check_heads(model: DeepseekV3ForCausalLM, dims: ParallelDims) -> None:
+    """Raises ValueError where the attention heads do not divide over the SP group."""
+    heads = model.config.num_attention_heads
+    if heads % dims.sp:
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0 and dims.world_size % n == 0]
+        raise ValueError(
+            f"num_attention_heads {heads} is not a multiple of sequence_parallel_size {dims.sp} "
+            f"(WORLD_SIZE {dims.world_size} = dp {dims.dp} x sp {dims.sp}): each SP rank attends with its own heads. "
+            f"It may be {', '.join(map(str, divisors))}."
+        )
+
+
+def apply_activation_checkpointing(model: DeepseekV3ForCausalLM) -> None:
+    """A layer keeps its input alone and runs again in the backward pass; its experts know, and do not."""
+    model.run_layer = partial(
+        checkpoint,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), recompute()),
+        preserve_rng_state=False,  # nothing in the model is random
+    )
+
+
+def apply_zero_leaves(model: nn.Module) -> None:
+    """ZeRO-3 gathers an expert shard as one, and expects it to be called whole."""
+    set_z3_leaf_modules(model, [ExpertShard])
+
+
+def zero3_settings(model: nn.Module) -> dict[str, int]:
+    """ZeRO-3's prefetch sized so that the shard in use and the next one are in memory, never a layer.
+
+    In elements: `stage3_prefetch_bucket_size` about a shard, `stage3_max_live_parameters` two to three of them, and no
+    gathered parameter kept for reuse.
+    """
+    shards = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, ExpertShard)]
+    # Without experts: the largest parameter, which the head or the embedding is.
+    shard = max(shards) if shards else max(p.numel() for p in model.parameters())
+    return {
+        "stage3_prefetch_bucket_size": shard + shard // 8,
+        "stage3_max_live_parameters": 2 * shard + shard // 2,
+        "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 100_000,
+    }

@@ -1,0 +1,121 @@
+"""Our model against transformers' on the same weights: `python -m src.cli verify --model DIR`."""
+
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
+from transformers import DeepseekV3ForCausalLM as OracleModel
+
+from src.checkpoints.hf_reader import HFDirectorySource
+from src.checkpoints.key_map import hf_shapes
+from src.checkpoints.load import load
+from src.models.deepseek_v3 import DeepseekV3ForCausalLM, load_config
+from src.models.loss import IGNORE_INDEX
+
+# Norm of the difference over the norm, fp32: the same sums in another order.
+LIMITS = {"logits": 1e-4, "loss": 1e-5, "gradients": 1e-3}
+LENGTHS = (61, 1, 34)  # tokens of the documents compared: one alone, and bounds that are no multiple of anything
+
+
+def verify(model: str) -> None:
+    """Compares logits, loss and every gradient with transformers' DeepseekV3ForCausalLM, in fp32 on the CPU.
+
+    Args:
+        model: Hugging Face directory of a DeepSeek-V3 model, BF16, FP32 or FP8.
+
+    Raises:
+        ValueError: the directory is not one, asks for what is not implemented, or does not fit in memory twice with
+            its gradients.
+        SystemExit: they disagree.
+    """
+    config = load_config(model)
+    _check_memory(config)
+    ours = DeepseekV3ForCausalLM(config)
+    source = HFDirectorySource(model)
+    load(ours, source, num_hidden_layers=config.num_hidden_layers)
+    theirs = _oracle(config, source)
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (sum(LENGTHS),), generator=generator)
+    labels = torch.randint(config.vocab_size, (sum(LENGTHS),), generator=generator)
+    labels[::3] = IGNORE_INDEX
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+
+    expected = torch.cat([theirs(document[None]).logits[0] for document in ids.split(list(LENGTHS))])
+    expected_loss = torch.nn.functional.cross_entropy(expected, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    expected_loss.backward()
+    with torch.no_grad():
+        logits = ours.logits(ids, cu_seqlens, max(LENGTHS))
+    loss = ours(ids, labels, cu_seqlens, max(LENGTHS)).loss
+    loss.backward()
+
+    gradients = _gradient_differences(ours, theirs)
+    worst = max(gradients, key=lambda name: gradients[name])
+    found = {
+        "logits": _relative(logits, expected.detach()),
+        "loss": abs(loss.item() / expected_loss.item() - 1),
+        "gradients": gradients[worst],
+    }
+    targets = int((labels != IGNORE_INDEX).sum())
+    print(f"{model}: {sum(p.numel() for p in ours.parameters()):,} parameters, {len(ids)} tokens, {targets} targets")
+    print(f"loss by target: {loss.item() / targets:.6f} (transformers {expected_loss.item() / targets:.6f})")
+    for name, value in found.items():
+        verdict = "ok" if value <= LIMITS[name] else "DIFFERS"
+        print(f"{name:10} relative difference {value:.2e} (limit {LIMITS[name]:.0e}) {verdict}")
+    print(f"largest gradient difference: {worst}")
+    if any(value > LIMITS[name] for name, value in found.items()):
+        raise SystemExit(f"{model}: our model does not agree with transformers'")
+
+
+def _check_memory(config: Any) -> None:
+    parameters = sum(torch.Size(shape).numel() for shape in hf_shapes(config, mtp=False).values())
+    needed, available = 4 * 4 * parameters, psutil.virtual_memory().available
+    if needed > 0.9 * available:
+        raise ValueError(
+            f"{parameters / 1e9:.1f}e9 parameters need {needed / 2**30:.0f} GiB here (two models in fp32 with "
+            f"gradients), {available / 2**30:.0f} GiB are free. Verify a smaller model of the architecture, or use a "
+            "machine with more memory."
+        )
+
+
+def _oracle(config: Any, source: HFDirectorySource) -> OracleModel:
+    """transformers' model, filled by a loop of our own: FP8 needs no accelerate, and nothing is cast."""
+    config._attn_implementation = "eager"
+    oracle = OracleModel(config).float()
+    with torch.no_grad():
+        for name, tensor in oracle.state_dict().items():
+            base, stacked, kind = name.partition(".mlp.experts.")
+            if not stacked:
+                tensor.copy_(_whole(source, name))
+                continue
+            for index, expert in enumerate(tensor):
+                parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+                pieces = [_whole(source, f"{base}.mlp.experts.{index}.{part}.weight") for part in parts]
+                expert.copy_(torch.cat(pieces))
+    return oracle
+
+
+def _whole(source: HFDirectorySource, name: str) -> Tensor:
+    shape = source.shape(name)
+    return source.read(name, 0, torch.Size(shape).numel()).view(shape)
+
+
+def _gradient_differences(ours: DeepseekV3ForCausalLM, theirs: OracleModel) -> dict[str, float]:
+    """By parameter of transformers' model; where both are zero (experts without tokens) there is none."""
+    found: dict[str, list[Tensor]] = {}
+    for name, parameter in ours.named_parameters():
+        base, stacked, rest = name.partition(".mlp.experts.")
+        key = f"{base}.mlp.experts.{rest.split('.')[1]}" if stacked else name
+        assert parameter.grad is not None
+        found.setdefault(key, []).append(parameter.grad)
+    differences = {}
+    for name, parameter in theirs.named_parameters():
+        assert parameter.grad is not None
+        if parameter.grad.any():
+            differences[name] = _relative(torch.cat(found[name]), parameter.grad)
+    return differences
+
+
+def _relative(ours: Tensor, reference: Tensor) -> float:
+    return float((ours - reference).norm() / reference.norm())

@@ -1,0 +1,48 @@
+"""Directories and checkpoints that several of these files' tests read."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from src.checkpoints.side_files import copy_side_files
+from tests.checkpoints.tiny import oracle, save_mtp, save_oracle
+from tests.checkpoints.workers import Setting, save_checkpoints
+from tests.distributed.spawn import run_distributed
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+SETTINGS = {
+    "stage 3": Setting(stage=3, freeze=True),
+    "stage 3 bf16": Setting(stage=3, bf16=True, offload=True),
+    "stage 2": Setting(stage=2, freeze=True, mtp=True),
+    "stage 1": Setting(stage=1, freeze=True),
+    "stage 1 bf16": Setting(stage=1, bf16=True),
+    "stage 0": Setting(stage=0),
+}
+
+
+class Checkpoints(NamedTuple):
+    folder: Path
+    gathered: dict[str, dict[str, Any]]  # label -> our name -> slot -> the whole tensor, from the live engine
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published directory in fp32, its MTP block included."""
+    path = tmp_path_factory.mktemp("base")
+    save_oracle(path, oracle())
+    save_mtp(path, torch.float32)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoints(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """Checkpoints of two processes after a step from `base`, one for each of SETTINGS."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    gathered = run_distributed(save_checkpoints, 2, base, folder, SETTINGS)[0]
+    for label in SETTINGS:
+        copy_side_files(base, folder / label / "hf")
+    return Checkpoints(folder, gathered)

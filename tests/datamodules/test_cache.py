@@ -1,0 +1,216 @@
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from src.datamodules import cache as module
+from src.datamodules import reader
+from src.datamodules.cache import TokenCache, default_cache_dir, open_or_build
+from src.datamodules.chat_template import ChatTemplate
+from src.datamodules.reader import RowError
+from src.datamodules.tokenization import Statistics, TokenizeOptions
+
+from .conftest import question_answer
+
+Write = Callable[..., str]
+OPTIONS = TokenizeOptions(max_length=64)
+
+
+def contents(cache: TokenCache) -> list[tuple[list[int], list[list[int]], str]]:
+    documents = [cache.document(index) for index in range(len(cache))]
+    return [(doc.input_ids.tolist(), doc.target_spans.tolist(), Path(doc.source).name) for doc in documents]
+
+
+def test_documents_are_the_rendered_rows(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path
+) -> None:
+    first = [*question_answer("q", "a", reasoning_content="r"), *question_answer("2", "b")]
+    path = write_jsonl("a.jsonl", first, question_answer("问", "答"))
+    cache = open_or_build([path], tokenizer, OPTIONS, tmp_path / "cache")
+    template = ChatTemplate(tokenizer)
+    samples = [*template.render(first), *template.render(question_answer("问", "答"))]
+    assert contents(cache) == [
+        (sample.input_ids, [list(span) for span in sample.target_spans], source)
+        for sample, source in zip(samples, ["a.jsonl:1", "a.jsonl:1", "a.jsonl:2"], strict=True)
+    ]
+    targets = [stop - start for sample in samples for start, stop in sample.target_spans]
+    assert cache.lengths.tolist() == [len(sample.input_ids) for sample in samples]
+    assert cache.targets.tolist() == cache.mtp_targets.tolist() == targets
+    assert cache.document(0).input_ids.dtype == np.int32
+    assert cache.statistics == Statistics(rows=2, samples=3, tokens=int(cache.lengths.sum()), targets=sum(targets))
+
+
+def test_samples_do_not_depend_on_processes_or_spans_or_format(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversations = [question_answer(f"{number}?", "!" * number) for number in range(1, 12)]
+    path = write_jsonl("a.jsonl", *conversations)
+    expected = contents(open_or_build([path], tokenizer, OPTIONS, tmp_path / "one", num_proc=1))
+    monkeypatch.setattr(reader, "ROWS_PER_SPAN", 3)
+    cache = open_or_build([path], tokenizer, OPTIONS, tmp_path / "two", num_proc=2)
+    assert contents(cache) == expected and cache.statistics.rows == 11
+    table = pa.Table.from_pylist([{"messages": messages} for messages in conversations])
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    parquet = contents(open_or_build([str(tmp_path / "a.parquet")], tokenizer, OPTIONS, tmp_path / "three"))
+    assert [item[:2] for item in parquet] == [item[:2] for item in expected]
+
+
+def test_tokenised_once_for_the_same_bytes_and_options(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builds: list[Path] = []
+    build = module._build
+
+    def counted(directory: Path, *rest: Any) -> None:
+        builds.append(directory)
+        build(directory, *rest)
+
+    monkeypatch.setattr(module, "_build", counted)
+    path, copy = (write_jsonl(name, question_answer("q", "a")) for name in ("a.jsonl", "b.jsonl"))
+    where = tmp_path / "cache"
+    open_or_build([path], tokenizer, OPTIONS, where)
+    assert open_or_build([copy], tokenizer, OPTIONS, where).document(0).source == f"{copy}:1"
+    assert len(builds) == 1
+    open_or_build([path, copy], tokenizer, OPTIONS, where)
+    open_or_build([path], tokenizer, TokenizeOptions(63), where)
+    open_or_build([path], tokenizer, TokenizeOptions(64, history_reasoning="keep"), where)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "chat_template", f"{tokenizer.chat_template}{{# new #}}")
+        open_or_build([path], tokenizer, OPTIONS, where)
+    write_jsonl("a.jsonl", question_answer("q", "b"))
+    os.utime(path, ns=(1, 1))
+    changed = open_or_build([path], tokenizer, OPTIONS, where)
+    assert len(builds) == len(set(builds)) == 6
+    assert tokenizer.decode(changed.document(0).input_ids).endswith("b<｜end▁of▁sentence｜>")
+
+
+def test_files_are_read_once(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank opens the cache; only the first process may have to read all the text for its digest."""
+    path = write_jsonl("a.jsonl", question_answer("q", "a"))
+    open_or_build([path], tokenizer, OPTIONS, tmp_path)
+    monkeypatch.setattr(module, "scan", lambda path: pytest.fail("scanned again"))
+    assert len(open_or_build([path], tokenizer, OPTIONS, tmp_path)) == 1
+
+
+def test_overlong(tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path) -> None:
+    long_answer, long_question = question_answer("q", "a b c d e f g h i j"), question_answer("q " * 20, "a")
+    path = write_jsonl("a.jsonl", question_answer("q", "a"), long_answer, long_question)
+    cut = open_or_build([path], tokenizer, TokenizeOptions(8), tmp_path)
+    assert cut.lengths.tolist() == [6, 8] and cut.targets.tolist() == [2, 4]
+    assert cut.document(1).target_spans.tolist() == [[4, 8]]
+    assert (cut.statistics.truncated, cut.statistics.dropped_truncated) == (1, 1)
+    dropped = open_or_build([path], tokenizer, TokenizeOptions(8, "drop"), tmp_path)
+    assert dropped.lengths.tolist() == [6] and dropped.statistics.dropped_overlong == 2
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: messages: renders to 15 tokens, above max_length 8; shorten"):
+        open_or_build([path], tokenizer, TokenizeOptions(8, "error"), tmp_path)
+
+
+def test_rows_without_targets_are_dropped_and_named(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = question_answer("q", "a", loss=False)
+    path = write_jsonl("a.jsonl", question_answer("q", "a"), *[silent] * 7, [{"role": "user", "content": "q"}])
+    monkeypatch.setattr(reader, "ROWS_PER_SPAN", 3)
+    statistics = open_or_build([path], tokenizer, OPTIONS, tmp_path).statistics
+    assert (statistics.rows, statistics.samples, statistics.rows_without_targets) == (9, 1, 8)
+    named = ", ".join(f"{path}:{row}" for row in range(2, 7))
+    assert statistics.lines(OPTIONS)[1] == f"8 rows dropped, nothing to train on: {named}, ..."
+    with pytest.raises(ValueError, match=r"b\.jsonl: nothing to train on.*1 rows dropped.*assistant turn without loss"):
+        open_or_build([write_jsonl("b.jsonl", silent)], tokenizer, OPTIONS, tmp_path)
+    with pytest.raises(ValueError, match=r"c\.jsonl: nothing to train on\. 0 rows"):
+        open_or_build([write_jsonl("c.jsonl")], tokenizer, OPTIONS, tmp_path)
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("first_bad", [1, 3])
+def test_a_malformed_row_is_one_error_and_leaves_no_cache(
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_proc: int,
+    first_bad: int,
+) -> None:
+    monkeypatch.setattr(reader, "ROWS_PER_SPAN", 2)
+    good, bad = question_answer("q", "a"), question_answer("q", "a", loss="yes")
+    path = write_jsonl("a.jsonl", *[good] * (first_bad - 1), bad, bad, good)
+    with pytest.raises(RowError, match=rf"a\.jsonl:{first_bad}: messages\[1\]\.loss: is 'yes'; it must be true, false"):
+        open_or_build([path], tokenizer, OPTIONS, tmp_path / "cache", num_proc)
+    assert {file.suffix for file in (tmp_path / "cache").iterdir()} <= {".lock", ""}
+    assert [file.name for file in (tmp_path / "cache").iterdir() if file.is_dir()] == ["scans"]
+
+
+def test_what_the_template_refuses_is_named(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", refusing)
+    path = write_jsonl("a.jsonl", question_answer("q", "a"), question_answer("q", "a") * 2)
+    with pytest.raises(RowError, match=r"a\.jsonl:2: messages: the chat template refuses the conversation: too long"):
+        open_or_build([path], tokenizer, OPTIONS, tmp_path / "cache")
+
+
+def test_an_interrupted_build_leaves_nothing_that_looks_complete(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, where = write_jsonl("a.jsonl", question_answer("q", "a")), tmp_path / "cache"
+
+    def killed() -> None:
+        monkeypatch.setattr(Path, "rename", lambda self, target: os._exit(9))  # no clean-up, as by kill -9
+        open_or_build([path], tokenizer, OPTIONS, where)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    (left,) = where.glob("*.building-*")
+    os.utime(left, (0, 0))
+    assert len(open_or_build([path], tokenizer, OPTIONS, where)) == 1
+    assert not left.exists()
+
+
+def test_several_processes_at_once_build_once(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, log = write_jsonl("a.jsonl", question_answer("q", "a")), tmp_path / "builds"
+    build = module._build
+
+    def logged(directory: Path, *rest: Any) -> None:
+        with log.open("a") as file:
+            file.write("build\n")
+        build(directory, *rest)
+
+    monkeypatch.setattr(module, "_build", logged)
+    context = multiprocessing.get_context("fork")
+    arguments = ([path], tokenizer, OPTIONS, tmp_path / "cache")
+    processes = [context.Process(target=open_or_build, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert log.read_text() == "build\n"
+
+
+def test_the_default_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert default_cache_dir() == Path("/somewhere/deepseek-sft")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/user")
+    assert default_cache_dir() == Path("/home/user/.cache/deepseek-sft")
+
+
+def test_the_manifest_is_readable(tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path) -> None:
+    cache = open_or_build([write_jsonl("a.jsonl", question_answer("q", "a"))], tokenizer, OPTIONS, tmp_path)
+    manifest = json.loads((tmp_path / cache.fingerprint / "manifest.json").read_text())
+    assert manifest["max_length"] == 64 and manifest["statistics"]["samples"] == 1

@@ -1,0 +1,232 @@
+"""One training run through Trainer, strategy, module and datamodule on any layout, and the same in plain PyTorch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from safetensors.torch import save_file
+from transformers import DeepseekV3ForCausalLM as OracleModel
+
+from src.datamodules import SFTDataModule
+from src.datamodules.packing import PackedRows, one_sample_a_row, pack
+from src.datamodules.sequence_shard import Document, target_counts
+from src.datamodules.sft import PackedSet
+from src.models.sft_module import SFTModule
+from src.strategies import DeepSpeedSPStrategy
+from tests.models.tiny import hf_state_dict
+
+MAX_LENGTH = 64
+VOCAB = 96
+
+
+def documents(count: int, seed: int = 0) -> list[Document]:
+    """Random conversations of 1 to 40 tokens, most with one or two target spans, in no order of length."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for index in range(count):
+        length = int(generator.integers(1, 41))
+        cuts = sorted(generator.integers(0, length + 1, size=4).tolist())
+        ids = generator.integers(0, VOCAB, size=length).astype(np.int32)
+        spans = np.array([cuts[:2], [cuts[2], max(cuts[3], cuts[2])]], dtype=np.int32)
+        found.append(Document(ids, spans, f"memory:{index + 1}"))
+    return found
+
+
+class MemoryCache:
+    """What the datamodule asks of a TokenCache, over documents in memory."""
+
+    fingerprint = "memory"
+
+    def __init__(self, docs: list[Document]) -> None:
+        self.docs = docs
+        self.lengths = np.array([len(d.input_ids) for d in docs], dtype=np.int32)
+        counts = np.array([target_counts(map(tuple, d.target_spans.tolist())) for d in docs], dtype=np.int32)
+        self.targets, self.mtp_targets = counts[:, 0], counts[:, 1]
+
+    def __len__(self) -> int:
+        return len(self.docs)
+
+    def document(self, index: int) -> Document:
+        return self.docs[index]
+
+
+def rows_of(cache: MemoryCache, packing: bool) -> PackedRows:
+    return pack(cache.lengths, MAX_LENGTH) if packing else one_sample_a_row(len(cache))
+
+
+class MemoryData(SFTDataModule):
+    def __init__(self, docs: list[Document], batch_size: int, packing: bool = True, num_workers: int = 0) -> None:
+        super().__init__([], max_length=MAX_LENGTH, batch_size=batch_size, packing=packing, num_workers=num_workers)
+        cache = MemoryCache(docs)
+        self.train_set = self.val_set = PackedSet(cache, rows_of(cache, packing))  # type: ignore[arg-type]
+
+    def prepare_data(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Layout:
+    dp: int
+    sp: int
+    accumulation: int
+    batch_size: int
+    packing: bool = True
+    precision: str = "32-true"
+    stage: int = 3
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.sp
+
+
+@dataclass(frozen=True)
+class Recipe:
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    gradient_clip_val: float = 0.0
+    steps: int = 5
+
+
+class Record(pl.Callback):
+    """Loss and gradient norm of each step, all gradients of the first step, all weights at the end."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+        self.sources: list[list[str]] = []
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        engine = trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
+        if trainer.global_step == 0 and engine.is_gradient_accumulation_boundary():
+            self.gradients = _by_name(pl_module, safe_get_full_grad)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        self._note_step(trainer)
+        self.sources.append(batch["sources"])
+
+    def _note_step(self, trainer: pl.Trainer) -> None:
+        if trainer.global_step > len(self.losses):  # here, since the module logs after the callbacks' batch end
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+            self.norms.append(float(trainer.strategy.gradient_norm or 0.0))  # type: ignore[attr-defined]
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._note_step(trainer)
+        self.weights = _by_name(pl_module, safe_get_full_fp32_param)
+
+
+def _by_name(module: pl.LightningModule, get: Any) -> dict[str, torch.Tensor]:
+    """Our tensors under transformers' module names, expert shards concatenated."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in module.model.named_parameters():  # type: ignore[union-attr]
+        tensor = get(parameter)
+        if tensor is None:  # stage 0 keeps them in the parameter
+            tensor = parameter.grad if get is safe_get_full_grad else parameter
+        tensor = tensor.detach().float().clone()
+        base, stacked, rest = name.partition(".mlp.experts.")
+        if stacked:
+            whole = f"{base}.mlp.experts.{rest.split('.')[1]}"
+            found[whole] = torch.cat([found[whole], tensor]) if whole in found else tensor
+        else:
+            found[name] = tensor
+    return found
+
+
+def fit(layout: Layout, recipe: Recipe, model_directory: str, count: int, root: str | None = None) -> dict[str, Any]:
+    """Trains on this rank of the layout; to be called on every rank. Returns the record as plain values."""
+    record = Record()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=layout.world_size,
+        precision=layout.precision,  # type: ignore[arg-type]
+        strategy=DeepSpeedSPStrategy(
+            sequence_parallel_size=layout.sp,
+            stage=layout.stage,
+            offload_optimizer=layout.offload_optimizer,
+            offload_parameters=layout.offload_parameters,
+        ),
+        max_steps=recipe.steps,
+        accumulate_grad_batches=layout.accumulation,
+        gradient_clip_val=recipe.gradient_clip_val,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        callbacks=[record],
+        default_root_dir=root,
+    )
+    module = SFTModule(
+        model_directory,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        warmup_ratio=0.4,
+        experts_per_shard=2,
+    )
+    trainer.fit(module, MemoryData(documents(count), layout.batch_size, layout.packing))
+    return {
+        "losses": record.losses,
+        "norms": record.norms,
+        "gradients": record.gradients,
+        "weights": record.weights,
+        "sources": record.sources,
+    }
+
+
+def save_model(model: OracleModel, fields: dict[str, Any], directory: Path) -> str:
+    """A Hugging Face directory with published names, written without the code under test."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(fields))
+    state = {name: tensor.contiguous().clone() for name, tensor in hf_state_dict(model).items()}
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    return str(directory)
+
+
+def plain_pytorch(
+    model: OracleModel, recipe: Recipe, count: int, rows_per_step: int, packing: bool = True
+) -> dict[str, Any]:
+    """The same run with transformers' model, one document at a time, torch's AdamW, no packing, no engine."""
+    cache = MemoryCache(documents(count))
+    rows = rows_of(cache, packing)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    decayed = [p for name, p in model.named_parameters() if not name.endswith((".bias", "norm.weight"))]
+    undecayed = [p for name, p in model.named_parameters() if name.endswith((".bias", "norm.weight"))]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+    warmup = int(np.ceil(0.4 * recipe.steps))
+    result: dict[str, Any] = {"losses": [], "norms": []}
+    for step in range(recipe.steps):
+        docs = [cache.docs[s] for r in order[step * rows_per_step : (step + 1) * rows_per_step] for s in rows[r]]
+        total, count_targets = torch.zeros(()), 0
+        for doc in docs:
+            ids = torch.from_numpy(doc.input_ids.astype(np.int64))
+            logits = model(ids[None]).logits[0]
+            target = sorted({i for start, stop in doc.target_spans.tolist() for i in range(start, stop)} - {0})
+            count_targets += len(target)
+            if target:
+                where = torch.tensor(target)
+                total = total + torch.nn.functional.cross_entropy(logits[where - 1], ids[where], reduction="sum")
+        loss = total / count_targets
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            result["gradients"] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        result["losses"].append(loss.item())
+        limit = recipe.gradient_clip_val or float("inf")
+        result["norms"].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
+        progress = max(0, step - warmup) / max(1, recipe.steps - 1 - warmup)
+        factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + np.cos(np.pi * min(1.0, progress)))
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * factor
+        optimizer.step()
+    result["weights"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return result

@@ -1,0 +1,85 @@
+"""Logits and every gradient against transformers' DeepseekV3ForCausalLM, fp32, packed documents, everything on."""
+
+import contextlib
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from src.models.deepseek_v3 import recompute
+from src.models.deepseek_v3.moe import Router
+from src.models.loss import IGNORE_INDEX
+
+from .tiny import CONFIGS, oracle, ours, relative, stacked_gradients
+
+LENGTHS = [37, 1, 52, 8]
+
+
+def packed_row(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(vocab_size, (sum(LENGTHS),), generator=generator)
+    labels = torch.randint(vocab_size, (sum(LENGTHS),), generator=generator)
+    labels[torch.rand(len(labels), generator=generator) < 0.3] = IGNORE_INDEX
+    return ids, labels, torch.tensor([0, *LENGTHS]).cumsum(0).int()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_gradients_equal_transformers(name: str, checkpointing: bool) -> None:
+    fields = CONFIGS[name]
+    reference = oracle(fields)
+    model = ours(fields, reference, experts_per_shard=2)
+    ids, labels, cu_seqlens = packed_row(fields["vocab_size"])
+    if checkpointing:
+        model.run_layer = partial(
+            checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), recompute())
+        )
+
+    # The oracle sees each document alone: no packing, no mask of ours.
+    logits = torch.cat([reference(document[None]).logits[0] for document in ids.split(LENGTHS)])
+    loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    loss.backward()
+
+    assert relative(model.logits(ids, cu_seqlens, max(LENGTHS)), logits) < 1e-5
+    sums = model(ids, labels, cu_seqlens, max(LENGTHS))
+    assert sums.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert sums.correct == (logits.argmax(-1) == labels).sum()
+    (sums.loss * 0.5).backward()  # a scaled loss: both of the head's gradients must follow
+    gradients = stacked_gradients(model)
+    expected = dict(reference.named_parameters())
+    assert gradients.keys() == expected.keys()
+    for parameter, gradient in gradients.items():
+        wanted = expected[parameter].grad
+        assert wanted is not None and wanted.norm() > 0, parameter
+        assert relative(gradient * 2, wanted) < 1e-4, parameter
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"routed_scaling_factor": 1.0}, "the seed's first error: no scaling where norm_topk_prob is on"),
+        ({"rope_scaling": None}, "the seed's second: YaRN and its mscale lost"),
+        ({"n_group": 1, "topk_group": 1}, "groups ignored"),
+        ({"rms_norm_eps": 1e-2}, "the norms' epsilon"),
+    ],
+)
+def test_parity_would_catch(change: dict[str, object], where: str) -> None:
+    reference = oracle(CONFIGS["deepseek_v3"])
+    model = ours(CONFIGS["deepseek_v3"] | change, reference)
+    ids, _, cu_seqlens = packed_row(96)
+    logits = torch.cat([reference(document[None]).logits[0] for document in ids.split(LENGTHS)])
+    assert relative(model.logits(ids, cu_seqlens, max(LENGTHS)), logits) > 1e-3, where
+
+
+def test_router_bias_chooses_but_does_not_weigh() -> None:
+    reference = oracle(CONFIGS["deepseek_v3"])
+    model = ours(CONFIGS["deepseek_v3"], reference)
+    gate = next(module for module in model.modules() if isinstance(module, Router))
+    x = torch.randn(50, 32)
+    gate.e_score_correction_bias.zero_()
+    gate.e_score_correction_bias[5] = 3.0  # above every affinity, and its group wins with it
+    scores, chosen, weights = gate(x)
+    assert (chosen == 5).any(-1).all()
+    expected = scores.gather(1, chosen)
+    torch.testing.assert_close(weights, 2.5 * expected / expected.sum(-1, keepdim=True))

@@ -1,0 +1,169 @@
+"""The commands as users run them: fit on two processes, resume, validate, export, verify, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.xdist_group("distributed")
+ROOT = Path(__file__).parents[1]
+
+# Small in every way, with the real tokenizer: 24 conversations, two layers.
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "n_routed_experts": 8,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+
+
+def run(*args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "src.cli", *args], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    if check and result.returncode != 0:
+        raise AssertionError(f"{args} failed:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}")
+    return result
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the model's config and a little data."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "model").mkdir()
+    fields = json.loads((ROOT / "configs/models/tiny/config.json").read_text()) | SMALL
+    (folder / "model/config.json").write_text(json.dumps(fields))
+    (folder / "model/generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1}')
+    lines = (ROOT / "data/demo/train.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join(lines[:24]))
+    (folder / "val.jsonl").write_text("\n".join(lines[24:30]))
+    return folder
+
+
+def fit_args(inputs: Path, root: Path, *more: str) -> list[str]:
+    return [
+        "fit",
+        "--config=configs/tiny_cpu.yaml",
+        f"--trainer.default_root_dir={root}",
+        "--trainer.enable_progress_bar=false",
+        f"--model.pretrained={inputs}/model",
+        f"--data.train_files=[{inputs}/train.jsonl]",
+        f"--data.val_files=[{inputs}/val.jsonl]",
+        f"--data.cache_dir={inputs}/cache",
+        "--data.max_length=256",
+        "--data.num_workers=0",
+        "--trainer.accumulate_grad_batches=2",
+        "--checkpoint.every_n_train_steps=3",
+        "--checkpoint.keep=2",
+        *more,
+    ]
+
+
+def scalars(root: Path, tag: str) -> dict[int, float]:
+    events = EventAccumulator(str(root / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+@pytest.fixture(scope="module")
+def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    run(*fit_args(inputs, root))
+    return root
+
+
+def test_fit_leaves_its_newest_checkpoints_and_curves(trained: Path) -> None:
+    losses = scalars(trained, "train/loss")
+    steps = len(losses)
+    assert steps >= 6 and min(losses.values()) < losses[0]
+    folder = trained / "checkpoints"
+    names = sorted(p.name for p in folder.iterdir())
+    assert (folder / "last.ckpt").is_symlink() and os.readlink(folder / "last.ckpt") == f"step={steps}.ckpt"
+    assert len(names) == 3 and f"step={steps}.ckpt" in names
+    for tag in ("train/grad_norm", "train/tokens_per_second", "val/loss", "val/accuracy", "val/perplexity"):
+        assert scalars(trained, tag), tag
+    rates = scalars(trained, "lr-AdamW/pg1")
+    assert rates[0] == pytest.approx(3e-3)
+
+
+def test_the_checkpoint_tells_what_made_it(trained: Path, inputs: Path) -> None:
+    last = trained / "checkpoints/last.ckpt"
+    config = yaml.safe_load((last / "config.yaml").read_text())
+    assert config["data"]["max_length"] == 256 and config["model"]["from_scratch"] is True
+    record = json.loads((last / "run.json").read_text())
+    assert record["base"] == str(inputs / "model") and record["versions"]["torch"] == torch.__version__
+    assert (last / "hf/tokenizer.json").is_file() and (last / "hf/generation_config.json").is_file()
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_resume_continues_bit_for_bit(steps: int, trained: Path, inputs: Path, tmp_path: Path) -> None:
+    # 3: saved in the middle of the first epoch; 4: at the end, by on_train_end
+    run(*fit_args(inputs, tmp_path, f"--trainer.max_steps={steps}"))
+    assert os.readlink(tmp_path / "checkpoints/last.ckpt") == f"step={steps}.ckpt"
+    total = len(scalars(trained, "train/loss"))
+    # max_steps shortens the schedule too, which must be that of the whole run to be continued
+    before = scalars(tmp_path, "train/loss")
+    assert before[0] == scalars(trained, "train/loss")[0]
+    run(*fit_args(inputs, tmp_path, "--ckpt_path=last", f"--trainer.max_steps={total}"))
+    whole = tmp_path / "whole"
+    run(*fit_args(inputs, whole, f"--trainer.max_steps={total}"))
+    assert scalars(whole, "train/loss") == scalars(trained, "train/loss")
+
+
+def test_validate_prints_the_loss_of_the_checkpoint(trained: Path, inputs: Path) -> None:
+    args = ["validate", *fit_args(inputs, trained)[1:], "--ckpt_path=last"]
+    result = run(*[a for a in args if not a.startswith("--trainer.accumulate")])
+    printed = float(result.stdout.split("val/loss ")[-1].split()[0])
+    recorded = scalars(trained, "val/loss")
+    assert printed == pytest.approx(recorded[max(recorded)], rel=1e-6)
+
+
+def test_export_loads_in_transformers(trained: Path, tmp_path: Path) -> None:
+    run("export", f"--ckpt={trained}/checkpoints/last.ckpt", f"--out={tmp_path}/hf", "--dtype=fp32")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.chat_template and model.generation_config.eos_token_id == 1
+    result = run("verify", f"--model={tmp_path}/hf")
+    assert result.stdout.count(" ok") == 3
+
+
+def test_a_second_fit_into_the_folder_is_refused(trained: Path, inputs: Path) -> None:
+    result = run(*fit_args(inputs, trained), check=False)
+    assert result.returncode != 0 and "holds checkpoints of an earlier run" in result.stderr
+    assert "--ckpt_path last" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--ckpt_path=last"], "there is no checkpoint"),
+        (["--data.max_length=8192"], "above the model's max_position_embeddings 4096"),
+        (["--trainer.strategy.init_args.sequence_parallel_size=3"], "WORLD_SIZE 2"),
+        (["--model.pretrained=/nowhere"], "/nowhere/config.json does not exist"),
+        (["--model.experts_per_shard=3"], "does not divide the 8 experts"),
+    ],
+)
+def test_what_cannot_work_is_refused(change: list[str], message: str, inputs: Path, tmp_path: Path) -> None:
+    result = run(*fit_args(inputs, tmp_path, *change), check=False)
+    assert result.returncode != 0 and message in result.stderr
+
+
+@pytest.mark.parametrize("command", ["export", "verify"])
+def test_help_of_light_commands_needs_no_training_library(command: str) -> None:
+    code = f"import sys; sys.argv=['x']; from src.cli import main; main(['{command}', '--help'])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "--" in result.stdout
