@@ -84,6 +84,12 @@ class TrainingCLI(LightningCLI):
                 f"{config.vocab_size}: they do not belong together."
             )
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # Set on the trainer, so that the module knows while it builds the model; as an argument it would not.
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        self.trainer.ckpt_path = kwargs.pop("ckpt_path")
+        return kwargs
+
     def after_validate(self) -> None:
         if self.trainer.is_global_zero:
             loss = float(self.trainer.callback_metrics["val/loss"])

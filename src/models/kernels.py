@@ -49,16 +49,39 @@ def attention_flash_4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_s
     return out[0] if isinstance(out, tuple) else out
 
 
-ATTENTION: dict[str, AttentionKernel] = {"flash_attn_4": attention_flash_4, "sdpa": attention_by_document}
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    """PyTorch's own FlashAttention-2 for variable lengths; V is padded to the key's width, which it demands."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    width = v.shape[-1]
+    v = F.pad(v, (0, k.shape[-1] - width))
+    causal = (-1, 0)  # window: everything before, nothing after
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=causal)
+    assert isinstance(out, Tensor)
+    return out[..., :width]
 
 
-def _flash_4_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return f"it needs a Hopper GPU, the device is {device.type}"
-    if dtype != torch.bfloat16:
+# From the fastest on; `auto` takes the first that can run. "sdpa" runs everywhere.
+ATTENTION: dict[str, AttentionKernel] = {
+    "flash_attn_4": attention_flash_4,
+    "varlen": attention_varlen,
+    "sdpa": attention_by_document,
+}
+
+
+def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the attention kernel cannot run there; None where it can."""
+    if name == "sdpa":
+        return None
+    if device.type != "cuda":
+        return f"it needs CUDA, the device is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
         return f"it needs bfloat16, the model is {dtype}"
-    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
-        return "the package flash-attn-4 is not installed (extra `gpu`)"
+    if name == "flash_attn_4":
+        if torch.cuda.get_device_capability(device)[0] != 9:
+            return f"it needs a Hopper GPU, this is {torch.cuda.get_device_name(device)}"
+        if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+            return "the package flash-attn-4 is not installed (extra `gpu`)"
     return None
 
 
@@ -71,12 +94,13 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> At
     """
     if name not in ("auto", *ATTENTION):
         raise ValueError(f"attention_kernel {name!r} is unknown; it is one of auto, {', '.join(ATTENTION)}.")
-    problem = _flash_4_problem(device, dtype)
-    if name == "flash_attn_4" and problem:
-        raise ValueError(f"attention_kernel 'flash_attn_4' cannot run: {problem}. Use auto or sdpa.")
+    problems = {candidate: _problem(candidate, device, dtype) for candidate in ATTENTION}
     if name == "auto":
-        name = "sdpa" if problem else "flash_attn_4"
-        log.info("attention kernel: %s%s", name, f" (flash_attn_4: {problem})" if problem else "")
+        name = next(candidate for candidate, problem in problems.items() if problem is None)
+        passed = "; ".join(f"not {candidate}: {problem}" for candidate, problem in problems.items() if problem)
+        log.info("attention kernel: %s%s", name, f" ({passed})" if passed else "")
+    elif problems[name]:
+        raise ValueError(f"attention_kernel {name!r} cannot run: {problems[name]}. Use auto or sdpa.")
     return ATTENTION[name]
 
 

@@ -54,7 +54,7 @@ class SFTModule(pl.LightningModule):
         warmup_ratio: the part of all optimizer steps over which the rate rises linearly.
         activation_checkpointing: keep each layer's input alone and compute the rest again in the backward pass.
         experts_per_shard: routed experts that ZeRO-3 gathers at once; `auto` takes about an eighth of a layer's.
-        attention_kernel: auto, flash_attn_4 (Hopper, bf16) or sdpa.
+        attention_kernel: auto, flash_attn_4 (Hopper, bf16), varlen (CUDA, bf16) or sdpa.
 
     Raises:
         ValueError: the config.json is absent, of another architecture or asks for what is not implemented; a value is
@@ -153,6 +153,9 @@ class SFTModule(pl.LightningModule):
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     # -- steps ----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        self._logged_step = self.trainer.global_step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         sums = self._forward(batch)

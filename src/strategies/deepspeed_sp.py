@@ -193,6 +193,7 @@ class DeepSpeedSPStrategy(DeepSpeedStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         self.precision_plugin = _ModulePrecision(self.precision_plugin.precision)  # type: ignore[arg-type]
+        self.model_to_device()  # the metrics; the weights are there, and partitions stay where they are offloaded
         super().setup(trainer)
 
     def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> Optimizer:

@@ -1,0 +1,78 @@
+"""The kernel facade: what it picks, what it refuses, and its plain paths against autograd and loops."""
+
+import pytest
+import torch
+
+from src.models import kernels
+from src.models.loss import IGNORE_INDEX, linear_cross_entropy
+
+CPU = torch.device("cpu")
+
+
+def test_auto_takes_what_runs_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    kernels.resolve_attention.cache_clear()
+    with caplog.at_level("INFO"):
+        assert kernels.resolve_attention("auto", CPU, torch.float32) is kernels.attention_by_document
+    assert "attention kernel: sdpa" in caplog.text and "not flash_attn_4: it needs CUDA" in caplog.text
+
+
+def test_a_kernel_that_cannot_run_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'flash_attn_4' cannot run: it needs CUDA, the device is cpu"):
+        kernels.resolve_attention("flash_attn_4", CPU, torch.bfloat16)
+    with pytest.raises(ValueError, match="'flash' is unknown; it is one of auto, flash_attn_4, varlen, sdpa"):
+        kernels.resolve_attention("flash", CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_mm_is_a_loop_over_experts(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weights = (
+        torch.randn(10, 16, generator=generator).to(dtype),
+        torch.randn(4, 16, 8, generator=generator).to(dtype),
+    )
+    offsets = torch.tensor([3, 3, 9, 10], dtype=torch.int32)  # the second expert has no rows
+    bounds = [0, *offsets.tolist()]
+    expected = torch.cat([x[bounds[j] : bounds[j + 1]] @ weights[j] for j in range(4)])
+    torch.testing.assert_close(kernels.grouped_mm(x, weights, offsets), expected)
+    y = torch.randn(10, 8, generator=generator).to(dtype)
+    by_expert = torch.stack([x[bounds[j] : bounds[j + 1]].T @ y[bounds[j] : bounds[j + 1]] for j in range(4)])
+    torch.testing.assert_close(kernels.grouped_mm(x.T, y, offsets), by_expert)
+
+
+def test_swiglu_backward_is_autograds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(7, 12, generator=generator).requires_grad_()
+    weight = torch.rand(7, generator=generator).requires_grad_()
+    grad = torch.randn(7, 6, generator=generator)
+    out = kernels.swiglu(gate_up, weight)
+    out.backward(grad)
+    found = kernels.swiglu_backward(gate_up.detach(), grad, weight.detach())
+    for ours, expected in zip(found, (gate_up.grad, out.detach(), weight.grad), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_linear_cross_entropy_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.models.loss.CHUNK_ELEMENTS", 11 * chunk)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(11, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    labels = torch.tensor([3, IGNORE_INDEX, 10, 0, IGNORE_INDEX, 5, 5, 1, IGNORE_INDEX])
+    logits = hidden @ weight.T
+    expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    wanted = torch.autograd.grad(expected * 0.3, [hidden, weight])
+    loss, correct = linear_cross_entropy(hidden, weight, labels)
+    found = torch.autograd.grad(loss * 0.3, [hidden, weight])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert correct == (logits.argmax(-1) == labels).sum()
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_row_without_targets_has_a_loss_of_zero_and_gradients() -> None:
+    hidden, weight = torch.randn(4, 5).requires_grad_(), torch.randn(11, 5).requires_grad_()
+    loss, correct = linear_cross_entropy(hidden, weight, torch.full((4,), IGNORE_INDEX))
+    loss.backward()
+    assert loss == 0 and correct == 0
+    assert hidden.grad is not None and weight.grad is not None  # a rank without targets still reduces its share
+    assert not hidden.grad.any() and not weight.grad.any()
