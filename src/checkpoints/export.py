@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 Dtype = Literal["bf16", "fp8", "fp32"]
 
+RUN_RECORD = "run.json"
 _PLAN = ".export.json"
 _PATIENCE = 120  # seconds for which a process waits for the plan of the one that made the directory
 
@@ -61,7 +62,8 @@ def export(
         dtype: bf16; fp8, DeepSeek's 128 x 128 blocks; or fp32, the masters as they are.
         max_shard_size: most bytes of tensors in a file.
         resume: go on with an export of the same checkpoint and settings that was interrupted.
-        base: Hugging Face directory from which the multi-token-prediction block comes where it was not trained.
+        base: Hugging Face directory from which the multi-token-prediction block comes where it was not trained; by
+            default the one that training started from, which the checkpoint records.
 
     Raises:
         ValueError: `out` is there already, an interrupted export is and `resume` is not set, or it was one of something
@@ -72,6 +74,7 @@ def export(
     side = Path(ckpt) / "hf"
     config = read_config(side)
     trained = PerExpert(ZeroCheckpointSource(ckpt))
+    base = base or _recorded_base(Path(ckpt), config)
     untrained = HFDirectorySource(base, dequantise=dtype != "fp8") if base else None
     tensors = output_tensors(trained, config, dtype, untrained)
     shards = plan_shards(tensors, parse_size(max_shard_size))
@@ -86,13 +89,25 @@ def export(
     if rank == 0 and not (partial / "config.json").is_file():
         mtp = any(mtp_layer(tensor.name, config["num_hidden_layers"]) for tensor in tensors)
         if config.get("num_nextn_predict_layers") and not mtp:
-            log.warning("the multi-token-prediction block was not trained and no --base is given: exporting without it")
+            log.warning(
+                "the multi-token-prediction block was not trained, and neither --base nor the directory that training "
+                "started from has one: exporting without it"
+            )
         copy_side_files(side, partial, skip=("config.json",))
         if len(shards) > 1:
             write_json(partial / INDEX_FILE, index(shards))
         write_config(partial, config, dtype=dtype, mtp_layers=int(mtp))  # the last: it says that the others are there
     _write(partial, shards[rank::world_size], progress=rank == 0)
     _finish(partial, target, shards)
+
+
+def _recorded_base(ckpt: Path, config: dict[str, Any]) -> str | None:
+    """Where training started from, if that has weights and the model has an MTP block to take from them."""
+    record = ckpt / RUN_RECORD
+    if not config.get("num_nextn_predict_layers") or not record.is_file():
+        return None
+    base = Path(json.loads(record.read_text())["base"])
+    return str(base) if any(base.glob("*.safetensors")) else None
 
 
 def output_tensors(

@@ -15,7 +15,7 @@ IGNORE_INDEX = -100
 PADDING_DOCUMENT = -1
 
 Batch = dict[str, Any]
-TOKEN_FIELDS = ("input_ids", "labels", "position_ids", "document_ids", "mtp_input_ids", "mtp_labels")
+TOKEN_FIELDS = ("input_ids", "labels", "document_ids", "mtp_input_ids", "mtp_labels")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ def collate(documents: Sequence[Document], sp_size: int) -> Batch:
     without documents is `sp_size` tokens of padding.
 
     Returns:
-        int64 [T]: input_ids; labels (token i+1 where it is a target, else -100); position_ids (from 0 in each
-        document); document_ids; mtp_input_ids (token i+1 of the same document, else 0); mtp_labels (token i+2 where it
-        is a target, else -100). int32 [D+1]: cu_seqlens. max_seqlen: int. sources: list[str], one a document.
+        int64 [T]: input_ids; labels (token i+1 where it is a target, else -100); document_ids; mtp_input_ids (token i+1
+        of the same document, else 0); mtp_labels (token i+2 where it is a target, else -100). int32 [D+1]: cu_seqlens,
+        of which positions follow. max_seqlen: int. sources: list[str], one a document.
     """
     lengths = [len(document.input_ids) for document in documents]
     used = sum(lengths)
@@ -66,11 +66,9 @@ def collate(documents: Sequence[Document], sp_size: int) -> Batch:
         fields["mtp_input_ids"][start : stop - 1] = ids[1:]
         fields["labels"][start : stop - 1] = targets[1:]
         fields["mtp_labels"][start : max(stop - 2, start)] = targets[2:]
-        fields["position_ids"][start:stop] = np.arange(len(ids))
         fields["document_ids"][start:stop] = index
         start = stop
     if total > used:
-        fields["position_ids"][used:] = np.arange(total - used)
         lengths.append(total - used)
     return {
         **{name: torch.from_numpy(values) for name, values in fields.items()},

@@ -18,47 +18,62 @@ CHUNK_ELEMENTS = 2**27  # logits of a chunk: 512 MiB in fp32, 1,038 tokens of De
 
 class _LinearCrossEntropy(Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         chunk = max(1, CHUNK_ELEMENTS // len(weight))
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        correct = hidden.new_zeros((), dtype=torch.int64)
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        correct = hidden.new_empty(len(hidden), dtype=torch.bool)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), chunk):
-            x, y = hidden[start : start + chunk], labels[start : start + chunk, None]  # [C, H], [C, 1]
+            part = slice(start, start + chunk)
+            x, y = hidden[part], labels[part, None]  # [C, H], [C, 1]
             logits = (x @ weight.T).float()  # [C, V]
-            correct += (logits.argmax(-1, keepdim=True) == y).sum()
+            correct[part] = logits.argmax(-1) == y[:, 0]
             log_sum = logits.logsumexp(-1, keepdim=True)
-            loss += (log_sum - logits.gather(-1, y)).sum()
+            losses[part] = (log_sum - logits.gather(-1, y))[:, 0]
             if grad_hidden is None and grad_weight is None:
                 continue
             grad = logits.sub_(log_sum).exp_()  # softmax, in the logits' memory
             grad.scatter_add_(-1, y, grad.new_full(y.shape, -1.0))
-            grad = grad.to(hidden.dtype)
+            grad = grad.mul_(scale[part, None]).to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[start : start + chunk])
+                torch.mm(grad, weight, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight += grad.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
+        ctx.mark_non_differentiable(losses, correct)
+        return (losses * scale).sum(), losses, correct
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * grad).to(ctx.dtype),
             None,
+            None,
         )
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies of softmax(hidden weight^T) over the labelled tokens.
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropies of softmax(hidden weight^T) and their sum, each times its token's scale.
 
-    hidden [T, H], weight [V, H], labels int64 [T], `IGNORE_INDEX` where a token is no target. Returns the sum in nats,
-    fp32, and how many targets have the largest logit, int64. Other tokens cost nothing. Backward once only.
+    Args:
+        hidden: [T, H].
+        weight: [V, H].
+        labels: int64 [T], `IGNORE_INDEX` where a token is no target; such tokens cost nothing.
+        scale: fp32 [T].
+
+    Returns:
+        The scaled sum in nats, an fp32 scalar, the only one with a gradient (backward once only); each token's own
+        cross-entropy, fp32 [T], zero where it is no target; bool [T], whether its label has the largest logit.
     """
     targets = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
-    return _LinearCrossEntropy.apply(hidden[targets], weight, labels[targets])
+    loss, losses, correct = _LinearCrossEntropy.apply(hidden[targets], weight, labels[targets], scale[targets])
+    every = losses.new_zeros(len(labels)).index_copy_(0, targets, losses)
+    return loss, every, torch.zeros_like(labels, dtype=torch.bool).index_copy_(0, targets, correct)

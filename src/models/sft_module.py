@@ -4,6 +4,7 @@ It reaches those only through `self.trainer.strategy` (`parallelize`, `load`, `o
 data only through its batches.
 """
 
+import fnmatch
 import math
 import os
 from typing import Any, Literal, Protocol, cast
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .deepseek_v3 import DeepseekV3ForCausalLM, load_config
+from .deepseek_v3 import DeepseekV3ForCausalLM, Losses, LossWeights, load_config
 from .kernels import ATTENTION
 from .loss import IGNORE_INDEX
 from .metrics import MeanByTarget
@@ -31,11 +32,13 @@ class ModelStrategy(Protocol):
     def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> Optimizer: ...
     @property
     def gradient_norm(self) -> float | None: ...
+    @property
+    def skipped_step(self) -> bool: ...
 
 
-def _targets(batch: Batch) -> Tensor:
+def _targets(labels: Tensor) -> Tensor:
     """How many of this rank's tokens are targets."""
-    return (batch["labels"] != IGNORE_INDEX).sum()
+    return (labels != IGNORE_INDEX).sum()
 
 
 class SFTModule(pl.LightningModule):
@@ -52,6 +55,12 @@ class SFTModule(pl.LightningModule):
         betas: AdamW's; its eps is 1e-8.
         weight_decay: on matrices; norms and biases have none.
         warmup_ratio: the part of all optimizer steps over which the rate rises linearly.
+        mtp_loss_weight: what the multi-token prediction counts beside the next token's; 0 does not build its block. It
+            means nothing where config.json has none (num_nextn_predict_layers).
+        aux_loss_alpha: factor of the sequence-wise balance loss; 0 turns it off.
+        router_bias_update_speed: by how much each router bias moves towards balance after an optimizer step; 0 leaves
+            the biases as they were trained.
+        freeze: patterns (`*`, `?`) of parameter names that are not trained, e.g. "model.embed_tokens*".
         activation_checkpointing: keep each layer's input alone and compute the rest again in the backward pass.
         experts_per_shard: routed experts that ZeRO-3 gathers at once; `auto` takes about an eighth of a layer's.
         attention_kernel: auto, flash_attn_4 (Hopper, bf16), varlen (CUDA, bf16) or sdpa.
@@ -70,6 +79,10 @@ class SFTModule(pl.LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.03,
+        mtp_loss_weight: float = 0.1,
+        aux_loss_alpha: float = 1e-4,
+        router_bias_update_speed: float = 0.0,
+        freeze: list[str] | None = None,
         activation_checkpointing: bool = True,
         experts_per_shard: int | Literal["auto"] = "auto",
         attention_kernel: str = "auto",
@@ -81,6 +94,13 @@ class SFTModule(pl.LightningModule):
             )
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"warmup_ratio {warmup_ratio} is not in [0, 1): it is a part of all optimizer steps.")
+        for name, value in (
+            ("mtp_loss_weight", mtp_loss_weight),
+            ("aux_loss_alpha", aux_loss_alpha),
+            ("router_bias_update_speed", router_bias_update_speed),
+        ):
+            if value < 0:
+                raise ValueError(f"{name} is {value}; it is 0 (off) or positive.")
         if attention_kernel not in ("auto", *ATTENTION):
             raise ValueError(f"attention_kernel {attention_kernel!r} is none of auto, {', '.join(ATTENTION)}.")
         self.config = load_config(pretrained)
@@ -91,14 +111,21 @@ class SFTModule(pl.LightningModule):
         self.betas = betas
         self.weight_decay = weight_decay
         self.warmup_ratio = warmup_ratio
+        self.mtp_loss_weight = mtp_loss_weight if self.config.num_nextn_predict_layers else 0.0
+        self.aux_loss_alpha = aux_loss_alpha
+        self.router_bias_update_speed = router_bias_update_speed
+        self.freeze_patterns = freeze or []
         self.activation_checkpointing = activation_checkpointing
         self.experts_per_shard = None if experts_per_shard == "auto" else experts_per_shard
         self.attention_kernel = attention_kernel
         self.model: DeepseekV3ForCausalLM | None = None
+        self._step_sources: list[str] = []  # rows of this rank's micro-batches since the last optimizer step
+        self.expert_load: Tensor | None = None  # of the last optimizer step, int64 [MoE layers, E]
         self.train_loss = MeanByTarget()
+        self.train_mtp_loss = MeanByTarget()
+        self.train_balance = MeanByTarget()
         self.val_loss = MeanByTarget()
         self.val_accuracy = MeanByTarget()
-        self._logged_step = 0
 
     # -- building -------------------------------------------------------------------------------------------------
 
@@ -116,7 +143,9 @@ class SFTModule(pl.LightningModule):
                 "set trainer.strategy.class_path to src.strategies.DeepSpeedSPStrategy."
             )
         with torch.device("meta"):
-            self.model = DeepseekV3ForCausalLM(self.config, self.experts_per_shard)
+            self.model = DeepseekV3ForCausalLM(self.config, self.experts_per_shard, self.mtp_loss_weight > 0)
+        self._freeze(self.model)
+        self.model.set_balance(self.aux_loss_alpha > 0)
         self.model.set_attention_kernel(self.attention_kernel)
         strategy.parallelize(self.model, self.activation_checkpointing)
         if self.trainer.state.fn == "fit" and checkpoint is not None:
@@ -127,6 +156,18 @@ class SFTModule(pl.LightningModule):
             strategy.initialise(self.model, int(os.environ.get("PL_GLOBAL_SEED", 0)))
         else:
             strategy.load(self.model, self.pretrained)
+
+    def _freeze(self, model: DeepseekV3ForCausalLM) -> None:
+        names = [name for name, _ in model.named_parameters()]
+        unmatched = [p for p in self.freeze_patterns if not fnmatch.filter(names, p)]
+        if unmatched:
+            raise ValueError(
+                f"freeze: no parameter's name matches {', '.join(map(repr, unmatched))}; names are such as {names[0]} "
+                f"and {names[-1]}, without the prefix that checkpoints put before them."
+            )
+        for name, parameter in model.named_parameters():
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.freeze_patterns):
+                parameter.requires_grad_(False)
 
     def configure_optimizers(self) -> Any:
         assert self.model is not None
@@ -154,40 +195,98 @@ class SFTModule(pl.LightningModule):
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def on_train_start(self) -> None:
-        self._logged_step = self.trainer.global_step
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        sums = self._forward(batch)
-        self.train_loss.update(sums.loss, _targets(batch))
-        # This micro-batch's share of the step's mean; Lightning divides by the accumulation, which is in it already.
-        share = sums.loss / batch["step_targets"]
-        return share * self.trainer.accumulate_grad_batches
+        losses = self._forward(
+            batch,
+            LossWeights(
+                cross_entropy=1 / batch["step_targets"],
+                mtp=self.mtp_loss_weight / max(1, batch["step_mtp_targets"]),
+                balance=self.aux_loss_alpha / batch["step_tokens"],
+            ),
+        )
+        self._refuse_non_finite_loss(losses, batch)
+        self.train_loss.update(losses.cross_entropy, _targets(batch["labels"]))
+        self.train_mtp_loss.update(losses.mtp, _targets(batch["mtp_labels"]))
+        self.train_balance.update(losses.balance, (batch["document_ids"] >= 0).sum())
+        # This micro-batch's share of the step's means; Lightning divides by the accumulation, which is in them already.
+        return losses.loss * self.trainer.accumulate_grad_batches
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        sums = self._forward(batch)
-        self.val_loss.update(sums.loss, _targets(batch))
-        self.val_accuracy.update(sums.correct, _targets(batch))
+        losses = self._forward(batch, LossWeights())
+        self.val_loss.update(losses.cross_entropy, _targets(batch["labels"]))
+        self.val_accuracy.update(losses.correct, _targets(batch["labels"]))
 
-    def _forward(self, batch: Batch) -> Any:
+    def _forward(self, batch: Batch, weights: LossWeights) -> Losses:
         assert self.model is not None
-        return self.model(batch["input_ids"], batch["labels"], batch["cu_seqlens"], batch["max_seqlen"])
+        names = ("input_ids", "labels", "cu_seqlens", "max_seqlen", "document_ids", "mtp_input_ids", "mtp_labels")
+        return self.model(**{name: batch[name] for name in names}, weights=weights)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self._ends_step(batch_idx):  # here, before any callback saves a checkpoint
+            self._refuse_non_finite_gradient()
+            self._update_router_biases()
+
+    def _ends_step(self, batch_idx: int) -> bool:
+        """Whether this micro-batch is an optimizer step's last; an epoch has whole steps."""
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+
+    def _refuse_non_finite_loss(self, losses: Losses, batch: Batch) -> None:
+        """Raises on every rank where any rank's loss is not finite, before its gradient is computed."""
+        self._step_sources += batch["sources"]
+        bad = self.trainer.strategy.reduce((~losses.loss.detach().isfinite()).float(), reduce_op="sum")
+        if bad == 0:
+            return
+        documents = batch["document_ids"][~losses.token_losses.isfinite()].unique().tolist()
+        rows = ", ".join(batch["sources"][index] for index in documents) or "rows of other ranks, see their logs"
+        raise FloatingPointError(
+            f"optimizer step {self.trainer.global_step + 1}: the loss is not finite, on {int(bad)} of "
+            f"{self.trainer.world_size} ranks; here at {rows}. The weights are as the last step left them: look at "
+            "these rows, and resume from the last checkpoint without them or with a lower learning rate."
+        )
+
+    def _refuse_non_finite_gradient(self) -> None:
+        """Raises where DeepSpeed found the step's gradient norm not finite and left the weights alone."""
+        sources, self._step_sources = self._step_sources, []
+        if self._strategy.skipped_step:
+            raise FloatingPointError(
+                f"optimizer step {self.trainer.global_step + 1}: the gradient is not finite though the loss is; the "
+                f"weights are as the last step left them. This rank's rows were {', '.join(sources)}."
+            )
+
+    @torch.no_grad()
+    def _update_router_biases(self) -> None:
+        """Auxiliary-loss-free balancing (arXiv 2408.15664): a bias moves by the sign of its expert's load violation."""
+        assert self.model is not None
+        routers = self.model.routers
+        if not routers:
+            return
+        # [layers, E], of the whole step: every rank counted its own tokens
+        load = self.trainer.strategy.reduce(torch.stack([r.load for r in routers]), reduce_op="sum")
+        for router, own in zip(routers, load.float(), strict=True):
+            router.e_score_correction_bias += self.router_bias_update_speed * torch.sign(own.mean() - own)
+            router.load.zero_()
+        self.expert_load = load
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if self.trainer.global_step == self._logged_step:
-            return  # in the middle of accumulation
-        self._logged_step = self.trainer.global_step
+        if not self._ends_step(batch_idx):
+            return
         self.log("train/loss", self.train_loss.compute(), prog_bar=True)
-        self.train_loss.reset()
+        if self.mtp_loss_weight > 0:
+            self.log("train/mtp_loss", self.train_mtp_loss.compute())
+        if self.aux_loss_alpha > 0:
+            self.log("train/balance_loss", self.train_balance.compute())
+        for metric in (self.train_loss, self.train_mtp_loss, self.train_balance):
+            metric.reset()
         gradient_norm = self._strategy.gradient_norm
         if gradient_norm is not None:
             self.log("train/grad_norm", gradient_norm)
 
     def on_validation_epoch_end(self) -> None:
         loss = self.val_loss.compute()
-        self.log("val/loss", loss, prog_bar=True)
-        self.log("val/perplexity", loss.exp())
-        self.log("val/accuracy", self.val_accuracy.compute())
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("val/perplexity", loss.exp(), sync_dist=True)
+        self.log("val/accuracy", self.val_accuracy.compute(), sync_dist=True)
         self.val_loss.reset()
         self.val_accuracy.reset()
 

@@ -252,6 +252,11 @@ class DeepSpeedSPStrategy(DeepSpeedStrategy):
         norm = self.deepspeed_engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
+    @property
+    def skipped_step(self) -> bool:
+        """Whether the last optimizer step was left out, the weights untouched, since its gradient is not finite."""
+        return bool(getattr(self.deepspeed_engine.optimizer, "overflow", False))
+
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:

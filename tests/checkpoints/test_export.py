@@ -147,6 +147,20 @@ def test_an_untrained_mtp_block_comes_from_the_base(checkpoints: Checkpoints, ba
     assert written_config(tmp_path / "out")["num_nextn_predict_layers"] == 1
 
 
+def test_the_base_is_by_default_what_training_started_from(
+    checkpoints: Checkpoints, base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    block = save_mtp(tmp_path / "base", torch.bfloat16)
+    shutil.copytree(checkpoints.folder / "stage 3", tmp_path / "ckpt")
+    (tmp_path / "ckpt/run.json").write_text(json.dumps({"base": str(tmp_path / "base")}))
+    export(str(tmp_path / "ckpt"), str(tmp_path / "out"))
+    written = stored(tmp_path / "out")
+    own = block.keys() - copies(written)  # the copies are the trained embedding and head
+    assert own and all(torch.equal(written[name], block[name]) for name in own)
+    assert written_config(tmp_path / "out")["num_nextn_predict_layers"] == 1
+
+
 def test_an_fp8_block_goes_from_the_base_byte_for_byte(checkpoints: Checkpoints, base: Path, tmp_path: Path) -> None:
     export(str(checkpoints.folder / "stage 2"), str(tmp_path / "base"), "fp8")
     export(str(checkpoints.folder / "stage 3"), str(tmp_path / "out"), "fp8", base=str(tmp_path / "base"))

@@ -17,7 +17,6 @@ def test_a_batch_by_hand() -> None:
     expected = {
         "input_ids": [5, 6, 7, 8, 9, 3, 4, 0],
         "labels": [no, 7, 8, no, 3, no, no, no],
-        "position_ids": [0, 1, 2, 3, 0, 1, 2, 0],
         "document_ids": [0, 0, 0, 0, 1, 1, 1, -1],
         "mtp_input_ids": [6, 7, 8, 0, 3, 4, 0, 0],
         "mtp_labels": [7, 8, no, no, no, no, no, no],

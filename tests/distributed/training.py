@@ -11,6 +11,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors.torch import save_file
 from transformers import DeepseekV3ForCausalLM as OracleModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from src.datamodules import SFTDataModule
 from src.datamodules.packing import PackedRows, one_sample_a_row, pack
@@ -90,8 +91,11 @@ class Layout:
 class Recipe:
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
-    gradient_clip_val: float = 0.0
+    gradient_clip_val: float = 1.0
+    aux_loss_alpha: float = 0.05
+    router_bias_update_speed: float = 0.02
     steps: int = 5
+    freeze: tuple[str, ...] = ()
 
 
 class Record(pl.Callback):
@@ -121,12 +125,17 @@ class Record(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._note_step(trainer)
         self.weights = _by_name(pl_module, safe_get_full_fp32_param)
+        for name, buffer in pl_module.model.named_buffers():  # type: ignore[union-attr]
+            if name.endswith("e_score_correction_bias"):
+                self.weights[name] = buffer.clone()
 
 
 def _by_name(module: pl.LightningModule, get: Any) -> dict[str, torch.Tensor]:
     """Our tensors under transformers' module names, expert shards concatenated."""
     found: dict[str, torch.Tensor] = {}
     for name, parameter in module.model.named_parameters():  # type: ignore[union-attr]
+        if get is safe_get_full_grad and not parameter.requires_grad:
+            continue
         tensor = get(parameter)
         if tensor is None:  # stage 0 keeps them in the parameter
             tensor = parameter.grad if get is safe_get_full_grad else parameter
@@ -140,7 +149,15 @@ def _by_name(module: pl.LightningModule, get: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def fit(layout: Layout, recipe: Recipe, model_directory: str, count: int, root: str | None = None) -> dict[str, Any]:
+def fit(
+    layout: Layout,
+    recipe: Recipe,
+    model_directory: str,
+    count: int,
+    root: str | None = None,
+    module_class: type[SFTModule] = SFTModule,
+    more_callbacks: tuple[pl.Callback, ...] = (),
+) -> dict[str, Any]:
     """Trains on this rank of the layout; to be called on every rank. Returns the record as plain values."""
     record = Record()
     trainer = pl.Trainer(
@@ -162,14 +179,17 @@ def fit(layout: Layout, recipe: Recipe, model_directory: str, count: int, root: 
         enable_model_summary=False,
         num_sanity_val_steps=0,
         limit_val_batches=0,
-        callbacks=[record],
+        callbacks=[record, *more_callbacks],
         default_root_dir=root,
     )
-    module = SFTModule(
+    module = module_class(
         model_directory,
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         warmup_ratio=0.4,
+        aux_loss_alpha=recipe.aux_loss_alpha,
+        router_bias_update_speed=recipe.router_bias_update_speed,
+        freeze=list(recipe.freeze),
         experts_per_shard=2,
     )
     trainer.fit(module, MemoryData(documents(count), layout.batch_size, layout.packing))
@@ -191,6 +211,16 @@ def save_model(model: OracleModel, fields: dict[str, Any], directory: Path) -> s
     return str(directory)
 
 
+def balance_of_document(scores: torch.Tensor, config: Any) -> torch.Tensor:
+    """DeepSeek-V3's equations 17 to 20 for one document's affinities [T, E], expert by expert."""
+    top_k, total = config.num_experts_per_tok, torch.zeros(())
+    among_best = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(top_k, -1).indices, True)
+    for expert in range(scores.shape[1]):
+        frequency = scores.shape[1] / (top_k * len(scores)) * among_best[:, expert].sum()
+        total = total + frequency * (scores[:, expert] / scores.sum(-1)).mean()
+    return total
+
+
 def plain_pytorch(
     model: OracleModel, recipe: Recipe, count: int, rows_per_step: int, packing: bool = True
 ) -> dict[str, Any]:
@@ -204,20 +234,34 @@ def plain_pytorch(
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.999), eps=1e-8)
     warmup = int(np.ceil(0.4 * recipe.steps))
     result: dict[str, Any] = {"losses": [], "norms": []}
+    routers = [module for module in model.modules() if isinstance(module, DeepseekV3TopkRouter)]
+    routed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of the last forward, a router: logits, chosen experts
+
+    def note(router: torch.nn.Module, _: Any, output: tuple[torch.Tensor, ...]) -> None:
+        routed[id(router)] = output[0], output[2]
+
+    for router in routers:
+        router.register_forward_hook(note)
     for step in range(recipe.steps):
         docs = [cache.docs[s] for r in order[step * rows_per_step : (step + 1) * rows_per_step] for s in rows[r]]
-        total, count_targets = torch.zeros(()), 0
+        total, count_targets, balance = torch.zeros(()), 0, torch.zeros(())
+        load = torch.zeros(len(routers), model.config.n_routed_experts)
         for doc in docs:
             ids = torch.from_numpy(doc.input_ids.astype(np.int64))
             logits = model(ids[None]).logits[0]
+            for index, router in enumerate(routers):
+                router_logits, chosen = routed[id(router)]
+                balance = balance + len(ids) * balance_of_document(router_logits.sigmoid(), model.config)
+                load[index] += torch.bincount(chosen.flatten(), minlength=load.shape[1])
             target = sorted({i for start, stop in doc.target_spans.tolist() for i in range(start, stop)} - {0})
             count_targets += len(target)
             if target:
                 where = torch.tensor(target)
                 total = total + torch.nn.functional.cross_entropy(logits[where - 1], ids[where], reduction="sum")
         loss = total / count_targets
+        tokens = sum(len(doc.input_ids) for doc in docs)
         optimizer.zero_grad()
-        loss.backward()
+        (loss + recipe.aux_loss_alpha * balance / tokens).backward()
         if step == 0:
             result["gradients"] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         result["losses"].append(loss.item())
@@ -228,5 +272,8 @@ def plain_pytorch(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * factor
         optimizer.step()
+        for router, counts in zip(routers, load, strict=True):
+            router.e_score_correction_bias += recipe.router_bias_update_speed * torch.sign(counts.mean() - counts)
     result["weights"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result["weights"] |= {n: b.clone() for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
     return result

@@ -59,20 +59,23 @@ def test_linear_cross_entropy_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPa
     weight = torch.randn(11, 5, generator=generator, dtype=torch.float64).requires_grad_()
     labels = torch.tensor([3, IGNORE_INDEX, 10, 0, IGNORE_INDEX, 5, 5, 1, IGNORE_INDEX])
     logits = hidden @ weight.T
-    expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    scale = torch.rand(9, generator=generator)
+    each = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    expected = (each * scale).sum()
     wanted = torch.autograd.grad(expected * 0.3, [hidden, weight])
-    loss, correct = linear_cross_entropy(hidden, weight, labels)
+    loss, losses, correct = linear_cross_entropy(hidden, weight, labels, scale)
     found = torch.autograd.grad(loss * 0.3, [hidden, weight])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert correct == (logits.argmax(-1) == labels).sum()
+    torch.testing.assert_close(losses.double(), each.detach(), rtol=1e-6, atol=0)
+    assert torch.equal(correct, logits.argmax(-1) == labels)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_a_row_without_targets_has_a_loss_of_zero_and_gradients() -> None:
     hidden, weight = torch.randn(4, 5).requires_grad_(), torch.randn(11, 5).requires_grad_()
-    loss, correct = linear_cross_entropy(hidden, weight, torch.full((4,), IGNORE_INDEX))
+    loss, losses, correct = linear_cross_entropy(hidden, weight, torch.full((4,), IGNORE_INDEX), torch.ones(4))
     loss.backward()
-    assert loss == 0 and correct == 0
+    assert loss == 0 and not losses.any() and not correct.any()
     assert hidden.grad is not None and weight.grad is not None  # a rank without targets still reduces its share
     assert not hidden.grad.any() and not weight.grad.any()

@@ -3,12 +3,24 @@
 Written out as config.json fields: no oracle's defaults, no file of a real model.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import DeepseekV3ForCausalLM as OracleModel
 
+try:
+    from transformers.modeling_layers import MtpModel
+except ImportError:
+    MtpModel = None
+
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, config_from_dict
+from src.models.loss import IGNORE_INDEX
+
+needs_mtp_oracle = pytest.mark.skipif(MtpModel is None, reason="this transformers has no MtpModel to compare with")
 
 YARN = {
     "type": "yarn",
@@ -98,18 +110,40 @@ def oracle(fields: dict[str, Any], seed: int = 0) -> OracleModel:
     config = config_from_dict(fields)
     config._attn_implementation = "eager"
     model = OracleModel(config).float()
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if "norm" in name:
-                tensor.add_(0.2 * torch.randn_like(tensor))
-            elif "e_score_correction_bias" in name:
-                tensor.copy_(0.2 * torch.randn_like(tensor))
-            elif "inv_freq" not in name:
-                tensor.copy_(0.1 * torch.randn_like(tensor))
+    _randomise(model)
     return model.eval()
 
 
-def hf_state_dict(model: OracleModel) -> dict[str, torch.Tensor]:
+@torch.no_grad()
+def _randomise(module: torch.nn.Module) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if "norm" in name:
+            tensor.add_(0.2 * torch.randn_like(tensor))
+        elif "e_score_correction_bias" in name:
+            tensor.copy_(0.2 * torch.randn_like(tensor))
+        elif "inv_freq" not in name:
+            tensor.copy_(0.1 * torch.randn_like(tensor))
+
+
+def mtp_oracle(main: OracleModel, seed: int = 1) -> Any:
+    """transformers' multi-token prediction over `main`, one block with random weights as `oracle`'s, or no MtpModel."""
+    torch.manual_seed(seed)
+    mtp = MtpModel(main, 1)
+    _randomise(mtp.layers)
+    return mtp.float().eval()
+
+
+def oracle_tensors(main: OracleModel, mtp: Any = None) -> dict[str, Tensor]:
+    """All parameters and router biases under our names, each layer's experts as one tensor."""
+    tensors = dict([*main.named_parameters(), *main.named_buffers()])
+    if mtp is not None:
+        (layer,), prefix = mtp.layers, f"model.layers.{main.config.num_hidden_layers}."
+        for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+            tensors[prefix + name.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm", 1)] = tensor
+    return tensors
+
+
+def hf_state_dict(model: OracleModel) -> dict[str, Tensor]:
     """Its weights under the published names, one tensor an expert."""
     state = {}
     for name, tensor in model.state_dict().items():
@@ -126,12 +160,14 @@ def hf_state_dict(model: OracleModel) -> dict[str, torch.Tensor]:
     return state
 
 
-def ours(fields: dict[str, Any], source: OracleModel, experts_per_shard: int | None = None) -> DeepseekV3ForCausalLM:
-    """Our model with the oracle's weights, stacked here by hand, apart from the loader that the project ships."""
-    model = DeepseekV3ForCausalLM(config_from_dict(fields), experts_per_shard)
-    state = source.state_dict()
+def ours(
+    fields: dict[str, Any], source: OracleModel, experts_per_shard: int | None = None, mtp: Any = None
+) -> DeepseekV3ForCausalLM:
+    """Our model with the oracles' weights, stacked here by hand, apart from the loader that the project ships."""
+    model = DeepseekV3ForCausalLM(config_from_dict(fields), experts_per_shard, with_mtp=mtp is not None)
+    state = oracle_tensors(source, mtp)
     with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in model.state_dict().items():
             base, found, rest = name.partition(".mlp.experts.")
             if found:
                 shard, kind = rest.split(".")
@@ -142,9 +178,63 @@ def ours(fields: dict[str, Any], source: OracleModel, experts_per_shard: int | N
     return model
 
 
-def stacked_gradients(model: DeepseekV3ForCausalLM) -> dict[str, torch.Tensor]:
+Sample = tuple[Tensor, Tensor]  # tokens int64 [n], and whether each is a target, bool [n]
+
+
+def samples(vocab: Iterable[range], lengths: Iterable[int], seed: int = 1) -> list[Sample]:
+    """Documents of random tokens, each of its own part of the vocabulary, about a third of them no targets."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randint(part.start, part.stop, (length,), generator=generator),
+            torch.rand(length, generator=generator) > 0.3,
+        )
+        for part, length in zip(vocab, lengths, strict=True)
+    ]
+
+
+def packed(documents: list[Sample], padding: int = 0) -> dict[str, Any]:
+    """What our model's forward takes, of documents in one row and some tokens of padding, shifted here by hand."""
+
+    def ahead(values: list[Tensor], by: int, fill: int) -> Tensor:
+        shifted = [F.pad(x[by:], (0, min(by, len(x))), value=fill) for x in values]
+        return F.pad(torch.cat(shifted), (0, padding), value=fill)
+
+    ids = [x for x, _ in documents]
+    targets = [x.where(wanted, IGNORE_INDEX) for x, wanted in documents]
+    lengths = [len(x) for x in ids] + [padding] * (padding > 0)
+    numbers = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(x) for x in ids]))
+    return {
+        "input_ids": F.pad(torch.cat(ids), (0, padding), value=1),
+        "labels": ahead(targets, 1, IGNORE_INDEX),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
+        "max_seqlen": max(lengths),
+        "document_ids": F.pad(numbers, (0, padding), value=-1),
+        "mtp_input_ids": ahead(ids, 1, 0),
+        "mtp_labels": ahead(targets, 2, IGNORE_INDEX),
+    }
+
+
+def oracle_losses(main: OracleModel, mtp: Any, documents: list[Sample]) -> tuple[Tensor, Tensor]:
+    """Sums of the next token's and of the multi-token prediction's cross-entropy, each document alone in its pass.
+
+    The last token of a document has no next one, and gets token 0; no target depends on it.
+    """
+    cross_entropy, mtp_cross_entropy = torch.zeros(()), torch.zeros(())
+    for ids, wanted in documents:
+        places, targets = torch.arange(len(ids))[None], ids.where(wanted, IGNORE_INDEX)
+        hidden = main.model(ids[None]).last_hidden_state  # after the final norm
+        cross_entropy = cross_entropy + F.cross_entropy(main.lm_head(hidden)[0, :-1], targets[1:], reduction="sum")
+        if mtp is not None:
+            predicted = mtp.forward_layer(0, hidden, places, None, input_ids=F.pad(ids[1:], (0, 1))[None])
+            logits = mtp.shared_head(predicted)[0, : max(len(ids) - 2, 0)]
+            mtp_cross_entropy = mtp_cross_entropy + F.cross_entropy(logits, targets[2:], reduction="sum")
+    return cross_entropy, mtp_cross_entropy
+
+
+def stacked_gradients(model: DeepseekV3ForCausalLM) -> dict[str, Tensor]:
     """Our gradients under transformers' module names, shards concatenated."""
-    gradients: dict[str, torch.Tensor] = {}
+    gradients: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         base, found, rest = name.partition(".mlp.experts.")
@@ -157,6 +247,6 @@ def stacked_gradients(model: DeepseekV3ForCausalLM) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
+def relative(ours: Tensor, reference: Tensor) -> float:
     """Norm of the difference over the norm of the reference."""
     return float((ours - reference).norm() / reference.norm())

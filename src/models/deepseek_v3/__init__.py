@@ -2,14 +2,15 @@
 
 from .config import config_from_dict, load_config
 from .experts import ExpertShard
-from .model import DeepseekV3ForCausalLM, LossSums
+from .model import DeepseekV3ForCausalLM, Losses, LossWeights
 from .recompute import recompute
 from .sequence_parallel import SequenceParallelGroup, SingleProcess
 
 __all__ = [
     "DeepseekV3ForCausalLM",
     "ExpertShard",
-    "LossSums",
+    "LossWeights",
+    "Losses",
     "SequenceParallelGroup",
     "SingleProcess",
     "config_from_dict",

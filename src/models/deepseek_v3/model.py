@@ -18,47 +18,55 @@ from transformers import DeepseekV3Config
 
 from ..loss import linear_cross_entropy
 from .attention import Attention, RMSNorm, RowGeometry
-from .moe import MLP, MoE
+from .layers import DecoderLayer, MTPLayer
+from .moe import MoE, Router
 from .rope import cos_sin, positions
 from .sequence_parallel import SequenceParallelGroup, SingleProcess
 
 
-class LossSums(NamedTuple):
-    """Sums over the targets of this rank's tokens; who divides them by what is the trainer's business.
+class LossWeights(NamedTuple):
+    """What each sum counts in the loss; the trainer puts its divisors here.
 
-    loss: cross-entropy in nats, fp32 scalar, differentiable. correct: targets that have the largest logit, int64.
+    cross_entropy: for a target token. mtp: for a target of the multi-token prediction. balance: for a token of
+    `sequence_balance`'s sum over the MoE layers.
+    """
+
+    cross_entropy: float = 1.0
+    mtp: float = 0.0
+    balance: float = 0.0
+
+
+PLAIN = LossWeights()
+
+
+class Losses(NamedTuple):
+    """Of this rank's tokens. Sums over the ranks are those of the whole row, whatever SP is.
+
+    loss: the weighted sum, fp32 scalar, the only one with a gradient.
+    cross_entropy, mtp: sums in nats over the targets.
+    balance: `sequence_balance` over the MoE layers, this rank's part.
+    correct: targets that have the largest logit.
+    token_losses: fp32 [T/SP], each target's cross-entropy, zero elsewhere.
     """
 
     loss: Tensor
+    cross_entropy: Tensor
+    mtp: Tensor
+    balance: Tensor
     correct: Tensor
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, config: DeepseekV3Config, index: int, experts_per_shard: int | None) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = (
-            MLP(config.hidden_size, config.intermediate_size)
-            if index < config.first_k_dense_replace
-            else MoE(config, experts_per_shard)
-        )
-
-    def forward(self, x: Tensor, row: RowGeometry) -> Tensor:
-        """[T/SP, H] -> [T/SP, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), row)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    token_losses: Tensor
 
 
 class DeepseekV3Model(nn.Module):
-    def __init__(self, config: DeepseekV3Config, experts_per_shard: int | None) -> None:
+    def __init__(self, config: DeepseekV3Config, experts_per_shard: int | None, with_mtp: bool) -> None:
         super().__init__()
         # No padding_idx: DeepSeek's padding token also ends turns, and must be trained as such.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, index, experts_per_shard) for index in range(config.num_hidden_layers)
         )
+        if with_mtp:  # under its published name, model.layers.{num_hidden_layers}
+            self.layers.append(MTPLayer(config, config.num_hidden_layers, experts_per_shard))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -67,11 +75,11 @@ class LMHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Any:
-        """hidden [T, H] -> logits [T, V]; with labels [T], `linear_cross_entropy`'s sums instead."""
-        if labels is None:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, scale: Tensor | None = None) -> Any:
+        """hidden [T, H] -> logits [T, V]; with labels and scale [T], what `linear_cross_entropy` returns instead."""
+        if labels is None or scale is None:
             return F.linear(hidden, self.weight)
-        return linear_cross_entropy(hidden, self.weight, labels)
+        return linear_cross_entropy(hidden, self.weight, labels, scale)
 
 
 def _call(layer: nn.Module, *args: Any) -> Any:
@@ -84,12 +92,13 @@ class DeepseekV3ForCausalLM(nn.Module):
     Args:
         config: as `load_config` reads it.
         experts_per_shard: routed experts a ZeRO-3 shard; None chooses. It must divide the experts of a layer.
+        with_mtp: build the multi-token-prediction block.
     """
 
-    def __init__(self, config: DeepseekV3Config, experts_per_shard: int | None = None) -> None:
+    def __init__(self, config: DeepseekV3Config, experts_per_shard: int | None = None, with_mtp: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.model = DeepseekV3Model(config, experts_per_shard)
+        self.model = DeepseekV3Model(config, experts_per_shard, with_mtp)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         self.sp: SequenceParallelGroup = SingleProcess()
         # How a layer is called; strategies/parallelize.py puts activation checkpointing here.
@@ -105,22 +114,86 @@ class DeepseekV3ForCausalLM(nn.Module):
         """The group over which the rows are split; its size must divide the attention heads."""
         self.sp = sp
         for module in self.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, Attention | MoE):
                 module.sp = sp
 
-    def hidden_states(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """input_ids int64 [T/SP], cu_seqlens int32 [D+1] and max_seqlen of the whole row -> [T/SP, H], normed."""
-        position_ids = positions(cu_seqlens, len(input_ids) * self.sp.size)
-        row = RowGeometry(cu_seqlens, max_seqlen, *cos_sin(self.config, position_ids))
-        x = self.model.embed_tokens(input_ids)
-        for layer in self.model.layers:
-            x = self.run_layer(layer, x, row)
-        return self.model.norm(x)
+    def set_balance(self, on: bool) -> None:
+        """Whether the MoE layers compute the balance loss."""
+        for module in self.modules():
+            if isinstance(module, MoE):
+                module.with_balance = on
+
+    @property
+    def routers(self) -> list[Router]:
+        """The MoE layers' routers in layer order, the multi-token prediction's last."""
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+    def _geometry(self, tokens: int, cu_seqlens: Tensor, max_seqlen: int, document_ids: Tensor | None) -> RowGeometry:
+        position_ids = positions(cu_seqlens, tokens * self.sp.size)
+        if document_ids is None:  # no padding: every token belongs to the document that its place tells
+            place = torch.arange(tokens, device=cu_seqlens.device) + self.sp.rank * tokens
+            document_ids = torch.searchsorted(cu_seqlens.long(), place, right=True) - 1
+        numbers = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
+        documents = (numbers[:, None] == document_ids).float()
+        lengths = cu_seqlens.diff().float()
+        return RowGeometry(cu_seqlens, max_seqlen, *cos_sin(self.config, position_ids), documents, lengths)
+
+    def _main(self, x: Tensor, row: RowGeometry) -> tuple[Tensor, Tensor]:
+        """Embedded tokens [T/SP, H] -> the normed output of the main model's layers, and their balance sums."""
+        balance = x.new_zeros((), dtype=torch.float32)
+        for layer in self.model.layers[: self.config.num_hidden_layers]:
+            x, layer_balance = self.run_layer(layer, x, row)
+            balance = balance + layer_balance
+        return self.model.norm(x), balance
 
     def logits(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """As `hidden_states` -> logits [T/SP, V]."""
-        return self.lm_head(self.hidden_states(input_ids, cu_seqlens, max_seqlen))
+        """input_ids int64 [T/SP], cu_seqlens int32 [D+1] and max_seqlen of the whole row -> logits [T/SP, V]."""
+        row = self._geometry(len(input_ids), cu_seqlens, max_seqlen, None)
+        return self.lm_head(self._main(self.model.embed_tokens(input_ids), row)[0])
 
-    def forward(self, input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> LossSums:
-        """As `hidden_states`, with labels int64 [T/SP], shifted already: labels[i] is to be predicted at i."""
-        return LossSums(*self.lm_head(self.hidden_states(input_ids, cu_seqlens, max_seqlen), labels))
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        document_ids: Tensor | None = None,
+        mtp_input_ids: Tensor | None = None,
+        mtp_labels: Tensor | None = None,
+        weights: LossWeights = PLAIN,
+    ) -> Losses:
+        """The losses of one packed row.
+
+        Args:
+            input_ids: int64 [T/SP], this rank's tokens.
+            labels: int64 [T/SP], shifted already: labels[i] is to be predicted at i; `IGNORE_INDEX` is no target.
+            cu_seqlens, max_seqlen: int32 [D+1] and the longest document, of the whole row.
+            document_ids: int64 [T/SP], the number of each token's document, -1 for padding; None: no padding.
+            mtp_input_ids, mtp_labels: int64 [T/SP], each token's next one and the label after; used where the
+                multi-token prediction is built and weighs something.
+            weights: what each sum counts in `loss`.
+        """
+        tokens = len(input_ids)
+        row = self._geometry(tokens, cu_seqlens, max_seqlen, document_ids)
+        mtp = len(self.model.layers) > self.config.num_hidden_layers and weights.mtp != 0
+        if not mtp:
+            hidden, balance = self._main(self.model.embed_tokens(input_ids), row)
+        else:
+            assert mtp_input_ids is not None and mtp_labels is not None
+            # One call of the embedding, and below of the head: ZeRO-3 gathers each once.
+            x, ahead = self.model.embed_tokens(torch.cat([input_ids, mtp_input_ids])).split(tokens)
+            hidden, balance = self._main(x, row)
+            predicted, layer_balance = self.run_layer(self.model.layers[-1], hidden, ahead, row)
+            hidden, balance = torch.cat([hidden, predicted]), balance + layer_balance
+            labels = torch.cat([labels, mtp_labels])
+        scale = torch.full(labels.shape, weights.cross_entropy, dtype=torch.float32, device=labels.device)
+        scale[tokens:] = weights.mtp
+        loss, token_losses, correct = self.lm_head(hidden, labels, scale)
+        return Losses(
+            loss + weights.balance * balance,
+            token_losses[:tokens].sum(),
+            token_losses[tokens:].sum(),
+            balance.detach(),
+            correct[:tokens].sum(),
+            token_losses[:tokens],
+        )

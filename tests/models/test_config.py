@@ -1,0 +1,48 @@
+"""What config.json may ask for, and what is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from src.models.deepseek_v3 import config_from_dict, load_config
+
+from .tiny import DEEPSEEK_V3, KIMI_K2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'; the DeepSeek-V3 architecture is trained here"),
+        ({"scoring_func": "softmax"}, r"scoring_func = 'softmax' \(implemented: 'sigmoid'\)"),
+        ({"topk_method": "greedy", "hidden_act": "gelu"}, "topk_method = 'greedy'.*hidden_act = 'gelu'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE type = 'linear'"),
+        ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers = 2"),
+        ({"n_group": 3}, "n_routed_experts 8 is not a multiple of n_group 3"),
+        ({"n_group": 8, "topk_group": 4}, "fewer than two experts a group"),
+        ({"topk_group": 5}, "topk_group 5 is not between 1 and n_group 4"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok 5 is more than the 4 experts of topk_group 2"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads 2 is not num_attention_heads 4"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_from_dict(DEEPSEEK_V3 | change)
+
+
+def test_kimi_k2_is_the_same_architecture_under_another_name() -> None:
+    assert config_from_dict(KIMI_K2).n_routed_experts == 12
+
+
+def test_an_absent_mtp_field_means_none() -> None:
+    fields = {name: value for name, value in DEEPSEEK_V3.items() if name != "num_nextn_predict_layers"}
+    assert config_from_dict(fields).num_nextn_predict_layers == 0
+
+
+def test_a_directory_without_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config.json does not exist; .*--model.pretrained"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3)[:-5])
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_config(tmp_path)
