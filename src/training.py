@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.loss_spike import LossSpike
 from src.callbacks.run_record import RunRecord
 from src.callbacks.step_checkpoint import LAST, StepCheckpoint, checkpoint_folder, step_of
@@ -60,7 +61,7 @@ class TrainingCLI(LightningCLI):
         self._dump_config()
         config = yaml.safe_dump(self.config_dump, sort_keys=False)
         record = RunRecord(config, settings.model.pretrained, self.datamodule.tokenizer.name_or_path)
-        self.trainer_defaults["callbacks"] = [Throughput(), LossSpike(), record]
+        self.trainer_defaults["callbacks"] = [Throughput(), ExpertLoad(), LossSpike(), record]
         if settings.trainer.logger in (None, True):
             # One folder for all of a run's sessions: no version_N.
             kwargs["logger"] = TensorBoardLogger(

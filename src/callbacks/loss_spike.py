@@ -26,7 +26,12 @@ class LossSpike(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # The step before: its loss is logged after the callbacks' own batch end.
+        self._look(trainer)  # at the step before: its loss is logged after the callbacks' own batch end
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer)
+
+    def _look(self, trainer: pl.Trainer) -> None:
         if trainer.global_step == self._step or "train/loss" not in trainer.callback_metrics:
             return
         self._step = trainer.global_step

@@ -33,6 +33,8 @@ class ModelStrategy(Protocol):
     @property
     def gradient_norm(self) -> float | None: ...
     @property
+    def guards_gradient(self) -> bool: ...
+    @property
     def skipped_step(self) -> bool: ...
 
 
@@ -122,6 +124,7 @@ class SFTModule(pl.LightningModule):
         self._step_sources: list[str] = []  # rows of this rank's micro-batches since the last optimizer step
         self.expert_load: Tensor | None = None  # of the last optimizer step, int64 [MoE layers, E]
         self.train_loss = MeanByTarget()
+        self.train_accuracy = MeanByTarget()
         self.train_mtp_loss = MeanByTarget()
         self.train_balance = MeanByTarget()
         self.val_loss = MeanByTarget()
@@ -179,18 +182,22 @@ class SFTModule(pl.LightningModule):
             {"params": decayed, "weight_decay": self.weight_decay},
             {"params": undecayed, "weight_decay": 0.0},
         ]
+        groups = [group for group in groups if group["params"]]  # DeepSpeed drops an empty one, the scheduler would not
+        if not groups:
+            raise ValueError(f"freeze {self.freeze_patterns} leaves no parameter to train.")
         optimizer = self._strategy.optimizer(groups, lr=self.learning_rate, betas=self.betas, eps=1e-8)
         scheduler = LambdaLR(optimizer, self._rate_at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _rate_at(self, step: int) -> float:
-        """Factor on learning_rate of 0-based optimizer step `step`: linear warm-up, then a cosine to the minimum."""
+        """Factor on learning_rate of 0-based optimizer step `step`: linear warm-up, then a cosine that
+        would reach the minimum at the step after the last: at a minimum of 0 the last one would train nothing."""
         total = max(1, int(self.trainer.estimated_stepping_batches))
         warmup = math.ceil(self.warmup_ratio * total)
         if step < warmup:
             return (step + 1) / warmup
         floor = self.min_learning_rate / self.learning_rate if self.learning_rate else 0.0
-        progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     # -- steps ----------------------------------------------------------------------------------------------------
@@ -206,6 +213,7 @@ class SFTModule(pl.LightningModule):
         )
         self._refuse_non_finite_loss(losses, batch)
         self.train_loss.update(losses.cross_entropy, _targets(batch["labels"]))
+        self.train_accuracy.update(losses.correct, _targets(batch["labels"]))
         self.train_mtp_loss.update(losses.mtp, _targets(batch["mtp_labels"]))
         self.train_balance.update(losses.balance, (batch["document_ids"] >= 0).sum())
         # This micro-batch's share of the step's means; Lightning divides by the accumulation, which is in them already.
@@ -224,7 +232,8 @@ class SFTModule(pl.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self._ends_step(batch_idx):  # here, before any callback saves a checkpoint
-            self._refuse_non_finite_gradient()
+            self._refuse_non_finite_gradient(self._strategy.skipped_step)
+            self._step_sources = []
             self._update_router_biases()
 
     def _ends_step(self, batch_idx: int) -> bool:
@@ -238,20 +247,29 @@ class SFTModule(pl.LightningModule):
         if bad == 0:
             return
         documents = batch["document_ids"][~losses.token_losses.isfinite()].unique().tolist()
-        rows = ", ".join(batch["sources"][index] for index in documents) or "rows of other ranks, see their logs"
+        if documents:
+            rows = ", ".join(batch["sources"][index] for index in documents)
+        elif not losses.loss.isfinite():  # the multi-token prediction's or the balance loss
+            rows = "one of " + ", ".join(batch["sources"])
+        else:
+            rows = "none; see the other ranks' messages"
         raise FloatingPointError(
             f"optimizer step {self.trainer.global_step + 1}: the loss is not finite, on {int(bad)} of "
             f"{self.trainer.world_size} ranks; here at {rows}. The weights are as the last step left them: look at "
             "these rows, and resume from the last checkpoint without them or with a lower learning rate."
         )
 
-    def _refuse_non_finite_gradient(self) -> None:
-        """Raises where DeepSpeed found the step's gradient norm not finite and left the weights alone."""
-        sources, self._step_sources = self._step_sources, []
-        if self._strategy.skipped_step:
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if not self._strategy.guards_gradient:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self._refuse_non_finite_gradient(not all(g.isfinite().all() for g in gradients))
+
+    def _refuse_non_finite_gradient(self, found: bool) -> None:
+        """Raises where the gradient was found not to be finite before it touched the weights."""
+        if found:
             raise FloatingPointError(
                 f"optimizer step {self.trainer.global_step + 1}: the gradient is not finite though the loss is; the "
-                f"weights are as the last step left them. This rank's rows were {', '.join(sources)}."
+                f"weights are as the last step left them. This rank's rows were {', '.join(self._step_sources)}."
             )
 
     @torch.no_grad()
@@ -263,20 +281,24 @@ class SFTModule(pl.LightningModule):
             return
         # [layers, E], of the whole step: every rank counted its own tokens
         load = self.trainer.strategy.reduce(torch.stack([r.load for r in routers]), reduce_op="sum")
-        for router, own in zip(routers, load.float(), strict=True):
-            router.e_score_correction_bias += self.router_bias_update_speed * torch.sign(own.mean() - own)
+        for router, own in zip(routers, load, strict=True):
+            violation = torch.sign(own.sum() - len(own) * own)  # of mean - own, in integers: an even load gives zero
+            router.e_score_correction_bias += self.router_bias_update_speed * violation
             router.load.zero_()
         self.expert_load = load
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if not self._ends_step(batch_idx):
             return
-        self.log("train/loss", self.train_loss.compute(), prog_bar=True)
+        loss = self.train_loss.compute()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/perplexity", loss.exp())
+        self.log("train/accuracy", self.train_accuracy.compute())
         if self.mtp_loss_weight > 0:
             self.log("train/mtp_loss", self.train_mtp_loss.compute())
         if self.aux_loss_alpha > 0:
             self.log("train/balance_loss", self.train_balance.compute())
-        for metric in (self.train_loss, self.train_mtp_loss, self.train_balance):
+        for metric in (self.train_loss, self.train_accuracy, self.train_mtp_loss, self.train_balance):
             metric.reset()
         gradient_norm = self._strategy.gradient_norm
         if gradient_norm is not None:

@@ -253,6 +253,11 @@ class DeepSpeedSPStrategy(DeepSpeedStrategy):
         return None if norm is None else float(norm)
 
     @property
+    def guards_gradient(self) -> bool:
+        """Whether DeepSpeed leaves out a step whose gradient is not finite; stage 0 takes it."""
+        return self._zero["stage"] > 0
+
+    @property
     def skipped_step(self) -> bool:
         """Whether the last optimizer step was left out, the weights untouched, since its gradient is not finite."""
         return bool(getattr(self.deepspeed_engine.optimizer, "overflow", False))

@@ -61,7 +61,7 @@ def answer_of(turn: dict[str, Any]) -> str:
 
 
 def merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same conversation in the seed's format, thinking merged into the content."""
+    """The same conversation in the guide's format, thinking merged into the content."""
     result = []
     for turn in messages:
         turn = dict(turn)

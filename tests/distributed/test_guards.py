@@ -67,7 +67,7 @@ def test_a_non_finite_loss_names_the_rows_and_leaves_the_weights(tmp_path: Path)
     assert named and named <= poisoned
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_non_finite_gradient_leaves_the_weights(stage: int, tmp_path: Path) -> None:
     directory = save_model(oracle(DEEPSEEK_V3), DEEPSEEK_V3, tmp_path)
     for message, same in run_distributed(failing_fit, 2, directory, 8, InfiniteGradient, stage):
@@ -89,6 +89,12 @@ def test_frozen_parameters_stay_and_the_others_move(tmp_path: Path) -> None:
     experts = "model.layers.1.mlp.experts.down_proj"  # the first shard, two experts, is frozen
     assert torch.equal(result["weights"][experts][:2], before[experts][:2])
     assert not torch.equal(result["weights"][experts][2:4], before[experts][2:4])
+
+
+def test_a_whole_group_may_be_frozen(tmp_path: Path) -> None:
+    directory = save_model(oracle(DEEPSEEK_V3), DEEPSEEK_V3, tmp_path)
+    recipe = Recipe(freeze=("*norm.weight", "*.bias"), steps=2)
+    assert len(run_distributed(fit, 1, Layout(1, 1, 1, 4), recipe, directory, 20)[0]["losses"]) == 2
 
 
 def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:

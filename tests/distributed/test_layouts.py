@@ -5,14 +5,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.tiny import DEEPSEEK_V3, oracle, relative
+from tests.models.tiny import DEEPSEEK_V3, MtpModel, mtp_oracle, oracle, oracle_tensors, relative
 
 from .spawn import run_distributed
 from .training import Layout, Recipe, fit, plain_pytorch, save_model
 
 ROWS_PER_STEP = 4
 DOCUMENTS = 60  # 18 rows: the fifth step gets two, and is filled up with empty ones
-RECIPE = Recipe()  # weight decay, clipping, balance loss and the moving router biases all on
+# Weight decay, clipping, MTP, balance loss and moving router biases all on; MTP where transformers has the oracle.
+RECIPE = Recipe(mtp_loss_weight=0.3 if MtpModel is not None else 0.0)
+
+
+def block_over(model: Any) -> Any:
+    return mtp_oracle(model) if MtpModel is not None else None
+
 
 LAYOUTS = [
     Layout(dp=1, sp=1, accumulation=2, batch_size=2),
@@ -35,13 +41,18 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(oracle(DEEPSEEK_V3), DEEPSEEK_V3, tmp_path_factory.mktemp("model"))
+    model = oracle(DEEPSEEK_V3)
+    return save_model(model, DEEPSEEK_V3, tmp_path_factory.mktemp("model"), block_over(model))
 
 
 @pytest.fixture(scope="module")
 def references() -> dict[bool, dict[str, Any]]:
     """The run in plain PyTorch, with packing's rows and without: other rows stand in a step."""
-    return {p: plain_pytorch(oracle(DEEPSEEK_V3), RECIPE, DOCUMENTS, ROWS_PER_STEP, p) for p in (True, False)}
+    runs = {}
+    for packing in (True, False):
+        model = oracle(DEEPSEEK_V3)
+        runs[packing] = plain_pytorch(model, block_over(model), RECIPE, DOCUMENTS, ROWS_PER_STEP, packing)
+    return runs
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -61,12 +72,14 @@ def test_every_layout_is_the_same_training(
 
 def test_bf16_stays_within_a_percent_of_fp32(directory: str, references: dict[bool, dict[str, Any]]) -> None:
     layout = Layout(dp=1, sp=2, accumulation=2, batch_size=2, precision="bf16-true")
+    model = oracle(DEEPSEEK_V3)
+    start = oracle_tensors(model, block_over(model))
     for result in run_distributed(fit, 2, layout, RECIPE, directory, DOCUMENTS):
         assert result["losses"] == pytest.approx(references[True]["losses"], rel=1e-2)
         # The routers' biases are fp32 whatever the model is: steps of 0.02 would not survive bf16 as they are.
         for name, bias in result["weights"].items():
             if name.endswith("e_score_correction_bias"):
-                moved = (bias - oracle(DEEPSEEK_V3).state_dict()[name]) / RECIPE.router_bias_update_speed
+                moved = (bias - start[name]) / RECIPE.router_bias_update_speed
                 torch.testing.assert_close(moved, moved.round(), rtol=0, atol=1e-4)
 
 

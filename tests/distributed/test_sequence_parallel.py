@@ -59,7 +59,7 @@ def forward_backward(fields: dict[str, Any], sp_size: int, checkpointing: bool) 
         batch = shard(batch, sp.rank, sp.size)
     if checkpointing:
         apply_activation_checkpointing(model)
-    del batch["position_ids"], batch["sources"]
+    del batch["sources"]
     losses = model(**batch, weights=WEIGHTS)
     losses.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -19,7 +19,7 @@ from src.datamodules.sequence_shard import Document, target_counts
 from src.datamodules.sft import PackedSet
 from src.models.sft_module import SFTModule
 from src.strategies import DeepSpeedSPStrategy
-from tests.models.tiny import hf_state_dict
+from tests.models.tiny import hf_state_dict, oracle_losses, oracle_tensors
 
 MAX_LENGTH = 64
 VOCAB = 96
@@ -94,6 +94,7 @@ class Recipe:
     gradient_clip_val: float = 1.0
     aux_loss_alpha: float = 0.05
     router_bias_update_speed: float = 0.02
+    mtp_loss_weight: float = 0.3
     steps: int = 5
     freeze: tuple[str, ...] = ()
 
@@ -189,6 +190,7 @@ def fit(
         warmup_ratio=0.4,
         aux_loss_alpha=recipe.aux_loss_alpha,
         router_bias_update_speed=recipe.router_bias_update_speed,
+        mtp_loss_weight=recipe.mtp_loss_weight,
         freeze=list(recipe.freeze),
         experts_per_shard=2,
     )
@@ -202,11 +204,11 @@ def fit(
     }
 
 
-def save_model(model: OracleModel, fields: dict[str, Any], directory: Path) -> str:
+def save_model(model: OracleModel, fields: dict[str, Any], directory: Path, mtp: Any = None) -> str:
     """A Hugging Face directory with published names, written without the code under test."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(fields))
-    state = {name: tensor.contiguous().clone() for name, tensor in hf_state_dict(model).items()}
+    (directory / "config.json").write_text(json.dumps(fields | {"num_nextn_predict_layers": int(mtp is not None)}))
+    state = {name: tensor.detach().contiguous().clone() for name, tensor in hf_state_dict(model, mtp).items()}
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     return str(directory)
 
@@ -222,19 +224,23 @@ def balance_of_document(scores: torch.Tensor, config: Any) -> torch.Tensor:
 
 
 def plain_pytorch(
-    model: OracleModel, recipe: Recipe, count: int, rows_per_step: int, packing: bool = True
+    main: OracleModel, mtp: Any, recipe: Recipe, count: int, rows_per_step: int, packing: bool = True
 ) -> dict[str, Any]:
-    """The same run with transformers' model, one document at a time, torch's AdamW, no packing, no engine."""
+    """The same run with transformers' models, one document at a time, torch's AdamW, no packing, no engine."""
     cache = MemoryCache(documents(count))
     rows = rows_of(cache, packing)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    decayed = [p for name, p in model.named_parameters() if not name.endswith((".bias", "norm.weight"))]
-    undecayed = [p for name, p in model.named_parameters() if name.endswith((".bias", "norm.weight"))]
+    tensors = {n: t for n, t in oracle_tensors(main, mtp).items() if "inv_freq" not in n}
+    trained = {n: t for n, t in tensors.items() if t.requires_grad}
+    decayed = [p for name, p in trained.items() if not name.endswith((".bias", "norm.weight"))]
+    undecayed = [p for name, p in trained.items() if name.endswith((".bias", "norm.weight"))]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.999), eps=1e-8)
     warmup = int(np.ceil(0.4 * recipe.steps))
     result: dict[str, Any] = {"losses": [], "norms": []}
-    routers = [module for module in model.modules() if isinstance(module, DeepseekV3TopkRouter)]
+
+    models = [main] if mtp is None else [main, *mtp.layers]
+    routers = [module for model in models for module in model.modules() if isinstance(module, DeepseekV3TopkRouter)]
     routed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of the last forward, a router: logits, chosen experts
 
     def note(router: torch.nn.Module, _: Any, output: tuple[torch.Tensor, ...]) -> None:
@@ -244,36 +250,37 @@ def plain_pytorch(
         router.register_forward_hook(note)
     for step in range(recipe.steps):
         docs = [cache.docs[s] for r in order[step * rows_per_step : (step + 1) * rows_per_step] for s in rows[r]]
-        total, count_targets, balance = torch.zeros(()), 0, torch.zeros(())
-        load = torch.zeros(len(routers), model.config.n_routed_experts)
+        total, mtp_total, balance, targets, mtp_targets = (torch.zeros(()) for _ in range(5))
+        load = torch.zeros(len(routers), main.config.n_routed_experts)
         for doc in docs:
+            wanted = torch.zeros(len(doc.input_ids), dtype=torch.bool)
+            for start, stop in doc.target_spans.tolist():
+                wanted[start:stop] = True
             ids = torch.from_numpy(doc.input_ids.astype(np.int64))
-            logits = model(ids[None]).logits[0]
+            loss, mtp_loss = oracle_losses(main, mtp, [(ids, wanted)])
+            total, mtp_total = total + loss, mtp_total + mtp_loss
+            targets, mtp_targets = targets + wanted[1:].sum(), mtp_targets + wanted[2:].sum()
             for index, router in enumerate(routers):
                 router_logits, chosen = routed[id(router)]
-                balance = balance + len(ids) * balance_of_document(router_logits.sigmoid(), model.config)
+                balance = balance + len(ids) * balance_of_document(router_logits.sigmoid(), main.config)
                 load[index] += torch.bincount(chosen.flatten(), minlength=load.shape[1])
-            target = sorted({i for start, stop in doc.target_spans.tolist() for i in range(start, stop)} - {0})
-            count_targets += len(target)
-            if target:
-                where = torch.tensor(target)
-                total = total + torch.nn.functional.cross_entropy(logits[where - 1], ids[where], reduction="sum")
-        loss = total / count_targets
         tokens = sum(len(doc.input_ids) for doc in docs)
+        objective = total / targets + recipe.aux_loss_alpha * balance / tokens
+        if mtp is not None:
+            objective = objective + recipe.mtp_loss_weight * mtp_total / mtp_targets
         optimizer.zero_grad()
-        (loss + recipe.aux_loss_alpha * balance / tokens).backward()
+        objective.backward()
         if step == 0:
-            result["gradients"] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        result["losses"].append(loss.item())
+            result["gradients"] = {n: p.grad.clone() for n, p in trained.items() if p.grad is not None}
+        result["losses"].append((total / targets).item())
         limit = recipe.gradient_clip_val or float("inf")
-        result["norms"].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
-        progress = max(0, step - warmup) / max(1, recipe.steps - 1 - warmup)
+        result["norms"].append(float(torch.nn.utils.clip_grad_norm_(trained.values(), limit)))
+        progress = max(0, step - warmup) / max(1, recipe.steps - warmup)
         factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + np.cos(np.pi * min(1.0, progress)))
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * factor
         optimizer.step()
         for router, counts in zip(routers, load, strict=True):
             router.e_score_correction_bias += recipe.router_bias_update_speed * torch.sign(counts.mean() - counts)
-    result["weights"] = {name: p.detach().clone() for name, p in model.named_parameters()}
-    result["weights"] |= {n: b.clone() for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+    result["weights"] = {n: t.detach().clone() for n, t in tensors.items()}
     return result

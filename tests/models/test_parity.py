@@ -58,8 +58,8 @@ def test_logits_and_gradients_equal_transformers(name: str, checkpointing: bool)
 @pytest.mark.parametrize(
     ("change", "where"),
     [
-        ({"routed_scaling_factor": 1.0}, "the seed's first error: no scaling where norm_topk_prob is on"),
-        ({"rope_scaling": None}, "the seed's second: YaRN and its mscale lost"),
+        ({"routed_scaling_factor": 1.0}, "the guide's first error: no scaling where norm_topk_prob is on"),
+        ({"rope_scaling": None}, "the guide's second: YaRN and its mscale lost"),
         ({"n_group": 1, "topk_group": 1}, "groups ignored"),
         ({"rms_norm_eps": 1e-2}, "the norms' epsilon"),
     ],

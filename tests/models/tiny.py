@@ -143,10 +143,12 @@ def oracle_tensors(main: OracleModel, mtp: Any = None) -> dict[str, Tensor]:
     return tensors
 
 
-def hf_state_dict(model: OracleModel) -> dict[str, Tensor]:
+def hf_state_dict(model: OracleModel, mtp: Any = None) -> dict[str, Tensor]:
     """Its weights under the published names, one tensor an expert."""
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in oracle_tensors(model, mtp).items():
+        if "inv_freq" in name:
+            continue
         if name.endswith("mlp.experts.gate_up_proj"):
             for index, expert in enumerate(tensor):
                 gate, up = expert.chunk(2)
@@ -249,4 +251,4 @@ def stacked_gradients(model: DeepseekV3ForCausalLM) -> dict[str, Tensor]:
 
 def relative(ours: Tensor, reference: Tensor) -> float:
     """Norm of the difference over the norm of the reference."""
-    return float((ours - reference).norm() / reference.norm())
+    return float((ours - reference).detach().norm() / reference.detach().norm())

@@ -63,8 +63,7 @@ class MTPLayer(DecoderLayer):
     def forward(self, x: Tensor, embedded: Tensor, row: RowGeometry) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """x [T/SP, H], the main model's output after its norm; embedded [T/SP, H], each token's next one's embedding.
 
-        Returns what the shared head takes, [T/SP, H], and the layer's balance sum.
+        Returns the block's output [T/SP, H] and its balance sum. `shared_head` comes after, outside the layer that is
+        recomputed: in a recompute the experts' output, and so the block's, is not there.
         """
-        x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(x)], -1))
-        x, balance = super().forward(x, row)
-        return self.shared_head(x), balance
+        return super().forward(self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(x)], -1)), row)

@@ -183,8 +183,10 @@ class DeepseekV3ForCausalLM(nn.Module):
             # One call of the embedding, and below of the head: ZeRO-3 gathers each once.
             x, ahead = self.model.embed_tokens(torch.cat([input_ids, mtp_input_ids])).split(tokens)
             hidden, balance = self._main(x, row)
-            predicted, layer_balance = self.run_layer(self.model.layers[-1], hidden, ahead, row)
-            hidden, balance = torch.cat([hidden, predicted]), balance + layer_balance
+            block = self.model.layers[-1]
+            assert isinstance(block, MTPLayer)
+            predicted, layer_balance = self.run_layer(block, hidden, ahead, row)
+            hidden, balance = torch.cat([hidden, block.shared_head(predicted)]), balance + layer_balance
             labels = torch.cat([labels, mtp_labels])
         scale = torch.full(labels.shape, weights.cross_entropy, dtype=torch.float32, device=labels.device)
         scale[tokens:] = weights.mtp

@@ -107,12 +107,12 @@ class MoE(nn.Module):
         self.with_balance = False
 
     def forward(self, x: Tensor, row: RowGeometry) -> tuple[Tensor, Tensor]:
-        """[T/SP, H] -> [T/SP, H], and `sequence_balance`, zero where `with_balance` is off."""
+        """[T/SP, H] -> [T/SP, H], and `sequence_balance`, zero where `with_balance` is off, and in evaluation."""
         scores, chosen, weights = self.gate(x)
         if self.training and not recomputing():
             real = row.documents.sum(0).long()  # [T/SP], one but for padding
             self.gate.load.scatter_add_(0, chosen.flatten(), real.repeat_interleave(chosen.shape[1]))
         balance = scores.new_zeros(())
-        if self.with_balance:
+        if self.with_balance and self.training:
             balance = sequence_balance(scores, row, chosen.shape[1], self.sp)
         return self.experts(x, chosen, weights) + self.shared_experts(x), balance
