@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from lightning.pytorch.callbacks import Checkpoint
 from safetensors.torch import save_file
 from transformers import DeepseekV3ForCausalLM as OracleModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -175,7 +176,7 @@ def fit(
         accumulate_grad_batches=layout.accumulation,
         gradient_clip_val=recipe.gradient_clip_val,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(c, Checkpoint) for c in more_callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

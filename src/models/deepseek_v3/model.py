@@ -95,6 +95,9 @@ class DeepseekV3ForCausalLM(nn.Module):
         with_mtp: build the multi-token-prediction block.
     """
 
+    # DeepSpeed honours transformers' name for it (runtime/keep_in_fp32.py), also under its zero.Init.
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+
     def __init__(self, config: DeepseekV3Config, experts_per_shard: int | None = None, with_mtp: bool = False) -> None:
         super().__init__()
         self.config = config
