@@ -1,5 +1,7 @@
 """The commands: `python -m src.cli fit|validate|export|verify ...`. The wiring, nothing else."""
 
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,9 +32,21 @@ def _verify() -> Callable[..., Any]:
 FUNCTIONS: dict[str, Callable[[], Callable[..., Any]]] = {"export": _export, "verify": _verify}
 
 
+def _show_our_log() -> None:
+    """What the project's own loggers say, from the first process alone."""
+    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
+    ours = logging.getLogger("src")
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        ours.addHandler(handler)
+    ours.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command; `args` are the command line's by default."""
-    command, *rest = sys.argv[1:] if args is None else args or [""]
+    command, *rest = (sys.argv[1:] if args is None else args) or [""]
+    _show_our_log()
     if command in ("fit", "validate"):
         from src.training import TrainingCLI
 

@@ -16,6 +16,7 @@ from src.callbacks.run_record import RunRecord
 from src.callbacks.step_checkpoint import LAST, StepCheckpoint, checkpoint_folder, step_of
 from src.callbacks.throughput import Throughput
 from src.datamodules import SFTDataModule
+from src.datamodules.reader import expand
 from src.datamodules.tokenizer import load_tokenizer
 from src.models.sft_module import SFTModule
 
@@ -50,8 +51,11 @@ class TrainingCLI(LightningCLI):
         if settings.data.tokenizer is None:  # not a link, which could not be set by hand
             settings.data.tokenizer = settings.model.pretrained
         root = settings.trainer.default_root_dir or "."
+        _check_inputs(settings.model, settings.data, resumed=settings.ckpt_path is not None)
         if settings.ckpt_path is not None:
             settings.ckpt_path = str(_find_checkpoint(settings.ckpt_path, root))
+            if self.subcommand == "fit":
+                _refuse_older(Path(settings.ckpt_path), root)
         elif self.subcommand == "fit":
             _refuse_other_run(root)
 
@@ -108,12 +112,37 @@ def _find_checkpoint(path: str, root: str) -> Path:
     return found.resolve()
 
 
-def _refuse_other_run(root: str) -> None:
-    folder = checkpoint_folder(root)
-    checkpoints = sorted((p for p in folder.glob("step=*.ckpt") if step_of(p) >= 0), key=step_of)
-    if checkpoints:
+def _check_inputs(model: Any, data: Any, resumed: bool) -> None:
+    """What can be known without loading anything: that the weights and the data are there."""
+    if not model.from_scratch and not resumed and not any(Path(model.pretrained).glob("*.safetensors")):
         raise ValueError(
-            f"{folder} holds checkpoints of an earlier run, the newest {checkpoints[-1].name}. "
+            f"{model.pretrained} holds no weights (*.safetensors): give the model's directory with --model.pretrained, "
+            "or --model.from_scratch true for random ones."
+        )
+    expand(data.train_files)
+    if data.val_files:
+        expand(data.val_files)
+
+
+def _newest(root: str) -> Path | None:
+    checkpoints = [p for p in checkpoint_folder(root).glob("step=*.ckpt") if step_of(p) >= 0]
+    return max(checkpoints, key=step_of, default=None)
+
+
+def _refuse_older(checkpoint: Path, root: str) -> None:
+    newest = _newest(root)
+    if newest is not None and checkpoint.parent == newest.parent.resolve() and step_of(checkpoint) < step_of(newest):
+        raise ValueError(
+            f"--ckpt_path {checkpoint} is older than {newest.name} beside it, which the run would come to write again. "
+            "Move the newer ones away, or give --ckpt_path last."
+        )
+
+
+def _refuse_other_run(root: str) -> None:
+    newest = _newest(root)
+    if newest is not None:
+        raise ValueError(
+            f"{newest.parent} holds checkpoints of an earlier run, the newest {newest.name}. "
             "Give --ckpt_path last to continue it, another --trainer.default_root_dir to start a new one, "
             "or remove the folder."
         )

@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytestmark = pytest.mark.xdist_group("distributed")
 ROOT = Path(__file__).parents[1]
 
-# Small in every way, with the real tokenizer: 24 conversations, two layers.
+# Small in every way, with the real tokenizer: 24 conversations, two layers and the multi-token prediction.
 SMALL = {
     "hidden_size": 16,
     "intermediate_size": 32,
     "moe_intermediate_size": 16,
     "num_hidden_layers": 2,
+    "num_nextn_predict_layers": 1,
     "n_routed_experts": 8,
     "q_lora_rank": 8,
     "kv_lora_rank": 8,
@@ -68,6 +69,7 @@ def fit_args(inputs: Path, root: Path, *more: str) -> list[str]:
         "--data.max_length=256",
         "--data.num_workers=0",
         "--trainer.accumulate_grad_batches=2",
+        "--model.router_bias_update_speed=0.01",
         "--checkpoint.every_n_train_steps=3",
         "--checkpoint.keep=2",
         *more,
@@ -95,7 +97,14 @@ def test_fit_leaves_its_newest_checkpoints_and_curves(trained: Path) -> None:
     names = sorted(p.name for p in folder.iterdir())
     assert (folder / "last.ckpt").is_symlink() and os.readlink(folder / "last.ckpt") == f"step={steps}.ckpt"
     assert len(names) == 3 and f"step={steps}.ckpt" in names
-    for tag in ("train/grad_norm", "train/tokens_per_second", "val/loss", "val/accuracy", "val/perplexity"):
+    for tag in (
+        "train/grad_norm",
+        "train/tokens_per_second",
+        "train/mtp_loss",
+        "val/loss",
+        "val/accuracy",
+        "val/perplexity",
+    ):
         assert scalars(trained, tag), tag
     rates = scalars(trained, "lr-AdamW/pg1")
     assert rates[0] == pytest.approx(3e-3)
@@ -142,7 +151,12 @@ def test_validate_prints_the_loss_of_the_checkpoint(trained: Path, inputs: Path)
 def test_export_loads_in_transformers(trained: Path, tmp_path: Path) -> None:
     run("export", f"--ckpt={trained}/checkpoints/last.ckpt", f"--out={tmp_path}/hf", "--dtype=fp32")
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    block = "model.layers.2."  # the multi-token prediction, which transformers expects at 61 alone
+    unexpected = {name for name in info["unexpected_keys"] if not name.startswith(block)}
+    assert not unexpected and not info["missing_keys"] and not info["mismatched_keys"]
+    assert {name for name in info["unexpected_keys"] if name.endswith("eh_proj.weight")} == {f"{block}eh_proj.weight"}
+    biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+    assert biases and all(b.any() and torch.allclose(100 * b, (100 * b).round(), atol=1e-4) for b in biases.values())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.chat_template and model.generation_config.eos_token_id == 1
     result = run("verify", f"--model={tmp_path}/hf")
@@ -163,6 +177,8 @@ def test_a_second_fit_into_the_folder_is_refused(trained: Path, inputs: Path) ->
         (["--trainer.strategy.init_args.sequence_parallel_size=3"], "WORLD_SIZE 2"),
         (["--model.pretrained=/nowhere"], "/nowhere/config.json does not exist"),
         (["--model.experts_per_shard=3"], "does not divide the 8 experts"),
+        (["--model.from_scratch=false"], "holds no weights (*.safetensors): give the model's directory with"),
+        (["--data.train_files=[/nowhere/*.jsonl]"], "/nowhere/*.jsonl"),
     ],
 )
 def test_what_cannot_work_is_refused(change: list[str], message: str, inputs: Path, tmp_path: Path) -> None:
@@ -170,8 +186,21 @@ def test_what_cannot_work_is_refused(change: list[str], message: str, inputs: Pa
     assert result.returncode != 0 and message in result.stderr
 
 
+def test_an_older_checkpoint_than_the_newest_is_not_resumed_from(trained: Path, inputs: Path) -> None:
+    folder = trained / "checkpoints"
+    oldest = min((p for p in folder.glob("step=*.ckpt")), key=lambda p: int(p.stem.removeprefix("step=")))
+    result = run(*fit_args(inputs, trained, f"--ckpt_path={oldest}"), check=False)
+    assert result.returncode != 0 and "is older than step=" in result.stderr
+
+
+@pytest.mark.parametrize("args", [[], ["fly"]])
+def test_what_is_no_command_shows_the_usage(args: list[str]) -> None:
+    result = run(*args, check=False)
+    assert result.returncode != 0 and "usage: python -m src.cli" in result.stdout
+
+
 @pytest.mark.parametrize("command", ["export", "verify"])
-def test_help_of_light_commands_needs_no_training_library(command: str) -> None:
+def test_help_needs_no_files(command: str) -> None:
     code = f"import sys; sys.argv=['x']; from src.cli import main; main(['{command}', '--help'])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and "--" in result.stdout

@@ -18,14 +18,15 @@ def test_it_agrees_with_transformers(name: str, tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out.count(" ok") == 3
 
 
-def test_it_notices_a_model_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrong_value", [0.1, float("nan")])
+def test_it_notices_a_model_that_differs(wrong_value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = save_model(oracle(CONFIGS["deepseek_v3"]), CONFIGS["deepseek_v3"], tmp_path)
     right = module._oracle
 
     def wrong(config: Any, source: Any) -> Any:
         model = right(config, source)
         with torch.no_grad():
-            model.model.layers[1].mlp.experts.down_proj[0, 0, 0] += 0.1
+            model.model.layers[1].mlp.experts.down_proj[0, 0, 0] += wrong_value
         return model
 
     monkeypatch.setattr(module, "_oracle", wrong)

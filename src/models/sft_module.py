@@ -5,37 +5,24 @@ data only through its batches.
 """
 
 import fnmatch
+import functools
 import math
 import os
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from .deepseek_v3 import DeepseekV3ForCausalLM, Losses, LossWeights, load_config
 from .kernels import ATTENTION
 from .loss import IGNORE_INDEX
 from .metrics import MeanByTarget
+from .schedule import warmup_cosine
+from .strategy import ModelStrategy
 
 Batch = dict[str, Any]
-
-
-class ModelStrategy(Protocol):
-    """What this module asks of `trainer.strategy` beyond Lightning's own; src.strategies.DeepSpeedSPStrategy has it."""
-
-    def parallelize(self, model: DeepseekV3ForCausalLM, activation_checkpointing: bool) -> None: ...
-    def load(self, model: DeepseekV3ForCausalLM, directory: str) -> None: ...
-    def initialise(self, model: DeepseekV3ForCausalLM, seed: int) -> None: ...
-    def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> Optimizer: ...
-    @property
-    def gradient_norm(self) -> float | None: ...
-    @property
-    def guards_gradient(self) -> bool: ...
-    @property
-    def skipped_step(self) -> bool: ...
 
 
 def _targets(labels: Tensor) -> Tensor:
@@ -62,7 +49,8 @@ class SFTModule(pl.LightningModule):
         aux_loss_alpha: factor of the sequence-wise balance loss; 0 turns it off.
         router_bias_update_speed: by how much each router bias moves towards balance after an optimizer step; 0 leaves
             the biases as they were trained.
-        freeze: patterns (`*`, `?`) of parameter names that are not trained, e.g. "model.embed_tokens*".
+        freeze: patterns (`*`, `?`) of parameter names that are not trained, e.g. "model.embed_tokens*". Routed experts
+            are named by shard, not one by one: "model.layers.3.mlp.experts.0.*" is layer 3's first experts_per_shard.
         activation_checkpointing: keep each layer's input alone and compute the rest again in the backward pass.
         experts_per_shard: routed experts that ZeRO-3 gathers at once; `auto` takes about an eighth of a layer's.
         attention_kernel: auto, flash_attn_4 (Hopper, bf16), varlen (CUDA, bf16) or sdpa.
@@ -186,19 +174,11 @@ class SFTModule(pl.LightningModule):
         if not groups:
             raise ValueError(f"freeze {self.freeze_patterns} leaves no parameter to train.")
         optimizer = self._strategy.optimizer(groups, lr=self.learning_rate, betas=self.betas, eps=1e-8)
-        scheduler = LambdaLR(optimizer, self._rate_at)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _rate_at(self, step: int) -> float:
-        """Factor on learning_rate of 0-based optimizer step `step`: linear warm-up, then a cosine that
-        would reach the minimum at the step after the last: at a minimum of 0 the last one would train nothing."""
         total = max(1, int(self.trainer.estimated_stepping_batches))
-        warmup = math.ceil(self.warmup_ratio * total)
-        if step < warmup:
-            return (step + 1) / warmup
         floor = self.min_learning_rate / self.learning_rate if self.learning_rate else 0.0
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        rate = functools.partial(warmup_cosine, total=total, warmup=math.ceil(self.warmup_ratio * total), floor=floor)
+        scheduler = LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -267,9 +247,11 @@ class SFTModule(pl.LightningModule):
     def _refuse_non_finite_gradient(self, found: bool) -> None:
         """Raises where the gradient was found not to be finite before it touched the weights."""
         if found:
+            rows, more = self._step_sources[:20], len(self._step_sources) - 20
             raise FloatingPointError(
                 f"optimizer step {self.trainer.global_step + 1}: the gradient is not finite though the loss is; the "
-                f"weights are as the last step left them. This rank's rows were {', '.join(self._step_sources)}."
+                f"weights are as the last step left them. This rank's rows were {', '.join(rows)}"
+                + (f" and {more} more." if more > 0 else ".")
             )
 
     @torch.no_grad()

@@ -121,12 +121,14 @@ class DeepSpeedSPStrategy(DeepSpeedStrategy):
         """DeepSpeed builds its shared-memory collectives on CPU, and its CPU Adam, the first time they are used."""
         if self.root_device.type != "cpu" and not self._offloads_optimizer:
             return
-        compiler = os.environ.get("CXX", "c++")
-        if not any(shutil.which(name) for name in (compiler, "g++", "clang++")):
+        wanted = os.environ.get("CXX", "c++")
+        found = next((name for name in (wanted, "g++", "clang++") if shutil.which(name)), None)
+        if found is None:
             raise ValueError(
-                f"no C++ compiler found ({compiler}, g++ or clang++): DeepSpeed builds operators on first use. "
+                f"no C++ compiler found ({wanted}, g++ or clang++): DeepSpeed builds operators on first use. "
                 "Install one, e.g. `apt-get install g++` or `dnf install gcc-c++`."
             )
+        os.environ["CXX"] = found  # PyTorch's builder asks for c++ where nothing is said
 
     @property
     def _zero(self) -> dict[str, Any]:
@@ -268,9 +270,11 @@ class DeepSpeedSPStrategy(DeepSpeedStrategy):
         """A directory that appears whole or not at all: written beside, then renamed."""
         final = Path(self.broadcast(str(filepath)))
         aside = final.with_name(final.name + ".incomplete")
+        if self.broadcast(final.exists()):
+            raise MisconfigurationException(
+                f"{final} exists already, and checkpoints are never overwritten; move it away, or save to another path."
+            )
         if self.is_global_zero:
-            if final.exists():
-                raise MisconfigurationException(f"{final} exists already; checkpoints are never overwritten.")
             shutil.rmtree(aside, ignore_errors=True)
         self.barrier()
         side_files = checkpoint.pop("side_files", None)

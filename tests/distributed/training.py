@@ -109,6 +109,7 @@ class Record(pl.Callback):
         self.gradients: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self.sources: list[list[str]] = []
+        self.metrics: dict[str, float] = {}  # what the last step and the validation after it logged
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         engine = trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
@@ -126,6 +127,7 @@ class Record(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._note_step(trainer)
+        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self.weights = _by_name(pl_module, safe_get_full_fp32_param)
         for name, buffer in pl_module.model.named_buffers():  # type: ignore[union-attr]
             if name.endswith("e_score_correction_bias"):
@@ -180,7 +182,6 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        limit_val_batches=0,
         callbacks=[record, *more_callbacks],
         default_root_dir=root,
     )
@@ -202,6 +203,7 @@ def fit(
         "gradients": record.gradients,
         "weights": record.weights,
         "sources": record.sources,
+        "metrics": record.metrics,
     }
 
 
@@ -222,6 +224,25 @@ def balance_of_document(scores: torch.Tensor, config: Any) -> torch.Tensor:
         frequency = scores.shape[1] / (top_k * len(scores)) * among_best[:, expert].sum()
         total = total + frequency * (scores[:, expert] / scores.sum(-1)).mean()
     return total
+
+
+@torch.no_grad()
+def means(main: OracleModel, docs: list[Document], prefix: str) -> dict[str, float]:
+    """Loss, perplexity and accuracy by target token of some documents, each alone in its pass."""
+    total, correct, targets = 0.0, 0, 0
+    for doc in docs:
+        ids = torch.from_numpy(doc.input_ids.astype(np.int64))
+        logits = main(ids[None]).logits[0]
+        for place in sorted({i for start, stop in doc.target_spans.tolist() for i in range(start, stop)} - {0}):
+            total -= float(logits[place - 1].log_softmax(-1)[ids[place]])
+            correct += int(logits[place - 1].argmax() == ids[place])
+            targets += 1
+    loss = total / targets
+    return {
+        f"{prefix}/loss": loss,
+        f"{prefix}/perplexity": float(np.exp(loss)),
+        f"{prefix}/accuracy": correct / targets,
+    }
 
 
 def plain_pytorch(
@@ -280,8 +301,10 @@ def plain_pytorch(
         factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + np.cos(np.pi * min(1.0, progress)))
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * factor
+        result["metrics"] = means(main, docs, "train")  # before the step, as they are logged
         optimizer.step()
         for router, counts in zip(routers, load, strict=True):
             router.e_score_correction_bias += recipe.router_bias_update_speed * torch.sign(counts.mean() - counts)
+    result["metrics"] |= means(main, cache.docs, "val")
     result["weights"] = {n: t.detach().clone() for n, t in tensors.items()}
     return result

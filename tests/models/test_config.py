@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from src.models.deepseek_v3 import config_from_dict, load_config
+from src.models.deepseek_v3 import DeepseekV3ForCausalLM, config_from_dict, load_config
 
 from .tiny import DEEPSEEK_V3, KIMI_K2
 
@@ -23,12 +23,26 @@ from .tiny import DEEPSEEK_V3, KIMI_K2
         ({"n_group": 8, "topk_group": 4}, "fewer than two experts a group"),
         ({"topk_group": 5}, "topk_group 5 is not between 1 and n_group 4"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok 5 is more than the 4 experts of topk_group 2"),
+        ({"sliding_window": 128, "index_topk": 5}, "sliding_window = 128.*index_topk = 5"),
+        ({"q_lora_rank": 0}, "q_lora_rank is 0; null means no compression"),
         ({"num_key_value_heads": 2}, "num_key_value_heads 2 is not num_attention_heads 4"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_from_dict(DEEPSEEK_V3 | change)
+
+
+def test_what_decides_the_model_must_be_there() -> None:
+    fields = {name: value for name, value in DEEPSEEK_V3.items() if name not in ("hidden_size", "n_group")}
+    with pytest.raises(ValueError, match="lacks hidden_size, n_group; take the config.json that came with"):
+        config_from_dict(fields)
+
+
+@pytest.mark.parametrize("size", [-2, 0, 3])
+def test_shards_that_do_not_divide_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"experts_per_shard {size} does not divide the 8 experts"):
+        DeepseekV3ForCausalLM(config_from_dict(DEEPSEEK_V3), size)
 
 
 def test_kimi_k2_is_the_same_architecture_under_another_name() -> None:

@@ -20,7 +20,34 @@ ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "rope_interleave": (True,),
     "pretraining_tp": (1,),
     "num_nextn_predict_layers": (0, 1, None),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),
+    "index_topk": (None,),  # sparse attention of later models
 }
+# What decides the model; transformers would put DeepSeek-V3's own numbers where one is absent.
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "first_k_dense_replace",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
 ROPE_TYPES = ("default", "yarn")
 
 
@@ -52,6 +79,9 @@ def config_from_dict(fields: dict[str, Any], origin: str = "config.json") -> Dee
             f"{origin}: model_type is {model_type!r}; the DeepSeek-V3 architecture is trained here, "
             f"model_type {' or '.join(MODEL_TYPES)}."
         )
+    absent = [name for name in REQUIRED if name not in fields]
+    if absent:
+        raise ValueError(f"{origin} lacks {', '.join(absent)}; take the config.json that came with the weights.")
     problems = [
         f"{name} = {fields[name]!r} (implemented: {' or '.join(map(repr, values))})"
         for name, values in ONLY_VALUES.items()
@@ -92,6 +122,8 @@ def _check_sizes(config: DeepseekV3Config, origin: str) -> None:
             f"num_experts_per_tok {top_k} is more than the {chosen_groups * (experts // groups)} experts of "
             f"topk_group {chosen_groups} groups"
         )
+    if config.q_lora_rank is not None and config.q_lora_rank < 1:
+        problems.append(f"q_lora_rank is {config.q_lora_rank}; null means no compression of queries")
     if not config.n_shared_experts:
         problems.append(f"n_shared_experts is {config.n_shared_experts}; at least one is implemented")
     if problems:

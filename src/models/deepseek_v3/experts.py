@@ -1,4 +1,4 @@
-"""Routed experts in shards that ZeRO-3 gathers twice a micro-step, not three times, one or two of them at once.
+"""Routed experts in shards that ZeRO-3 gathers twice a micro-step, not three times, two or three whole at once.
 
 Activation checkpointing runs a layer's forward again in the backward pass, so ZeRO-3 would gather every expert for the
 forward, the recompute and the backward, and autograd would hold views of the gathered weights of a whole layer. Here a

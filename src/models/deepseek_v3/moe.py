@@ -93,8 +93,8 @@ class MoE(nn.Module):
         """
         super().__init__()
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        size = experts_per_shard or auto_experts_per_shard(experts)
-        if experts % size:
+        size = auto_experts_per_shard(experts) if experts_per_shard is None else experts_per_shard
+        if size < 1 or experts % size:
             raise ValueError(
                 f"experts_per_shard {size} does not divide the {experts} experts of a layer (n_routed_experts); "
                 f"'auto' takes {auto_experts_per_shard(experts)}."
