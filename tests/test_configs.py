@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from src.models.deepseek_v3 import load_config
+from src.checkpoints.key_map import hf_shapes
+from src.models.deepseek_v3 import DeepseekV3ForCausalLM, load_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name != "base.yaml")
@@ -53,3 +55,14 @@ def test_models_are_of_the_architecture(path: Path) -> None:
         fields = json.loads(path.read_text())
         assert (fields["num_hidden_layers"], fields["n_routed_experts"], fields["hidden_size"]) == (61, 256, 7168)
         assert config.rope_parameters["mscale_all_dim"] == 1.0 and config.num_nextn_predict_layers == 1
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda p: p.parent.name)
+def test_models_build_without_memory_and_have_the_published_number_of_parameters(path: Path) -> None:
+    config = load_config(path.parent)
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(config)
+    found = sum(p.numel() for p in model.parameters()) + sum(r.e_score_correction_bias.numel() for r in model.routers)
+    assert found == sum(torch.Size(shape).numel() for shape in hf_shapes(config, mtp=False).values())
+    if path.parent.name == "deepseek-v3":
+        assert found == 671_026_419_200

@@ -110,5 +110,10 @@ def test_the_model_in_bf16_repeats_and_stays_near_fp32() -> None:
     exact, _ = loss_and_gradients(torch.device("cpu"), torch.float32)
     assert loss == again
     assert loss == pytest.approx(exact, rel=1e-2)
-    # The embedding's backward is PyTorch's, the rest is ours and must not use atomics.
-    assert [n for n in gradients if not torch.equal(gradients[n], same[n])] in ([], ["model.embed_tokens.weight"])
+    # What lies above the last attention is ours and uses no atomics. Below it only near: FlashAttention-2's backward
+    # adds the queries' gradient atomically.
+    ours = ("lm_head", "model.norm", "model.layers.2.mlp.", "model.layers.2.post_attention_layernorm")
+    assert sum(name.startswith(ours) for name in gradients) > 10
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, same[name]) or not name.startswith(ours), name
+        assert relative(same[name], gradient) < 1e-2, name
