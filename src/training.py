@@ -51,7 +51,11 @@ class TrainingCLI(LightningCLI):
         if settings.data.tokenizer is None:  # not a link, which could not be set by hand
             settings.data.tokenizer = settings.model.pretrained
         root = settings.trainer.default_root_dir or "."
-        _check_inputs(settings.model, settings.data, resumed=settings.ckpt_path is not None)
+        if settings.ckpt_path is None and not settings.model.from_scratch:
+            _check_weights(settings.model.pretrained)
+        for files in (settings.data.train_files if self.subcommand == "fit" else None, settings.data.val_files):
+            if files:
+                expand(files)  # refuses a pattern that matches nothing
         if settings.ckpt_path is not None:
             settings.ckpt_path = str(_find_checkpoint(settings.ckpt_path, root))
             if self.subcommand == "fit":
@@ -112,16 +116,12 @@ def _find_checkpoint(path: str, root: str) -> Path:
     return found.resolve()
 
 
-def _check_inputs(model: Any, data: Any, resumed: bool) -> None:
-    """What can be known without loading anything: that the weights and the data are there."""
-    if not model.from_scratch and not resumed and not any(Path(model.pretrained).glob("*.safetensors")):
+def _check_weights(directory: str) -> None:
+    if not any(Path(directory).glob("*.safetensors")):
         raise ValueError(
-            f"{model.pretrained} holds no weights (*.safetensors): give the model's directory with --model.pretrained, "
+            f"{directory} holds no weights (*.safetensors): give the model's directory with --model.pretrained, "
             "or --model.from_scratch true for random ones."
         )
-    expand(data.train_files)
-    if data.val_files:
-        expand(data.val_files)
 
 
 def _newest(root: str) -> Path | None:

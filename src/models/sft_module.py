@@ -299,6 +299,3 @@ class SFTModule(pl.LightningModule):
         restore_progress = getattr(self.trainer.datamodule, "restore_progress", None)  # type: ignore[attr-defined]
         if restore_progress is not None:
             restore_progress(checkpoint)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint.pop("state_dict", None)  # ZeRO's shards hold the weights
