@@ -54,6 +54,9 @@ class SFTModule(pl.LightningModule):
         activation_checkpointing: keep each layer's input alone and compute the rest again in the backward pass.
         experts_per_shard: routed experts that ZeRO-3 gathers at once; `auto` takes about an eighth of a layer's.
         attention_kernel: auto, flash_attn_4 (Hopper, bf16), varlen (CUDA, bf16) or sdpa.
+        attention_output: what a layer does with its attention's output under activation checkpointing: `recompute` it,
+            `keep` it on the device (46 KiB a token and layer for DeepSeek-V3) or `offload` it to pinned host memory.
+        layer_input: `keep` each layer's input on the device (14 KiB a token and layer) or `offload` it likewise.
 
     Raises:
         ValueError: the config.json is absent, of another architecture or asks for what is not implemented; a value is
@@ -76,6 +79,8 @@ class SFTModule(pl.LightningModule):
         activation_checkpointing: bool = True,
         experts_per_shard: int | Literal["auto"] = "auto",
         attention_kernel: str = "auto",
+        attention_output: Literal["keep", "offload", "recompute"] = "recompute",
+        layer_input: Literal["keep", "offload"] = "keep",
     ) -> None:
         super().__init__()
         if not 0 <= min_learning_rate <= learning_rate:
@@ -108,6 +113,8 @@ class SFTModule(pl.LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.experts_per_shard = None if experts_per_shard == "auto" else experts_per_shard
         self.attention_kernel = attention_kernel
+        self.attention_output = attention_output
+        self.layer_input = layer_input
         self.model: DeepseekV3ForCausalLM | None = None
         self._step_sources: list[str] = []  # rows of this rank's micro-batches since the last optimizer step
         self.expert_load: Tensor | None = None  # of the last optimizer step, int64 [MoE layers, E]
@@ -138,6 +145,8 @@ class SFTModule(pl.LightningModule):
         self._freeze(self.model)
         self.model.set_balance(self.aux_loss_alpha > 0)
         self.model.set_attention_kernel(self.attention_kernel)
+        if self.activation_checkpointing:
+            self.model.set_kept(self.attention_output, self.layer_input)
         strategy.parallelize(self.model, self.activation_checkpointing)
         if self.trainer.state.fn == "fit" and checkpoint is not None:
             return  # resumed: the checkpoint holds every weight

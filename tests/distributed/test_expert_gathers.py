@@ -63,13 +63,22 @@ def train(imbalanced: bool, lean: bool) -> dict[str, Any]:
         return collective(inputs, output, *args, **kwargs)
 
     zero._dist_allgather_fn = watch_collective
+    head: Any = model.lm_head.weight
+    release, head_releases = head.partition, 0
+
+    def watch_head(*args: Any, **kwargs: Any) -> Any:
+        nonlocal head_releases
+        head_releases += head.ds_status == ZeroParamStatus.AVAILABLE
+        return release(*args, **kwargs)
+
+    head.partition = watch_head
     ids, labels = torch.randint(96, (2, 64))
     steps = []
     for _ in range(3):
-        elements = most_live = 0
+        elements = most_live = head_releases = 0
         engine.backward(engine(ids, labels, torch.tensor([0, 40, 64]).int(), 40).loss)
         engine.step()
-        steps.append((elements / size, most_live))
+        steps.append((elements / size, most_live, head_releases))
     others = sum(p.ds_numel for p in parameters) / size - 1
     return {"steps": steps, "others": others, "shards": len(shards)}
 
@@ -79,12 +88,13 @@ def test_experts_are_gathered_twice_and_shard_by_shard(imbalanced: bool) -> None
     for result in run_distributed(train, 2, imbalanced, True):
         assert result["shards"] == 3 * SHARDS
         assert 3 * result["others"] < 0.3  # else the bound below would let a third gather pass
-        for gathered, live in result["steps"][1:]:  # the first step records the order of modules for the prefetch
+        for gathered, live, head_releases in result["steps"][1:]:  # the first step records the order of modules for the prefetch
             # In units of all experts; the rest of the model is gathered three times at most.
             assert 2 <= gathered <= 2 + 3 * result["others"]
             assert live <= 3
+            assert head_releases == 1  # gathered for its forward, which computes its gradients too, and kept until its backward
 
 
 def test_the_count_would_see_a_third_gather() -> None:
     for result in run_distributed(train, 2, False, False):
-        assert all(gathered >= 2.9 for gathered, _ in result["steps"][1:])
+        assert all(gathered >= 2.9 for gathered, *_ in result["steps"][1:])

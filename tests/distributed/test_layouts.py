@@ -25,11 +25,11 @@ LAYOUTS = [
     Layout(dp=1, sp=1, accumulation=1, batch_size=4, packing=False),
     Layout(dp=2, sp=1, accumulation=1, batch_size=2),
     Layout(dp=2, sp=1, accumulation=2, batch_size=1, packing=False),
-    Layout(dp=1, sp=2, accumulation=4, batch_size=1),
+    Layout(dp=1, sp=2, accumulation=4, batch_size=1, attention_output="keep"),
     Layout(dp=1, sp=2, accumulation=2, batch_size=2, packing=False),
     Layout(dp=1, sp=4, accumulation=1, batch_size=4),
     Layout(dp=1, sp=4, accumulation=4, batch_size=1, packing=False),
-    Layout(dp=2, sp=2, accumulation=2, batch_size=1),
+    Layout(dp=2, sp=2, accumulation=2, batch_size=1, attention_output="offload"),
     Layout(dp=4, sp=1, accumulation=1, batch_size=1),
     # The other stages, and states on the host (DeepSpeed's own CPU Adam).
     Layout(dp=2, sp=1, accumulation=2, batch_size=1, stage=0),

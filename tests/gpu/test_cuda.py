@@ -41,8 +41,11 @@ def test_attention_agrees_with_fp32(name: str, lengths: list[int]) -> None:
     v = torch.randn(tokens, heads, 128, device=CUDA, dtype=BF16).requires_grad_()
     cu_seqlens = torch.tensor([0, *lengths], device=CUDA).cumsum(0).int()
     grad = torch.randn(tokens, heads, 128, device=CUDA, dtype=BF16)
-    attend(q, k, v, cu_seqlens, max(lengths), scale).backward(grad)
-    out = attend(q, k, v, cu_seqlens, max(lengths), scale)
+    packing = kernels.Packing(cu_seqlens, max(lengths), scale)
+    attend(q, k, v, packing).backward(grad)
+    results = attend.forward(q.detach(), k.detach(), v.detach(), packing)
+    halves = attend.backward(grad, q.detach(), k.detach(), v.detach(), results, packing)
+    out = results[0]
 
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     document = torch.repeat_interleave(torch.arange(len(lengths), device=CUDA), torch.tensor(lengths, device=CUDA))
@@ -51,10 +54,11 @@ def test_attention_agrees_with_fp32(name: str, lengths: list[int]) -> None:
     expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), exact[2])
     expected.backward(grad.double())
     assert relative(out.double(), expected) < 1e-2
-    for ours, theirs in zip((q, k, v), exact, strict=True):
+    for ours, half, theirs in zip((q, k, v), halves, exact, strict=True):
         assert ours.grad is not None and theirs.grad is not None
         if theirs.grad.norm() > 0:  # one-token documents: no gradient reaches queries and keys
             assert relative(ours.grad.double(), theirs.grad) < 2e-2
+            assert relative(half.double(), theirs.grad) < 2e-2
 
 
 def expert_gradients(device: torch.device, dtype: torch.dtype, chosen: Tensor) -> list[Tensor]:
@@ -66,7 +70,7 @@ def expert_gradients(device: torch.device, dtype: torch.dtype, chosen: Tensor) -
     generator = torch.Generator().manual_seed(99)
     x = torch.randn(len(chosen), 256, generator=generator).to(BF16).to(device, dtype).requires_grad_()
     weights = torch.rand(chosen.shape, generator=generator).to(device).requires_grad_()
-    out = experts(x, chosen.to(device), weights)
+    out = experts(x, weights, experts.route(chosen.to(device)))
     out.backward(torch.randn(out.shape, generator=generator).to(BF16).to(device, dtype))
     return [t for t in (out.detach(), x.grad, weights.grad, *(p.grad for p in experts.parameters())) if t is not None]
 
@@ -85,7 +89,9 @@ def test_experts_agree_with_fp32_and_repeat(kind: str) -> None:
         assert torch.equal(ours.cpu().float(), theirs) or relative(ours.cpu().float(), theirs) < 2e-2
 
 
-def loss_and_gradients(device: torch.device, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gradients(
+    device: torch.device, dtype: torch.dtype, kept: str = "recompute"
+) -> tuple[float, dict[str, Tensor]]:
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(config_from_dict(FIELDS), experts_per_shard=2)
     for name, parameter in model.named_parameters():
@@ -97,6 +103,7 @@ def loss_and_gradients(device: torch.device, dtype: torch.dtype) -> tuple[float,
     model.run_layer = partial(
         checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), recompute())
     )
+    model.set_kept(kept, "offload" if kept == "offload" else "keep")
     ids, labels = torch.randint(96, (2, 384), generator=torch.Generator().manual_seed(0)).to(device)
     cu_seqlens = torch.tensor([0, 200, 201, 384], dtype=torch.int32, device=device)
     loss = model(ids, labels, cu_seqlens, 200).loss / 384
@@ -104,16 +111,21 @@ def loss_and_gradients(device: torch.device, dtype: torch.dtype) -> tuple[float,
     return loss.item(), {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_the_model_in_bf16_repeats_and_stays_near_fp32() -> None:
+# What lies above the last attention is ours and uses no atomics. Below it only near: the attention kernels' backward
+# adds the queries' gradient atomically.
+REPEATED = ("lm_head", "model.norm", "model.layers.2.mlp.", "model.layers.2.post_attention_layernorm")
+
+
+@pytest.mark.parametrize("kept", ["recompute", "keep", "offload"])
+def test_the_model_in_bf16_repeats_and_stays_near_fp32(kept: str) -> None:
     loss, gradients = loss_and_gradients(CUDA, BF16)
-    again, same = loss_and_gradients(CUDA, BF16)
-    exact, _ = loss_and_gradients(torch.device("cpu"), torch.float32)
+    again, same = loss_and_gradients(CUDA, BF16, kept)
+    exact, reference = loss_and_gradients(torch.device("cpu"), torch.float32)
     assert loss == again
     assert loss == pytest.approx(exact, rel=1e-2)
-    # What lies above the last attention is ours and uses no atomics. Below it only near: FlashAttention-2's backward
-    # adds the queries' gradient atomically.
-    ours = ("lm_head", "model.norm", "model.layers.2.mlp.", "model.layers.2.post_attention_layernorm")
-    assert sum(name.startswith(ours) for name in gradients) > 10
+    assert sum(name.startswith(REPEATED) for name in gradients) > 10
     for name, gradient in gradients.items():
-        assert torch.equal(gradient, same[name]) or not name.startswith(ours), name
+        assert torch.equal(gradient, same[name]) or not name.startswith(REPEATED), name
         assert relative(same[name], gradient) < 1e-2, name
+        if ".experts." not in name and ".gate." not in name:  # close calls of the router go the other way in bf16
+            assert relative(gradient, reference[name]) < 0.2, name

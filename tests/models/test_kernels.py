@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 def test_auto_takes_what_runs_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     kernels.resolve_attention.cache_clear()
     with caplog.at_level("INFO"):
-        assert kernels.resolve_attention("auto", CPU, torch.float32) is kernels.attention_by_document
+        assert kernels.resolve_attention("auto", CPU, torch.float32) is kernels.ATTENTION["sdpa"]
     assert "attention kernel: sdpa" in caplog.text and "not flash_attn_4: it needs CUDA" in caplog.text
 
 
@@ -44,9 +44,9 @@ def test_swiglu_backward_is_autograds() -> None:
     gate_up = torch.randn(7, 12, generator=generator).requires_grad_()
     weight = torch.rand(7, generator=generator).requires_grad_()
     grad = torch.randn(7, 6, generator=generator)
-    out = kernels.swiglu(gate_up, weight)
+    out = kernels.swiglu(gate_up[:, :6], gate_up[:, 6:], weight)
     out.backward(grad)
-    found = kernels.swiglu_backward(gate_up.detach(), grad, weight.detach())
+    found = kernels.swiglu_backward(gate_up.detach()[:, :6], gate_up.detach()[:, 6:], grad, weight.detach())
     for ours, expected in zip(found, (gate_up.grad, out.detach(), weight.grad), strict=True):
         torch.testing.assert_close(ours, expected)
 
@@ -59,11 +59,12 @@ def test_linear_cross_entropy_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPa
     weight = torch.randn(11, 5, generator=generator, dtype=torch.float64).requires_grad_()
     labels = torch.tensor([3, IGNORE_INDEX, 10, 0, IGNORE_INDEX, 5, 5, 1, IGNORE_INDEX])
     logits = hidden @ weight.T
-    scale = torch.rand(9, generator=generator)
+    sections = [(4, 0.3), (5, 1.7)]
+    scale = torch.tensor([0.3] * 4 + [1.7] * 5)
     each = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
     expected = (each * scale).sum()
     wanted = torch.autograd.grad(expected * 0.3, [hidden, weight])
-    loss, losses, correct = linear_cross_entropy(hidden, weight, labels, scale)
+    loss, losses, correct = linear_cross_entropy(hidden, weight, labels, sections)
     found = torch.autograd.grad(loss * 0.3, [hidden, weight])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(losses.double(), each.detach(), rtol=1e-6, atol=0)
@@ -74,7 +75,7 @@ def test_linear_cross_entropy_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPa
 
 def test_a_row_without_targets_has_a_loss_of_zero_and_gradients() -> None:
     hidden, weight = torch.randn(4, 5).requires_grad_(), torch.randn(11, 5).requires_grad_()
-    loss, losses, correct = linear_cross_entropy(hidden, weight, torch.full((4,), IGNORE_INDEX), torch.ones(4))
+    loss, losses, correct = linear_cross_entropy(hidden, weight, torch.full((4,), IGNORE_INDEX), [(4, 1.0)])
     loss.backward()
     assert loss == 0 and not losses.any() and not correct.any()
     assert hidden.grad is not None and weight.grad is not None  # a rank without targets still reduces its share

@@ -2,6 +2,7 @@
 
 import contextlib
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src.models.deepseek_v3 import recompute
 from src.models.deepseek_v3.moe import Router
+from src.models.kernels import ATTENTION
 from src.models.loss import IGNORE_INDEX
 
 from .tiny import CONFIGS, oracle, ours, relative, stacked_gradients
@@ -24,9 +26,9 @@ def packed_row(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return ids, labels, torch.tensor([0, *LENGTHS]).cumsum(0).int()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, "recompute", "keep", "offload"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_and_gradients_equal_transformers(name: str, checkpointing: bool) -> None:
+def test_logits_and_gradients_equal_transformers(name: str, checkpointing: str | None) -> None:
     fields = CONFIGS[name]
     reference = oracle(fields)
     model = ours(fields, reference, experts_per_shard=2)
@@ -35,6 +37,7 @@ def test_logits_and_gradients_equal_transformers(name: str, checkpointing: bool)
         model.run_layer = partial(
             checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), recompute())
         )
+        model.set_kept(checkpointing, "offload" if checkpointing == "offload" else "keep")
 
     # The oracle sees each document alone: no packing, no mask of ours.
     logits = torch.cat([reference(document[None]).logits[0] for document in ids.split(LENGTHS)])
@@ -79,7 +82,39 @@ def test_router_bias_chooses_but_does_not_weigh() -> None:
     x = torch.randn(50, 32)
     gate.e_score_correction_bias.zero_()
     gate.e_score_correction_bias[5] = 3.0  # above every affinity, and its group wins with it
-    scores, chosen, weights = gate(x)
+    scores = gate(x)
+    chosen = gate.choose(scores)
+    weights = gate.weigh(scores, chosen)
     assert (chosen == 5).any(-1).all()
     expected = scores.gather(1, chosen)
     torch.testing.assert_close(weights, 2.5 * expected / expected.sum(-1, keepdim=True))
+
+
+def test_what_is_kept_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = CONFIGS["deepseek_v3"]
+    model = ours(fields, oracle(fields), experts_per_shard=2)
+    model.run_layer = partial(
+        checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), recompute())
+    )
+    ids, labels, cu_seqlens = packed_row(fields["vocab_size"])
+    kernel, calls = ATTENTION["sdpa"], {"forward": 0, "backward": 0}
+
+    def counted(name: str) -> None:
+        original = getattr(type(kernel), name)
+
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(type(kernel), name, call)
+
+    for name in calls:
+        counted(name)
+    model.set_kept("keep", "keep")
+    for step in (1, 2):  # the second step finds nothing of the first
+        with torch.no_grad():
+            model(ids, labels, cu_seqlens, max(LENGTHS))  # an evaluation keeps nothing
+        model(ids, labels, cu_seqlens, max(LENGTHS)).loss.backward()
+        assert calls == {"forward": 3 * step, "backward": 3 * step}
+        model(ids, labels, cu_seqlens, max(LENGTHS))  # a forward pass without its backward
+        calls["forward"] -= 3

@@ -11,15 +11,18 @@ Legend: T tokens of the whole row, H hidden, A heads, Dn = qk_nope_head_dim, Dr 
 Rq = q_lora_rank (H where there is none), Rkv = kv_lora_rank.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 from transformers import DeepseekV3Config
 
-from ..kernels import resolve_attention
-from .rope import rotate, softmax_scale
+from ..kernels import AttentionKernel, Packing, assemble_heads, resolve_attention
+from .linear import KeptLinear
+from .recompute import Kept, recomputing
+from .rope import softmax_scale
 from .sequence_parallel import SequenceParallelGroup, SingleProcess
 
 # DeepSeek's q_a and kv_a norms keep this default whatever config.json's rms_norm_eps says.
@@ -65,6 +68,24 @@ class HeadsLinear(nn.Linear):
         return F.linear(x, self.weight[start:stop])
 
 
+class _KeptAttention(Function):
+    """An attention kernel whose output is kept over the layer's recomputation: a tenth of a step at 32k tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, packing: Packing, kernel: AttentionKernel, kept: Kept
+    ) -> Tensor:
+        results = kept.once(lambda: kernel.forward(q, k, v, packing))
+        ctx.save_for_backward(q, k, v, *results)
+        ctx.packing, ctx.kernel = packing, kernel
+        return results[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *results = ctx.saved_tensors
+        return *ctx.kernel.backward(grad, q, k, v, tuple(results), ctx.packing), None, None, None
+
+
 class Attention(nn.Module):
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
@@ -87,11 +108,12 @@ class Attention(nn.Module):
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_rank + self.rope_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.kv_rank, LATENT_NORM_EPS)
         self.kv_b_proj = HeadsLinear(self.kv_rank, heads * (self.nope_dim + self.v_dim), bias=False)
-        self.o_proj = nn.Linear(heads * self.v_dim, hidden, bias=bias)
+        self.o_proj = KeptLinear(heads * self.v_dim, hidden, bias=bias)
         self.scale = softmax_scale(config)
         # Set by DeepseekV3ForCausalLM for all layers at once.
         self.sp: SequenceParallelGroup = SingleProcess()
         self.kernel = "auto"
+        self.kept: Kept | None = None  # None: computed again
 
     def forward(self, x: Tensor, row: RowGeometry) -> Tensor:
         """[T/SP, H] -> [T/SP, H]."""
@@ -110,15 +132,20 @@ class Attention(nn.Module):
         q = up_query(query_latent, first * q_dim, (first + heads) * q_dim).view(-1, heads, q_dim)
         kv = self.kv_b_proj(kv_latent, first * kv_dim, (first + heads) * kv_dim).view(-1, heads, kv_dim)
 
-        q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], -1)  # [T, A/SP, .]
-        k_nope, v = kv.split([self.nope_dim, self.v_dim], -1)
-        k_rope = rotate(k_rope[:, None], row.cos, row.sin).expand(-1, heads, -1)  # one rotary key for all heads
-        q = torch.cat([q_nope, rotate(q_rope, row.cos, row.sin)], -1)
-        k = torch.cat([k_nope, k_rope], -1)
+        q, k, v = assemble_heads(q, kv, k_rope, row.cos, row.sin, self.nope_dim)  # [T, A/SP, .]
 
-        attend = resolve_attention(self.kernel, x.device, x.dtype)
-        out = attend(q, k, v.contiguous(), row.cu_seqlens, row.max_seqlen, self.scale)  # [T, A/SP, Dv]
+        kernel = resolve_attention(self.kernel, x.device, x.dtype)
+        packing = Packing(row.cu_seqlens, row.max_seqlen, self.scale)
+        kept = self.kept if torch.is_grad_enabled() else None
+        if kept is None:
+            out = kernel(q, k, v, packing)  # [T, A/SP, Dv]
+        else:
+            kept.begin()
+            out = _KeptAttention.apply(q, k, v, packing, kernel, kept)
         if self.sp.size > 1:
             out = out.reshape(self.sp.size, -1, heads, self.v_dim)  # [SP, T/SP, A/SP, Dv], block j for rank j
             out = self.sp.all_to_all(out).transpose(0, 1)  # [T/SP, SP, A/SP, Dv], all heads of this rank's tokens
-        return self.o_proj(out.reshape(-1, self.heads * self.v_dim))
+        out = out.reshape(-1, self.heads * self.v_dim)
+        # In the recompute past ZeRO-3's hooks, which belong to the module's call: the weight is not needed.
+        project = self.o_proj.forward if kept is not None and recomputing() else self.o_proj
+        return project(out, kept)

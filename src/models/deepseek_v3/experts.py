@@ -2,17 +2,23 @@
 
 Activation checkpointing runs a layer's forward again in the backward pass, so ZeRO-3 would gather every expert for the
 forward, the recompute and the backward, and autograd would hold views of the gathered weights of a whole layer. Here a
-shard is one autograd function. It saves its input rows alone and keeps its parameters by reference (a parameter passed
-to save_for_backward under checkpointing comes back as an alias of the released, empty tensor). It multiplies by
-the routing weight before down_proj, so that nothing downstream needs its output, and computes gate_up again inside its
-own backward. In the layer's recompute it therefore need not run at all: it saves its inputs again and gathers nothing.
+shard is one autograd function. It saves the layer's tokens, which all shards share, and keeps its parameters by
+reference (a parameter passed to save_for_backward under checkpointing comes back as an alias of the released, empty
+tensor). It multiplies by the routing weight before down_proj, so that nothing downstream needs its output, and computes
+gate_up again inside its own backward. In the layer's recompute it therefore need not run at all: it saves its inputs
+again and gathers nothing.
+
+A shard picks its rows out of the tokens, and out of their gradient, itself: K copies of every token exist for one shard
+at a time, never for the layer. Between dispatch, shards and combine autograd sees handles, which have the rows' shape
+and no memory.
 
 Legend: T tokens, K experts a token, E experts, e experts of a shard, M rows of a shard, H hidden, I expert width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
@@ -21,51 +27,65 @@ from ..kernels import grouped_mm, sum_rows, swiglu, swiglu_backward
 from .recompute import recomputing
 
 
+class _Channel:
+    """Carries the gradient of the layer's output [T, H] from the combine's backward to the shards'."""
+
+    grad: Tensor | None = None
+
+
+def _handle(x: Tensor, rows: int) -> Tensor:
+    """A tensor [rows, H] for autograd alone, of one element's memory."""
+    return x.new_empty(1).expand(rows, x.shape[1])
+
+
 class _ExpertShardFunction(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,  # [M, H], sorted by expert
+        handle: Tensor,  # [M, H]
         weight: Tensor,  # [M] fp32, the routing weight of each row
+        x: Tensor,  # [T, H]
+        tokens: Tensor,  # [M], the token of each row; rows are sorted by expert
         offsets: Tensor,  # [e] int32, where each expert's rows end
         gate_up_proj: Tensor,  # [e, 2I, H]
         down_proj: Tensor,  # [e, H, I]
         shard: "ExpertShard",
+        channel: _Channel,
     ) -> Tensor:  # [M, H]
-        ctx.save_for_backward(x, weight, offsets)
-        ctx.shard = shard
-        if recomputing():
-            return x.new_empty(1).expand(x.shape)  # nobody reads it
-        if len(x) == 0:
-            return torch.empty_like(x)
-        hidden = swiglu(grouped_mm(x, gate_up_proj.mT, offsets), weight)
-        return grouped_mm(hidden, down_proj.mT, offsets)
+        ctx.save_for_backward(weight, x, tokens, offsets)
+        ctx.shard, ctx.channel = shard, channel
+        if recomputing() or len(tokens) == 0:
+            return _handle(x, len(tokens))  # nobody reads it
+        gate, up = grouped_mm(x[tokens], gate_up_proj.mT, offsets).chunk(2, -1)
+        return grouped_mm(swiglu(gate, up, weight), down_proj.mT, offsets)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, offsets = ctx.saved_tensors
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        weight, x, tokens, offsets = ctx.saved_tensors
         gate_up_proj, down_proj = ctx.shard.gate_up_proj, ctx.shard.down_proj  # gathered by ZeRO-3's backward hook
-        trained_gate_up, trained_down = ctx.needs_input_grad[3:5]
-        if len(x) == 0:  # the weights' gradients are zero, but every rank must hand them to the reduction
+        trained_gate_up, trained_down = ctx.needs_input_grad[5:7]
+        if len(tokens) == 0:  # the weights' gradients are zero, but every rank must hand them to the reduction
             return (
-                torch.empty_like(x),
+                x.new_empty(0, x.shape[1]),
                 torch.empty_like(weight),
-                None,
+                *(None, None, None),
                 torch.zeros_like(gate_up_proj) if trained_gate_up else None,
                 torch.zeros_like(down_proj) if trained_down else None,
-                None,
+                *(None, None),
             )
-        grad = grad.contiguous()
-        gate_up = grouped_mm(x, gate_up_proj.mT, offsets)
+        rows, grad = x[tokens], ctx.channel.grad[tokens]
+        gate, up = grouped_mm(rows, gate_up_proj.mT, offsets).chunk(2, -1)
         grad_hidden = grouped_mm(grad, down_proj, offsets)
-        grad_gate_up, hidden, grad_weight = swiglu_backward(gate_up, grad_hidden, weight)
+        grad_gate_up, hidden, grad_weight = swiglu_backward(gate, up, grad_hidden, weight)
+        assert hidden is not None
+        del gate, up, grad_hidden
         return (
             grouped_mm(grad_gate_up, gate_up_proj, offsets),
             grad_weight,
-            None,
-            grouped_mm(grad_gate_up.mT, x, offsets) if trained_gate_up else None,
+            *(None, None, None),
+            grouped_mm(grad_gate_up.mT, rows, offsets) if trained_gate_up else None,
             grouped_mm(grad.mT, hidden, offsets) if trained_down else None,
-            None,
+            *(None, None),
         )
 
 
@@ -81,40 +101,55 @@ class ExpertShard(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
 
-    def forward(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        """x [M, H] sorted by expert, weight [M] fp32, offsets [e] int32 -> weighted expert outputs [M, H]."""
-        return _ExpertShardFunction.apply(x, weight, offsets, self.gate_up_proj, self.down_proj, self)
+    def forward(
+        self, handle: Tensor, weight: Tensor, x: Tensor, tokens: Tensor, offsets: Tensor, channel: _Channel
+    ) -> Tensor:
+        """handle [M, H], weight [M] fp32, x [T, H], tokens [M], offsets [e] int32 -> weighted expert outputs [M, H]."""
+        return _ExpertShardFunction.apply(
+            handle, weight, x, tokens, offsets, self.gate_up_proj, self.down_proj, self, channel
+        )
 
 
 class _Dispatch(Function):
-    """Token rows in expert order, one tensor a shard; the backward sums each token's K rows in fp32, in fixed order."""
+    """A handle and the routing weights of each shard's rows; the backward sums each token's K rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, slots: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(slots)
-        return x[tokens].split(sizes)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        order: Tensor,
+        slots: Tensor,
+        parts: Tensor,
+        sizes: list[int],
+        channel: _Channel,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(slots, parts)
+        ctx.channel = channel
+        return *(_handle(x, size) for size in sizes), *weights.reshape(-1)[order].split(sizes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (slots,) = ctx.saved_tensors
-        return sum_rows(torch.cat(grads), slots), None, None, None
+        slots, parts = ctx.saved_tensors
+        ctx.channel.grad = None
+        rows, weights = grads[: len(grads) // 2], grads[len(grads) // 2 :]
+        return sum_rows(rows, slots, parts), torch.cat(weights)[slots], None, None, None, None, None
 
 
 class _Combine(Function):
-    """The shards' rows back to tokens: each token's K rows summed in fp32, in fixed order."""
+    """The shards' rows back to tokens: each token's K rows summed."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, slots: Tensor, *rows: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.sizes = [len(r) for r in rows]
+    def forward(ctx: Any, slots: Tensor, parts: Tensor, channel: _Channel, *rows: Tensor) -> Tensor:
+        ctx.sizes, ctx.channel = [len(r) for r in rows], channel
         if recomputing():
-            return rows[0].new_empty(1).expand(len(slots), rows[0].shape[1])  # nobody reads it
-        return sum_rows(torch.cat(rows), slots)
+            return _handle(rows[0], len(slots))  # nobody reads it
+        return sum_rows(rows, slots, parts)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (tokens,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return None, None, *grad[tokens].split(ctx.sizes)  # type: ignore[attr-defined]
+        ctx.channel.grad = grad.contiguous()  # type: ignore[attr-defined]
+        return None, None, None, *(_handle(grad, size) for size in ctx.sizes)  # type: ignore[attr-defined]
 
 
 class Experts(nn.ModuleList):
@@ -126,24 +161,59 @@ class Experts(nn.ModuleList):
         )
         self.experts = experts
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x [T, H], chosen experts [T, K], their weights fp32 [T, K] -> [T, H]."""
-        experts, top_k = self.experts, chosen.shape[1]
-        order = chosen.reshape(-1).argsort(stable=True)  # rows of [T*K] in expert order
-        tokens = order // top_k  # [T*K], the token of each row
+    def route(self, chosen: Tensor) -> "Route":
+        """Sorts the tokens by the experts that they have chosen, [T, K]; the device goes on without waiting."""
+        experts_per_shard = self.experts // len(self)
+        by_expert, order = chosen.reshape(-1).sort(stable=True)  # rows of [T*K] in expert order
         slots = torch.empty_like(order)
-        slots[order] = torch.arange(len(order), device=x.device)
-        slots = slots.view(-1, top_k)  # [T, K], where each token's rows stand
-        counts = torch.bincount(chosen.reshape(-1), minlength=experts).view(len(self), -1)  # [shards, e]
-        sizes: list[int] = counts.sum(1).tolist()  # the layer's one host synchronisation
-        offsets = counts.cumsum(1).int()
+        slots[order] = torch.arange(len(order), device=chosen.device)
+        numbers = torch.arange(self.experts, device=chosen.device, dtype=by_expert.dtype)
+        ends = torch.searchsorted(by_expert, numbers, right=True).view(len(self), -1)  # [shards, e]
+        starts = F.pad(ends[:-1, -1], (1, 0))  # [shards]
+        offsets = (ends - starts[:, None]).int()
+        sizes = offsets[:, -1]
+        if sizes.is_cuda:
+            sizes = torch.empty(sizes.shape, dtype=sizes.dtype, pin_memory=True).copy_(sizes, non_blocking=True)
+        arrived = torch.cuda.Event() if chosen.is_cuda else None
+        if arrived is not None:
+            arrived.record()
+        top_k = chosen.shape[1]
+        return Route(order, order // top_k, slots.view(-1, top_k), chosen // experts_per_shard, offsets, sizes, arrived)
 
-        rows = _Dispatch.apply(x, tokens, slots, sizes)
-        row_weights = weights.reshape(-1)[order].split(sizes)
+    def forward(self, x: Tensor, weights: Tensor, route: "Route") -> Tensor:
+        """x [T, H], the chosen experts' weights fp32 [T, K] and their route -> [T, H]."""
+        if route.arrived is not None:
+            route.arrived.synchronize()  # the layer's one wait for the device
+        sizes: list[int] = route.sizes.tolist()
+        channel = _Channel()
+        dispatched = _Dispatch.apply(x, weights, route.order, route.slots, route.parts, sizes, channel)
+        handles, row_weights = dispatched[: len(self)], dispatched[len(self) :]
         # In the recompute past ZeRO-3's hooks, which belong to the module's call: the weights are not needed.
         shards = [shard.forward if recomputing() else shard for shard in self]
-        outputs = [shard(*args) for shard, *args in zip(shards, rows, row_weights, offsets, strict=True)]
-        return _Combine.apply(tokens, slots, *outputs)
+        outputs = [
+            shard(handle, weight, x.detach(), tokens, ends, channel)
+            for shard, handle, weight, tokens, ends in zip(
+                shards, handles, row_weights, route.tokens.split(sizes), route.offsets, strict=True
+            )
+        ]
+        return _Combine.apply(route.slots, route.parts, channel, *outputs)
+
+
+class Route(NamedTuple):
+    """Which rows go where.
+
+    order: [T*K], the places of [T, K] in expert order. tokens: [T*K], the token of each row in that order.
+    slots: [T, K], where each token's rows stand. parts: [T, K], in which shard. offsets: int32 [shards, e], where each
+    expert's rows end in its shard. sizes: int32 [shards] on the host, each shard's rows, there once `arrived` is past.
+    """
+
+    order: Tensor
+    tokens: Tensor
+    slots: Tensor
+    parts: Tensor
+    offsets: Tensor
+    sizes: Tensor
+    arrived: torch.cuda.Event | None
 
 
 def auto_experts_per_shard(experts: int) -> int:

@@ -8,18 +8,21 @@ Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.
 Legend: T tokens of the whole row, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import DeepseekV3Config
 
 from ..loss import linear_cross_entropy
+from ..offload import HostStack
 from .attention import Attention, RMSNorm, RowGeometry
 from .layers import DecoderLayer, MTPLayer
 from .moe import MoE, Router
+from .recompute import Kept
 from .rope import cos_sin, positions
 from .sequence_parallel import SequenceParallelGroup, SingleProcess
 
@@ -75,11 +78,11 @@ class LMHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, scale: Tensor | None = None) -> Any:
-        """hidden [T, H] -> logits [T, V]; with labels and scale [T], what `linear_cross_entropy` returns instead."""
-        if labels is None or scale is None:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, sections: Sequence[tuple[int, float]] = ()) -> Any:
+        """hidden [T, H] -> logits [T, V]; with labels [T] and sections, what `linear_cross_entropy` returns instead."""
+        if labels is None:
             return F.linear(hidden, self.weight)
-        return linear_cross_entropy(hidden, self.weight, labels, scale)
+        return linear_cross_entropy(hidden, self.weight, labels, sections)
 
 
 def _call(layer: nn.Module, *args: Any) -> Any:
@@ -106,12 +109,29 @@ class DeepseekV3ForCausalLM(nn.Module):
         self.sp: SequenceParallelGroup = SingleProcess()
         # How a layer is called; strategies/parallelize.py puts activation checkpointing here.
         self.run_layer: Callable[..., Any] = _call
+        self.host = HostStack()
+        self.offload_layer_inputs = False
 
     def set_attention_kernel(self, name: str) -> None:
         """By its name in `models.kernels`; resolved for device and dtype at the first forward."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.kernel = name
+
+    def set_kept(self, attention_output: str, layer_input: str) -> None:
+        """What stays from a layer's forward pass until its recomputation; for use with activation checkpointing.
+
+        attention_output: `keep`, `offload` (in pinned host memory) or `recompute`; that of the kernel, its log-sums and
+            the output projection's.
+        layer_input: `keep` or `offload`.
+        """
+        host = self.host if attention_output == "offload" else None
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.kept = None if attention_output == "recompute" else Kept(host)
+            elif isinstance(module, MoE):
+                module.kept = Kept(None)  # the routing: small, and the experts' rows must be the same again
+        self.offload_layer_inputs = layer_input == "offload"
 
     def set_sequence_parallel(self, sp: SequenceParallelGroup) -> None:
         """The group over which the rows are split; its size must divide the attention heads."""
@@ -141,11 +161,21 @@ class DeepseekV3ForCausalLM(nn.Module):
         lengths = cu_seqlens.diff().float()
         return RowGeometry(cu_seqlens, max_seqlen, *cos_sin(self.config, position_ids), documents, lengths)
 
+    def _layer(self, layer: nn.Module, *args: Any) -> Any:
+        if not (self.offload_layer_inputs and torch.is_grad_enabled()):
+            return self.run_layer(layer, *args)
+        # Activation checkpointing saves the layer's arguments, and them alone, under the hooks of its caller.
+        with saved_tensors_hooks(self._put, self.host.take):
+            return self.run_layer(layer, *args)
+
+    def _put(self, tensor: Tensor) -> Any:
+        return self.host.put(tensor) if tensor.numel() else tensor
+
     def _main(self, x: Tensor, row: RowGeometry) -> tuple[Tensor, Tensor]:
         """Embedded tokens [T/SP, H] -> the normed output of the main model's layers, and their balance sums."""
         balance = x.new_zeros((), dtype=torch.float32)
         for layer in self.model.layers[: self.config.num_hidden_layers]:
-            x, layer_balance = self.run_layer(layer, x, row)
+            x, layer_balance = self._layer(layer, x, row)
             balance = balance + layer_balance
         return self.model.norm(x), balance
 
@@ -188,12 +218,11 @@ class DeepseekV3ForCausalLM(nn.Module):
             hidden, balance = self._main(x, row)
             block = self.model.layers[-1]
             assert isinstance(block, MTPLayer)
-            predicted, layer_balance = self.run_layer(block, hidden, ahead, row)
+            predicted, layer_balance = self._layer(block, hidden, ahead, row)
             hidden, balance = torch.cat([hidden, block.shared_head(predicted)]), balance + layer_balance
             labels = torch.cat([labels, mtp_labels])
-        scale = torch.full(labels.shape, weights.cross_entropy, dtype=torch.float32, device=labels.device)
-        scale[tokens:] = weights.mtp
-        loss, token_losses, correct = self.lm_head(hidden, labels, scale)
+        sections = [(tokens, weights.cross_entropy), (len(labels) - tokens, weights.mtp)]
+        loss, token_losses, correct = self.lm_head(hidden, labels, sections)
         return Losses(
             loss + weights.balance * balance,
             token_losses[:tokens].sum(),

@@ -6,27 +6,30 @@ Legend: T tokens, H hidden, E experts, G groups (n_group), K experts a token, D 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
+from ..kernels import gated_unit, matmul_fp32
 from .attention import RowGeometry
-from .experts import Experts, auto_experts_per_shard
-from .recompute import recomputing
+from .experts import Experts, Route, auto_experts_per_shard
+from .linear import LastLinear, linear
+from .recompute import Kept, recomputing
 from .sequence_parallel import SequenceParallelGroup, SingleProcess
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)): [T, H] -> [T, H]."""
+    """down(silu(gate(x)) * up(x)): [T, H] -> [T, H], the last part of a layer."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.down_proj = LastLinear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        # In the recompute past ZeRO-3's hooks, which belong to the module's call: the weight is not needed.
+        down = self.down_proj.forward if recomputing() else self.down_proj
+        return down(gated_unit(self.gate_proj(x), self.up_proj(x)))
 
 
 class Router(nn.Module):
@@ -48,20 +51,26 @@ class Router(nn.Module):
         self.normalise = config.norm_topk_prob
         self.scaling = config.routed_scaling_factor
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, H] -> affinities fp32 [T, E], chosen experts [T, K], their weights fp32 [T, K]."""
-        scores = F.linear(x.float(), self.weight.float()).sigmoid()
-        chosen = self._choose(scores.detach())
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, H] -> affinities fp32 [T, E]."""
+        # Summed in fp32 whatever the operands' dtype, so that rounding decides no close call.
+        return linear(x, self, lambda: matmul_fp32(x, self.weight.T)).sigmoid()
+
+    def weigh(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        """Affinities fp32 [T, E], chosen experts [T, K] -> their weights fp32 [T, K]."""
         weights = scores.gather(1, chosen)
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return scores, chosen, weights * self.scaling
+        return weights * self.scaling
 
-    def _choose(self, scores: Tensor) -> Tensor:
+    def choose(self, scores: Tensor) -> Tensor:
+        """Affinities fp32 [T, E] -> each token's experts, int64 [T, K]."""
         candidates = scores + self.e_score_correction_bias
         if self.top_groups < self.groups:
             grouped = candidates.unflatten(1, (self.groups, -1))  # [T, G, E/G]
-            best = grouped.topk(2, -1).values.sum(-1).topk(self.top_groups, -1).indices  # a group counts its best two
+            best = (
+                grouped.topk(2, -1, sorted=False).values.sum(-1).topk(self.top_groups, -1).indices
+            )  # a group counts its best two
             out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)  # [T, G]
             # -inf, as in DeepSeek's inference code; with 0, experts of lost groups would win over negative biases.
             candidates = grouped.masked_fill(out[..., None], float("-inf")).flatten(1)
@@ -105,14 +114,26 @@ class MoE(nn.Module):
         # Set by DeepseekV3ForCausalLM for all layers at once.
         self.sp: SequenceParallelGroup = SingleProcess()
         self.with_balance = False
+        self.kept: Kept | None = None  # None: routed again in a recomputation
 
     def forward(self, x: Tensor, row: RowGeometry) -> tuple[Tensor, Tensor]:
         """[T/SP, H] -> [T/SP, H], and `sequence_balance`, zero where `with_balance` is off, and in evaluation."""
-        scores, chosen, weights = self.gate(x)
+        scores = self.gate(x)
+        kept = self.kept if torch.is_grad_enabled() else None
+        if kept is None:
+            chosen, route = self._route(scores)
+        else:
+            kept.begin()
+            chosen, route = kept.once(lambda: self._route(scores))
         if self.training and not recomputing():
             real = row.documents.sum(0).long()  # [T/SP], one but for padding
             self.gate.load.scatter_add_(0, chosen.flatten(), real.repeat_interleave(chosen.shape[1]))
         balance = scores.new_zeros(())
         if self.with_balance and self.training:
             balance = sequence_balance(scores, row, chosen.shape[1], self.sp)
-        return self.experts(x, chosen, weights) + self.shared_experts(x), balance
+        shared = self.shared_experts(x)  # before the experts, which wait until the host knows the route
+        return self.experts(x, self.gate.weigh(scores, chosen), route) + shared, balance
+
+    def _route(self, scores: Tensor) -> tuple[Tensor, Route]:
+        chosen = self.gate.choose(scores.detach())
+        return chosen, self.experts.route(chosen)

@@ -1,11 +1,15 @@
-"""The flag that tells a layer's forward that it runs for the second time, to restore what its backward needs.
+"""What a layer's forward knows of activation checkpointing: that it runs again, and what it may keep until then.
 
-Activation checkpointing runs every layer again in the backward pass. The experts, the costly part, must not: they
-recompute themselves (experts.py). `strategies/parallelize.py` hands `recompute` to torch's checkpoint as `context_fn`.
+Activation checkpointing runs every layer again in the backward pass, to restore what that needs. The experts, the
+costly part, must not run: they recompute themselves (experts.py). `strategies/parallelize.py` hands `recompute` to
+torch's checkpoint as `context_fn`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from ..offload import HostStack
 
 _recomputing = False
 
@@ -22,3 +26,32 @@ def recompute() -> Iterator[None]:
 
 def recomputing() -> bool:
     return _recomputing
+
+
+class Kept:
+    """Results that one layer keeps over its recomputation instead of computing them again.
+
+    Args:
+        host: where they wait; None leaves them on the device.
+    """
+
+    def __init__(self, host: HostStack | None) -> None:
+        self._host = host
+        self._results: list[list[Any]] = []
+
+    def begin(self) -> None:
+        """To be called at the start of the layer: what a forward pass without a backward has left is dropped."""
+        if not recomputing():
+            self._results.clear()
+
+    def once(self, compute: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """What `compute` returned in the forward pass; in the recomputation, which asks in the same order, without it.
+
+        With a host, tensors alone.
+        """
+        if recomputing():
+            results = self._results.pop(0)
+            return tuple(results if self._host is None else (self._host.take(item) for item in results))
+        computed = compute()
+        self._results.append(list(computed) if self._host is None else [self._host.put(t) for t in computed])
+        return computed

@@ -67,10 +67,3 @@ def cos_sin(config: DeepseekV3Config, position_ids: Tensor) -> tuple[Tensor, Ten
     frequencies, factor = inverse_frequencies(config)
     angles = position_ids[:, None].float() * frequencies.to(position_ids.device)
     return angles.cos() * factor, angles.sin() * factor
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x0, x1), (x2, x3), ... of the last dimension: [T, A, d] -> [T, A, d], computed in fp32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each [T, A, d/2]
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)

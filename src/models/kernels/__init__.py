@@ -1,0 +1,35 @@
+"""The one door to kernels: what the model computes with.
+
+Each entry has a plain PyTorch path, which runs anywhere and which every fast path is tested against. Attention is
+chosen by name (attention.py), everything else by the device: Triton's kernels on CUDA (triton_kernels.py), else plain
+PyTorch.
+"""
+
+from .attention import ATTENTION, AttentionKernel, Packing, resolve_attention
+from .pointwise import (
+    add_matmul_fp32,
+    assemble_heads,
+    cross_entropy_rows,
+    gated_unit,
+    grouped_mm,
+    matmul_fp32,
+    sum_rows,
+    swiglu,
+    swiglu_backward,
+)
+
+__all__ = [
+    "ATTENTION",
+    "AttentionKernel",
+    "Packing",
+    "add_matmul_fp32",
+    "assemble_heads",
+    "cross_entropy_rows",
+    "gated_unit",
+    "grouped_mm",
+    "matmul_fp32",
+    "resolve_attention",
+    "sum_rows",
+    "swiglu",
+    "swiglu_backward",
+]
