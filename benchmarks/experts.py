@@ -5,8 +5,6 @@
 gate_up is computed again in the backward pass and counted once: useful operations are 18 T K H I.
 """
 
-import statistics
-
 import torch
 from torch import Tensor
 
@@ -63,81 +61,59 @@ def reference(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor, grad
     return [out, dx, dw]
 
 
+def inputs(kind: str, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, chosen, weights and the output's gradient."""
+    chosen, weights = routing(kind, tokens, device)
+    x = torch.randn(tokens, H, device=device, dtype=BF16).requires_grad_()
+    return x, chosen, weights.requires_grad_(), torch.randn(tokens, H, device=device, dtype=BF16)
+
+
+def check(experts: Experts, kind: str, device: torch.device) -> float:
+    """Two runs equal to the bit, and the largest error against fp32."""
+    given = inputs(kind, 611, device)
+    first, gradients = run(experts, *given), [p.grad for p in experts.parameters()]
+    second = run(experts, *given)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "two runs differ"
+    for one, parameter in zip(gradients, experts.parameters(), strict=True):
+        assert one is not None and parameter.grad is not None and torch.equal(one, parameter.grad)
+    worst = max(relative(a, b) for a, b in zip(first, reference(experts, *given), strict=True))
+    assert worst < 1e-2, f"{kind}: off by {worst}"
+    return worst
+
+
+def measure(experts: Experts | LoopOverExperts, tokens: int, kind: str, device: torch.device) -> list[str]:
+    """Cells of a row: forward ms, forward and backward ms, useful TFLOP/s, peak memory."""
+    given = inputs(kind, tokens, device)
+    x, chosen, weights, _ = given
+    with torch.no_grad():
+        forward = median_ms(lambda: experts(x, weights, experts.route(chosen)), device, 3)
+    both = median_ms(lambda: run(experts, *given), device)
+    peak = peak_gib(lambda: run(experts, *given), device)  # the weights' gradients are there before
+    return [f"{forward:.1f}", f"{both:.1f}", f"{18 * tokens * K * H * I / both / 1e9:.0f}", f"peak {peak:.1f} GiB"]
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, nargs="*", default=[8192, 16384, 32768])
-    parser.add_argument("--shards", type=int, nargs="*", default=[8])
+    parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--guide", action="store_true", help="the loop over experts too, at 8192 tokens: seconds a run")
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
-    head(f"Routed experts: {E} of {I}, hidden {H}, top {K}, bf16", device)
+    head(f"Routed experts: {E} of {I} in {options.shards} shards, hidden {H}, top {K}, bf16", device)
+    experts = build(options.shards, device)
+    for kind in ("even", "skewed", "half"):
+        print(f"{kind}: error {check(experts, kind, device):.1e}, two runs equal to the bit", flush=True)
     rows = []
-    for shards in options.shards:
-        experts = build(shards, device)
-
-        def inputs(kind: str, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            chosen, weights = routing(kind, tokens, device)
-            x = torch.randn(tokens, H, device=device, dtype=BF16).requires_grad_()
-            return x, chosen, weights.requires_grad_(), torch.randn(tokens, H, device=device, dtype=BF16)
-
-        for kind in ("even", "skewed", "half"):
-            given = inputs(kind, 611)
-            first, gradients = run(experts, *given), [p.grad for p in experts.parameters()]
-            second = run(experts, *given)
-            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "two runs differ"
-            for one, parameter in zip(gradients, experts.parameters(), strict=True):
-                assert one is not None and parameter.grad is not None and torch.equal(one, parameter.grad)
-            worst = max(relative(a, b) for a, b in zip(first, reference(experts, *given), strict=True))
-            assert worst < 1e-2, f"{kind}: off by {worst}"
-            rows.append(
-                [f"{shards} shards", f"611 {kind}", "", "", "", f"error {worst:.1e}, two runs equal to the bit"]
-            )
-        del gradients, first, second
-        for tokens in options.tokens:
-            for kind in ("even", "skewed", "half") if tokens == 16384 else ("even",):
-                given = inputs(kind, tokens)
-                useful = 18 * tokens * K * H * I
-                with torch.no_grad():
-                    forward = median_ms(lambda g=given: experts(g[0], g[2], experts.route(g[1])), device)
-                both = median_ms(lambda g=given: run(experts, *g), device)
-                for parameter in experts.parameters():
-                    parameter.grad = None
-                peak = peak_gib(lambda g=given: run(experts, *g), device)
-                rate = f"{useful / both / 1e9:.0f}"
-                rows.append(
-                    [
-                        f"{shards} shards",
-                        f"{tokens} {kind}",
-                        f"{forward:.1f}",
-                        f"{both:.1f}",
-                        rate,
-                        f"peak {peak:.1f} GiB",
-                    ]
-                )
-                if shards == options.shards[0]:
-                    fast = pointwise._fast
-                    pointwise._fast = lambda x: False
-                    plain = median_ms(lambda g=given: run(experts, *g), device, 3)
-                    pointwise._fast = fast
-                    rows.append(
-                        [
-                            "plain PyTorch between the products",
-                            f"{tokens} {kind}",
-                            "",
-                            f"{plain:.1f}",
-                            f"{useful / plain / 1e9:.0f}",
-                            "",
-                        ]
-                    )
-        if options.guide and shards == options.shards[0]:
-            loop, given = LoopOverExperts(experts), inputs("even", 8192)
-            slow = statistics.median([median_ms(lambda: run(loop, *given), device, 1, 1) for _ in range(2)])
-            rows.append(
-                ["the guide's loop", "8192 even", "", f"{slow:.0f}", f"{18 * 8192 * K * H * I / slow / 1e9:.0f}", ""]
-            )
-        del experts
-    table(["", "tokens", "forward ms", "forward + backward ms", "TFLOP/s", ""], rows)
+    for tokens in options.tokens:
+        for kind in ("even", "skewed", "half") if tokens == 16384 else ("even",):
+            rows.append(["ours", f"{tokens} {kind}", *measure(experts, tokens, kind, device)])
+        fast, pointwise._fast = pointwise._fast, lambda x: False
+        rows.append(["plain PyTorch between the products", f"{tokens} even", *measure(experts, tokens, "even", device)])
+        pointwise._fast = fast
+    if options.guide:
+        rows.append(["the guide's loop", "8192 even", *measure(LoopOverExperts(experts), 8192, "even", device)])
+    table(["", "tokens", "forward ms", "forward + backward ms", "TFLOP/s", "over weights and gradients"], rows)
 
 
 if __name__ == "__main__":

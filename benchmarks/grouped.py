@@ -63,7 +63,7 @@ def main() -> None:
                 pairs = list(zip(left.split(sizes, 1), right.split(sizes), out, strict=True))
                 work = 2 * total * left.shape[0] * right.shape[1]
             runs: dict[str, Callable[[], object]] = {
-                "grouped_mm": lambda l=left, r=right, o=offsets: F.grouped_mm(l, r, offs=o),
+                "grouped_mm": lambda a=left, b=right, o=offsets: F.grouped_mm(a, b, offs=o),
             }
             for count in (1, 2, 4):
                 streams = [torch.cuda.Stream() for _ in range(count)]

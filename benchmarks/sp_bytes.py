@@ -1,11 +1,11 @@
 """Bytes that sequence parallelism exchanges, counted in a run over gloo processes, against expanded queries and keys.
 
-    python -m benchmarks.sp_bytes [--sizes 2 4 8] [--tokens 512]
+    python -m benchmarks.sp_bytes [--sizes 2 4 8] [--tokens 256]
 
-One attention of DeepSeek-V3's head sizes and ranks (its hidden size and head count too; hidden is cut to --hidden to fit a
-small machine, which the exchange does not see). Every collective that torch.distributed is asked for is counted, in bf16,
-by what a rank receives from others; sizes are given for 32,768 tokens, by which they grow linearly. Expanded: all-to-all
-of every head's q, k [192] and v [128] before, and of the outputs after, as Ulysses does.
+One attention of DeepSeek-V3's heads, head sizes and ranks; the hidden size, which the exchange does not see, is cut to
+--hidden to fit a small machine. Every collective that torch.distributed is asked for is counted, in bf16, by what a
+rank receives from others; figures are given for 32,768 tokens, with which they grow linearly. Expanded: all-to-all of
+every head's q, k [192] and v [128] before, and of the outputs after, as Ulysses does.
 """
 
 import argparse

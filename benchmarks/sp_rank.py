@@ -2,8 +2,8 @@
 
     python -m benchmarks.sp_rank [--tokens 32768] [--documents 1 8]
 
-The exchanges are replaced by copies of the same shapes, so the figures are the cost of SP but for the wire: a rank's time
-times SP, over that of one rank doing all.
+The exchanges are replaced by copies of the same shapes, so the figures are the cost of SP but for the wire: a rank's
+time times SP, over that of one rank doing all.
 """
 
 from functools import partial

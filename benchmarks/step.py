@@ -1,9 +1,9 @@
 """Whole steps through Lightning, DeepSpeed ZeRO-3 and our strategy on one device, at DeepSeek-V3's layer widths.
 
-    python -m benchmarks.step [--place host|optimizer|device] [--layers 3] [--experts 32] [--accumulate 4] [--trace FILE]
+    python -m benchmarks.step [--place host|optimizer|device] [--layers 2] [--experts 32] [--accumulate 4] [--trace F]
 
---place: what is in host memory. `host`: parameters and optimizer, so that each gather is a copy over PCIe, as long as one
-over the network of a large cluster; `optimizer`: its states alone; `device`: nothing.
+--place: what is in host memory. `host`: parameters and optimizer, so that each gather is a copy over PCIe, as long as
+one over the network of a large cluster; `optimizer`: its states alone; `device`: nothing.
 
 The same model without engine, callbacks and optimizer is measured first, in the same process, on the same batches. MFU
 counts useful operations (src/models/deepseek_v3/flops.py), of 989 TFLOP/s. One JSON line a row ends the output.
@@ -191,7 +191,7 @@ def mixes_of(texts: list[str]) -> Iterator[list[int]]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default=str(TRUE_CONFIG))
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--dense", type=int, default=0)
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--vocab", type=int, default=16384)

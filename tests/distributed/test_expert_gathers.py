@@ -88,11 +88,12 @@ def test_experts_are_gathered_twice_and_shard_by_shard(imbalanced: bool) -> None
     for result in run_distributed(train, 2, imbalanced, True):
         assert result["shards"] == 3 * SHARDS
         assert 3 * result["others"] < 0.3  # else the bound below would let a third gather pass
-        for gathered, live, head_releases in result["steps"][1:]:  # the first step records the order of modules for the prefetch
+        # The first step records the order of modules for the prefetch.
+        for gathered, live, head_releases in result["steps"][1:]:
             # In units of all experts; the rest of the model is gathered three times at most.
             assert 2 <= gathered <= 2 + 3 * result["others"]
             assert live <= 3
-            assert head_releases == 1  # gathered for its forward, which computes its gradients too, and kept until its backward
+            assert head_releases == 1  # gathered for its forward, and kept for the backward that follows at once
 
 
 def test_the_count_would_see_a_third_gather() -> None:
