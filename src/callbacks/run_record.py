@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import yaml
 
 PACKAGES = ("torch", "deepspeed", "lightning", "transformers", "datasets", "flash-attn-4", "triton")
 
@@ -36,8 +37,22 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _license(directory: Path) -> str | None:
+    """What the header of a model's own card, its README.md, calls its licence."""
+    card = directory / "README.md"
+    if not card.is_file():
+        return None
+    before, _, rest = card.read_text(encoding="utf-8").partition("---\n")
+    header, closed, _ = rest.partition("\n---")
+    fields = yaml.safe_load(header) if closed and not before.strip() else None
+    return fields.get("license") if isinstance(fields, dict) else None
+
+
 class RunRecord(pl.Callback):
     """Puts files into each checkpoint: config.yaml and run.json of the run, `hf/` with what an export needs.
+
+    run.json says where the weights came from and under which licence, the code's revision and the packages' versions,
+    the processes, the optimizer steps and the tokens trained on, and the newest losses with the step that each is of.
 
     Args:
         config: the run's whole configuration, as YAML.
@@ -46,19 +61,64 @@ class RunRecord(pl.Callback):
     """
 
     def __init__(self, config: str, model_directory: str, tokenizer_directory: str | None) -> None:
-        record = {
-            "base": str(Path(model_directory).absolute()),
-            "git_revision": _git_revision(),
-            "versions": _versions(),
+        self.config = config
+        self.model_directory = model_directory
+        self.tokenizer_directory = tokenizer_directory
+        base = Path(model_directory).absolute()
+        self._origin: dict[str, Any] = {"base": str(base)}
+        if (license_name := _license(base)) is not None:
+            self._origin["license"] = license_name
+        self._origin |= {"git_revision": _git_revision(), "versions": _versions()}
+        self._tokens = 0
+        self._losses: dict[str, dict[str, float]] = {}
+        self._step = 0  # the optimizer step that was counted last
+
+    def side_files(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """What `write_run_files` in src/checkpoints takes, as of now."""
+        progress = {"world_size": trainer.world_size, "step": trainer.global_step, "tokens": self._tokens}
+        record = self._origin | progress | {"losses": self._losses}
+        return {
+            "files": {"config.yaml": self.config, "run.json": json.dumps(record, indent=2)},
+            "model_directory": self.model_directory,
+            "tokenizer_directory": self.tokenizer_directory,
         }
-        self.side_files = {
-            "files": {"config.yaml": config, "run.json": json.dumps(record, indent=2)},
-            "model_directory": model_directory,
-            "tokenizer_directory": tokenizer_directory,
-        }
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self._step:  # not in the middle of accumulation
+            self._step = trainer.global_step
+            self._tokens += int(batch["step_tokens"])
+
+    # A step's training loss is logged after the callbacks' own batch end: these hooks are the first to see it.
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._note(trainer, "train/loss")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._note(trainer, "train/loss")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._note(trainer, "train/loss")
+        self._note(trainer, "val/loss")
+
+    def _note(self, trainer: pl.Trainer, name: str) -> None:
+        noted = self._losses.get(name, {}).get("step")
+        if name in trainer.callback_metrics and not trainer.sanity_checking and noted != trainer.global_step:
+            self._losses[name] = {"value": float(trainer.callback_metrics[name]), "step": trainer.global_step}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self._tokens, "losses": self._losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._tokens, self._losses = state_dict["tokens"], state_dict["losses"]
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # The strategy writes them into the checkpoint's directory before it appears.
-        checkpoint["side_files"] = self.side_files
+        checkpoint["side_files"] = self.side_files(trainer)

@@ -1,12 +1,14 @@
 """Checkpoints by optimizer step, the newest ones kept, `last.ckpt` a relative link to the newest."""
 
-import os
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+
+from src.checkpoints.durable import point, remove, remove_leftovers
+from src.checkpoints.saving import SaveFailed
 
 FOLDER = "checkpoints"
 LAST = "last.ckpt"
@@ -26,12 +28,19 @@ def step_of(path: Path) -> int:
 class StepCheckpoint(Checkpoint):
     """Saves `<default_root_dir>/checkpoints/step=N.ckpt` every `every_n_train_steps` and at the end of training.
 
+    A save that fails is logged, and training goes on; `fit` ends with the error if the last one failed.
+
     Args:
         every_n_train_steps: optimizer steps between checkpoints; 0 saves at the end only.
         keep: newest checkpoints kept; older ones are removed once a newer one is complete.
+        async_save: write beside training, which waits for a copy in host memory alone; until that is written it takes
+            as much memory of each process as its files take on the disk.
+
+    Raises:
+        SaveFailed: the checkpoint of the last step could not be saved.
     """
 
-    def __init__(self, every_n_train_steps: int = 100, keep: int = 2) -> None:
+    def __init__(self, every_n_train_steps: int = 100, keep: int = 2, async_save: bool = True) -> None:
         super().__init__()
         if every_n_train_steps < 0:
             raise ValueError(f"every_n_train_steps is {every_n_train_steps}; it must be 0 (at the end only) or more.")
@@ -39,36 +48,38 @@ class StepCheckpoint(Checkpoint):
             raise ValueError(f"keep is {keep}; at least the newest checkpoint is kept.")
         self.every_n_train_steps = every_n_train_steps
         self.keep = keep
+        self.async_save = async_save
         self._saved_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step  # a resumed run stands where its checkpoint does
+        if trainer.is_global_zero:
+            remove_leftovers(checkpoint_folder(trainer.default_root_dir))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0:
-            self._save(trainer)
+            with suppress(SaveFailed):  # rank 0 has logged it, and the next save tries again
+                self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer)
+        trainer.strategy.wait_for_checkpoint()  # type: ignore[attr-defined]
 
     def _save(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
         if step == self._saved_step:  # nothing trained since, or in the middle of accumulation
             return
-        folder = checkpoint_folder(trainer.default_root_dir)
-        trainer.save_checkpoint(folder / f"step={step}.ckpt")
         self._saved_step = step
-        if trainer.is_global_zero:
-            self._point_last_at(folder, f"step={step}.ckpt")
-            for old in sorted(folder.glob("step=*.ckpt"), key=step_of)[: -self.keep]:
-                shutil.rmtree(old)
-        trainer.strategy.barrier()
+        trainer.save_checkpoint(
+            checkpoint_folder(trainer.default_root_dir) / f"step={step}.ckpt",
+            storage_options={"asynchronous": self.async_save, "then": self._make_last},
+        )
 
-    @staticmethod
-    def _point_last_at(folder: Path, name: str) -> None:
-        aside = folder / f"{LAST}.new"
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(name)
-        os.replace(aside, folder / LAST)
+    def _make_last(self, checkpoint: Path) -> None:
+        """On rank 0, once a checkpoint is complete; in this order, so that `last.ckpt` always leads to a whole one."""
+        folder = checkpoint.parent
+        point(folder / LAST, checkpoint.name)
+        remove(sorted((p for p in folder.glob("step=*.ckpt") if step_of(p) >= 0), key=step_of)[: -self.keep])
+        remove_leftovers(folder)

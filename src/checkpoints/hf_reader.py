@@ -33,9 +33,11 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
+    """Where a tensor lies: in the open file `descriptor`, `offset` bytes from its start."""
+
     descriptor: int
-    offset: int  # bytes from the file's start
+    offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -64,11 +66,10 @@ class HFDirectorySource:
         self.bytes_read = 0
         self._lock = Lock()
         self._descriptors: list[int] = []
-        weakref.finalize(self, _close, self._descriptors)
+        weakref.finalize(self, close, self._descriptors)
         self._dequantise = dequantise
         self._block = _block_size(self.path)
-        self._tensors: dict[str, _Stored] = {}
-        problems = self._open()
+        self._tensors, problems = open_weights(self.path, self._descriptors)
         if dequantise:
             problems += self._wrong_scales()
         raise_listed(f"{self.path}: {len(problems)} problems with the weights; copy these files again:", problems)
@@ -107,61 +108,6 @@ class HFDirectorySource:
             self.bytes_read += buffer.numel()
         return buffer.view(stored.dtype)
 
-    def _open(self) -> list[str]:
-        """Reads every file's header; returns what is wrong."""
-        if (self.path / INDEX_FILE).is_file():
-            index: dict[str, str] | None = json.loads((self.path / INDEX_FILE).read_text())["weight_map"]
-            files = sorted(set(index.values())) if index else []
-        elif (self.path / SINGLE_FILE).is_file():
-            index, files = None, [SINGLE_FILE]
-        else:
-            raise ValueError(
-                f"{self.path} has neither {SINGLE_FILE} nor {INDEX_FILE}: give a Hugging Face directory with weights"
-            )
-        present = [file for file in files if (self.path / file).is_file()]
-        problems = [f"{file}: missing" for file in files if file not in present]
-        with ThreadPoolExecutor(16) as pool:  # latency of a network file system, not work
-            opened = list(pool.map(self._open_file, present))
-        where: dict[str, str] = {}
-        for file, (tensors, wrong) in zip(present, opened, strict=True):
-            problems += [f"{file}: {problem}" for problem in wrong]
-            problems += [f"{file}: {name} is in {where[name]} too" for name in tensors if name in where]
-            where |= dict.fromkeys(tensors, file)
-            self._tensors |= tensors
-        if index is not None:
-            readable = {file for file, (_, wrong) in zip(present, opened, strict=True) if not wrong}
-            problems += [
-                f"{INDEX_FILE}: {name} is not in {file}"
-                for name, file in index.items()
-                if file in readable and where.get(name) != file
-            ]
-            problems += [f"{file}: {name} is not in {INDEX_FILE}" for name, file in where.items() if name not in index]
-        return problems
-
-    def _open_file(self, file: str) -> tuple[dict[str, _Stored], list[str]]:
-        descriptor = os.open(self.path / file, os.O_RDONLY)
-        self._descriptors.append(descriptor)
-        size = os.fstat(descriptor).st_size
-        try:
-            header, data = _header(descriptor, size)
-        except ValueError as error:
-            return {}, [str(error)]
-        tensors, problems, end = {}, [], 0
-        for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                problems.append(f"{name} is {entry['dtype']}, which is none of {', '.join(DTYPES)}")
-                continue
-            begin, stop = entry["data_offsets"]
-            stored = _Stored(descriptor, data + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            if stop - begin != stored.numel * stored.dtype.itemsize:
-                problems.append(f"{name} of shape {stored.shape} has {stop - begin} bytes")
-            tensors[name] = stored
-            end = max(end, stop)
-        if data + end != size:
-            kind = "truncated" if size < data + end else "longer than its header says"
-            problems.append(f"{kind}, {size} bytes instead of {data + end}")
-        return tensors, problems
-
     def _wrong_scales(self) -> list[str]:
         problems = []
         for name, stored in self._tensors.items():
@@ -177,6 +123,80 @@ class HFDirectorySource:
             elif scale.dtype != torch.float32:
                 problems.append(f"{name}{SCALE_SUFFIX} is {scale.dtype}, not float32")
         return problems
+
+
+def open_weights(path: Path, descriptors: list[int]) -> tuple[dict[str, Stored], list[str]]:
+    """Opens a directory's safetensors files and reads their headers alone.
+
+    Args:
+        path: holds model.safetensors, or model.safetensors.index.json and its shards.
+        descriptors: takes the open files, to be given to `close`.
+
+    Returns:
+        The tensors by name, and what is wrong with files and index.
+
+    Raises:
+        ValueError: the directory has no safetensors weights, or an index that cannot be read.
+    """
+    if (path / INDEX_FILE).is_file():
+        try:
+            index: dict[str, str] | None = json.loads((path / INDEX_FILE).read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path / INDEX_FILE} has no weight_map that can be read ({error!r})") from error
+        files = sorted(set(index.values())) if index else []
+    elif (path / SINGLE_FILE).is_file():
+        index, files = None, [SINGLE_FILE]
+    else:
+        raise ValueError(
+            f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}: give a Hugging Face directory with weights"
+        )
+    present = [file for file in files if (path / file).is_file()]
+    problems = [f"{file}: missing" for file in files if file not in present]
+    with ThreadPoolExecutor(16) as pool:  # latency of a network file system, not work
+        opened = list(pool.map(lambda file: _open_file(path / file, descriptors), present))
+    where: dict[str, str] = {}
+    found: dict[str, Stored] = {}
+    for file, (tensors, wrong) in zip(present, opened, strict=True):
+        problems += [f"{file}: {problem}" for problem in wrong]
+        problems += [f"{file}: {name} is in {where[name]} too" for name in tensors if name in where]
+        where |= dict.fromkeys(tensors, file)
+        found |= tensors
+    if index is not None:
+        readable = {file for file, (_, wrong) in zip(present, opened, strict=True) if not wrong}
+        problems += [
+            f"{INDEX_FILE}: {name} is not in {file}"
+            for name, file in index.items()
+            if file in readable and where.get(name) != file
+        ]
+        problems += [f"{file}: {name} is not in {INDEX_FILE}" for name, file in where.items() if name not in index]
+    return found, problems
+
+
+def _open_file(file: Path, descriptors: list[int]) -> tuple[dict[str, Stored], list[str]]:
+    descriptor = os.open(file, os.O_RDONLY)
+    descriptors.append(descriptor)
+    size = os.fstat(descriptor).st_size
+    try:
+        header, data = _header(descriptor, size)
+    except ValueError as error:
+        return {}, [str(error)]
+    tensors, problems, end, total = {}, [], 0, 0
+    for name, entry in header.items():
+        end, total = max(end, entry["data_offsets"][1]), total + entry["data_offsets"][1] - entry["data_offsets"][0]
+        if entry["dtype"] not in DTYPES:
+            problems.append(f"{name} is {entry['dtype']}, which is none of {', '.join(DTYPES)}")
+            continue
+        begin, stop = entry["data_offsets"]
+        stored = Stored(descriptor, data + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        if stop - begin != stored.numel * stored.dtype.itemsize:
+            problems.append(f"{name} of shape {stored.shape} has {stop - begin} bytes")
+        tensors[name] = stored
+    if total != end:
+        problems.append(f"its tensors overlap or leave gaps: they have {total} bytes and end at {end}")
+    if data + end != size:
+        kind = "truncated" if size < data + end else "longer than its header says"
+        problems.append(f"{kind}, {size} bytes instead of {data + end}")
+    return tensors, problems
 
 
 def _header(descriptor: int, size: int) -> tuple[dict[str, Any], int]:
@@ -208,6 +228,7 @@ def _block_size(path: Path) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _close(descriptors: list[int]) -> None:
+def close(descriptors: list[int]) -> None:
+    """Closes the files of `open_weights`."""
     for descriptor in descriptors:
         os.close(descriptor)

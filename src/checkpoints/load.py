@@ -1,14 +1,15 @@
-"""Weights into a model, in place: each rank reads the ranges that it keeps, nothing is gathered or broadcast.
+"""From a source to a sink, in place: each rank reads the ranges that it keeps, nothing is gathered or broadcast.
 
 Under ZeRO-3 rank r of n keeps the elements [r*p, (r+1)*p) of each flattened parameter, p = ceil(numel / n), in
 `param.ds_tensor`; the last partitions end in padding (deepspeed/runtime/zero/partition_parameters.py, 0.19.8,
-`Init._partition_param`). Other parameters and all buffers are filled whole. Call it outside `zero.Init` and before
-`deepspeed.initialize`, which copies the fp32 masters from what stands here.
+`Init._partition_param`). Other parameters and all buffers are filled whole. `load` is for a model before
+`deepspeed.initialize`, which copies the fp32 masters from what stands here; `fill` is the loop that it shares with a
+resumed run, whose masters and moments are sinks too.
 """
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +29,10 @@ THREADS = 8
 
 
 @dataclass(frozen=True)
-class _Target:
-    """Where a tensor, or this rank's range of it, goes: destination [n] takes [start, start + n), padding cut off."""
+class Sink:
+    """Where values go: destination [n], on any device, takes elements [start, start + n) of the flattened tensor."""
 
+    source: WeightSource
     name: str
     destination: torch.Tensor
     start: int
@@ -52,69 +54,83 @@ def load(
         ValueError: one list of all tensors that are missing, unexpected or of another shape, and of destinations that
             cannot take them, before anything is read.
     """
-    tensors = _persistent(model)
-    view = StackedExperts(source, {name: _shape(tensor) for name, tensor in tensors.items()})
-    problems = _mismatches(view, source, num_hidden_layers)
-    if not problems:  # a destination is compared with its source, which must be there
-        problems = _unfit(tensors, view)
-    raise_listed(f"{len(problems)} tensors do not fit the model; check config.json against the weights:", problems)
+    tensors = persistent(model)
+    copies, builds_mtp = mtp_copies(num_hidden_layers), any(mtp_layer(name, num_hidden_layers) for name in tensors)
 
-    targets = [_target(name, tensor) for name, tensor in tensors.items()]
+    def unneeded(name: str) -> bool:
+        return (
+            name in copies
+            or name.endswith("rotary_emb.inv_freq")
+            or (not builds_mtp and mtp_layer(name, num_hidden_layers))
+        )
+
+    view, problems = stacked_view(source, tensors, unneeded)
+    if not problems:  # a destination is compared with its source, which must be there
+        problems = unfit(tensors, view)
+    raise_listed(f"{len(problems)} tensors do not fit the model; check config.json against the weights:", problems)
+    fill([sink_of(view, name, tensor) for name, tensor in tensors.items()], "Loading weights", threads, progress)
+
+
+def fill(sinks: list[Sink], what: str, threads: int = THREADS, progress: bool = True) -> None:
+    """The loop: `threads` reads in flight, each chunk cast as it is copied, on rank 0 a bar titled `what`."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    total = sum(target.destination.nbytes for target in targets)
+    total = sum(sink.destination.nbytes for sink in sinks)
     started = time.monotonic()
 
-    def fill(job: tuple[_Target, int, int]) -> int:
-        target, begin, end = job
-        part = target.destination[begin:end]
-        part.copy_(view.read(target.name, target.start + begin, target.start + end))
+    def copy(job: tuple[Sink, int, int]) -> int:
+        sink, begin, end = job
+        part = sink.destination[begin:end]
+        part.copy_(sink.source.read(sink.name, sink.start + begin, sink.start + end))
         return part.nbytes
 
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress or rank != 0) as bar,
+        tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not progress or rank != 0) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
-        for nbytes in pool.map(fill, _jobs(targets)):
+        for nbytes in pool.map(copy, _jobs(sinks)):
             bar.update(nbytes)
     if rank == 0:
         seconds = time.monotonic() - started
-        log.info("rank 0 loaded %.2f GB in %.1f s (%.2f GB/s)", total / 1e9, seconds, total / 1e9 / max(seconds, 1e-9))
+        log.info(
+            "%s: %.2f GB on rank 0 in %.1f s (%.2f GB/s)", what, total / 1e9, seconds, total / 1e9 / max(seconds, 1e-9)
+        )
 
 
-def _persistent(model: nn.Module) -> dict[str, Any]:
+def persistent(model: nn.Module) -> dict[str, Any]:
     """Parameters, partitioned or not, and those buffers that a checkpoint holds, by name."""
     kept = model.state_dict().keys()  # under ZeRO-3 the values are placeholders; the keys are right
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
     return dict(model.named_parameters()) | buffers
 
 
-def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+def stacked_view(
+    source: WeightSource, tensors: dict[str, Any], unneeded: Callable[[str], bool] = lambda name: False
+) -> tuple[StackedExperts, list[str]]:
+    """`source` in our names, as `tensors` are called and stacked, and what is missing, unexpected or mis-shaped in it.
 
-
-def _mismatches(view: StackedExperts, source: WeightSource, num_hidden_layers: int) -> list[str]:
+    A tensor of the source is unexpected if it is none of `tensors` nor `unneeded`.
+    """
+    view = StackedExperts(source, {name: _shape(tensor) for name, tensor in tensors.items()})
     needed = {piece.name: piece.shape for pieces in view.pieces.values() for piece in pieces}
     offered = dict.fromkeys(source.names())
     problems = [f"missing: {name} {shape}" for name, shape in needed.items() if name not in offered]
-    copies = mtp_copies(num_hidden_layers)
-    builds_mtp = any(mtp_layer(name, num_hidden_layers) for name in needed)
     problems += [
-        f"unexpected: {name} {source.shape(name)}"
-        for name in offered
-        if name not in needed
-        and name not in copies
-        and not name.endswith("rotary_emb.inv_freq")
-        and (builds_mtp or not mtp_layer(name, num_hidden_layers))
+        f"unexpected: {name} {source.shape(name)}" for name in offered if name not in needed and not unneeded(name)
     ]
     problems += [
         f"shape of {name}: {source.shape(name)} in the weights, {shape} in the model"
         for name, shape in needed.items()
         if name in offered and source.shape(name) != shape
     ]
-    return problems
+    return view, problems
 
 
-def _unfit(tensors: dict[str, Any], view: StackedExperts) -> list[str]:
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def unfit(tensors: dict[str, Any], view: StackedExperts) -> list[str]:
+    """Which of `tensors` cannot take what `view` has for them."""
     problems = []
     for name, tensor in tensors.items():
         if tensor.is_meta:
@@ -132,18 +148,25 @@ def _unfit(tensors: dict[str, Any], view: StackedExperts) -> list[str]:
     return problems
 
 
-def _target(name: str, tensor: Any) -> _Target:
+def sink_of(source: WeightSource, name: str, tensor: Any) -> Sink:
+    """The sink that a parameter, or this rank's partition of it, or a buffer is; padding is zeroed and left out."""
     if not hasattr(tensor, "ds_tensor"):
         assert tensor.is_contiguous(), f"{name} is not contiguous"
-        return _Target(name, tensor.detach().view(-1), 0)
+        return Sink(source, name, tensor.detach().view(-1), 0)
     partition = tensor.ds_tensor.detach().view(-1)
-    start = dist.get_rank(tensor.ds_process_group) * partition.numel()
-    kept = max(0, min(partition.numel(), tensor.ds_numel - start))
+    start, kept = partition_range(tensor)
     partition[kept:].zero_()  # the padding is uninitialised memory, and a NaN there would spread through norms
-    return _Target(name, partition[:kept], start)
+    return Sink(source, name, partition[:kept], start)
 
 
-def _jobs(targets: list[_Target]) -> Iterator[tuple[_Target, int, int]]:
-    for target in targets:
-        for begin, end in chunks(0, target.destination.numel()):
-            yield target, begin, end
+def partition_range(parameter: Any) -> tuple[int, int]:
+    """Where this rank's partition of a ZeRO-3 parameter starts in the flattened tensor, its length without padding."""
+    size = parameter.ds_tensor.numel()
+    start = dist.get_rank(parameter.ds_process_group) * size
+    return start, max(0, min(size, parameter.ds_numel - start))
+
+
+def _jobs(sinks: list[Sink]) -> Iterator[tuple[Sink, int, int]]:
+    for sink in sinks:
+        for begin, end in chunks(0, sink.destination.numel()):
+            yield sink, begin, end

@@ -1,5 +1,6 @@
 """What a checkpoint holds beside DeepSpeed's shards: the run's own files, and a Hugging Face directory's."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 
 from src.checkpoints.side_files import copy_side_files
 
+RUN_CONFIG = "config.yaml"
+RUN_RECORD = "run.json"
 _MODEL_FILES = ("config.json", "generation_config.json")
 
 
@@ -28,6 +31,13 @@ def write_run_files(
         file = Path(model_directory) / name
         if file.is_file():
             shutil.copyfile(file, hf / name)
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """The content of a checkpoint's run.json; nothing where there is none."""
+    file = directory / RUN_RECORD
+    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return record
 
 
 def client_state(directory: str | Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ in which the optimizer's groups are flat tensors:
 The files are mapped: a range costs the pages that it touches, and those are the page cache's, not this process's.
 """
 
+import copy
 import math
 import pickle
 import re
@@ -49,6 +50,9 @@ from src.checkpoints.source import raise_listed
 
 Slot = Literal["fp32", "exp_avg", "exp_avg_sq"]
 
+# In a checkpoint of stage 0, put there by our strategy: the trained parameters' names, in the optimizer's order.
+OPTIMIZER_NAMES = "optimizer_names"
+
 _ALLOWED = [DynamicLossScaler, LossScaler, PosixPath, ZeroStageEnum, fragment_address]
 _OPTIM = re.compile(r"((?:bf16_|fp16_)?zero_pp_rank_)(\d+)(_mp_rank_00_optim_states\.pt)")
 
@@ -81,7 +85,7 @@ class ZeroCheckpointSource:
 
     def __init__(self, path: str | Path, slot: Slot = "fp32", prefix: str = "model.") -> None:
         self.path = Path(path)
-        self._slot, self._prefix = slot, prefix
+        self._prefix = prefix
         self._lock = RLock()
         self._files: dict[Path, dict[str, Any]] = {}
         latest = self.path / "latest"
@@ -94,13 +98,27 @@ class ZeroCheckpointSource:
         self.world_size, self.stage = len(self._optim_files), self._stage()
         self._model_files = self._list_model_files()
         self._check_files([*self._optim_files, *self._model_files])
+        self._select(slot)
 
+    def at(self, slot: Slot) -> "ZeroCheckpointSource":
+        """The same checkpoint's other slot; its files are opened and checked once."""
+        other = copy.copy(self)
+        other._select(slot)
+        return other
+
+    def _select(self, slot: Slot) -> None:
+        self._slot = slot
         self._whole: dict[str, torch.Tensor] = {}  # buffers, and whatever stages 0 to 2 keep unpartitioned
         self._places = self._find_places()
         if slot == "fp32":
             self._find_frozen_and_buffers()
         elif self.stage == 0:
-            raise ValueError(f"{self.path}: stage 0 does not record whose {slot} is whose; train with stage 1 to 3")
+            self._find_whole_moments()
+
+    @property
+    def step(self) -> int:
+        """Steps that AdamW has taken, by which it corrects its moments."""
+        return int(self._adam(0)[0]["step"])
 
     def names(self) -> Iterable[str]:
         return [*self._places, *self._whole]
@@ -187,8 +205,20 @@ class ZeroCheckpointSource:
         if self._slot == "fp32":
             tensor = optim[FP32_FLAT_GROUPS if self.stage == 3 else SINGLE_PARTITION_OF_FP32_GROUPS][flat]
         else:
-            tensor = optim[OPTIMIZER_STATE_DICT if self.stage == 3 else BASE_OPTIMIZER_STATE]["state"][flat][self._slot]
+            tensor = self._adam(rank)[flat][self._slot]
         return tensor.detach()
+
+    def _adam(self, rank: int) -> dict[int, dict[str, Any]]:
+        """AdamW's own state on a rank: step count and moments, by flat tensor, at stage 0 by parameter."""
+        state: Mapping[str, Any]
+        if self.stage == 0:
+            state = self._load(self._model_files[0])["optimizer"]
+        else:
+            state = self._optim(self._optim_files[rank])[
+                OPTIMIZER_STATE_DICT if self.stage == 3 else BASE_OPTIMIZER_STATE
+            ]
+        found: dict[int, dict[str, Any]] = state["state"]
+        return found
 
     def _find_places(self) -> dict[str, _Place]:
         if self.stage == 0:
@@ -230,3 +260,13 @@ class ZeroCheckpointSource:
             ours = name.removeprefix(self._prefix)
             if name.startswith(self._prefix) and ours not in self._places:
                 self._whole[ours] = tensor.detach().contiguous()
+
+    def _find_whole_moments(self) -> None:
+        names = self._load(self._model_files[0]).get(OPTIMIZER_NAMES)
+        if names is None:  # saved by others
+            raise ValueError(
+                f"{self.path}: stage 0 does not record whose {self._slot} is whose; train with stage 1 to 3"
+            )
+        for index, name in enumerate(names):
+            if name.startswith(self._prefix):
+                self._whole[name.removeprefix(self._prefix)] = self._adam(0)[index][self._slot]

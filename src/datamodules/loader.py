@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .cache import TokenCache
@@ -48,6 +49,8 @@ class PackedDataLoader(DataLoader[Batch]):
             batch_size=None,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            # Its own, for the workers' seeds: from the global one each iterator, a resumed run's too, would draw.
+            generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]

@@ -10,14 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from src.checkpoints import export as module
+from src.checkpoints import output
+from src.checkpoints.durable import seal
 from src.checkpoints.export import export
 from src.checkpoints.fp8 import QUANTIZATION_CONFIG, is_quantised
 from src.checkpoints.hf_reader import HFDirectorySource
 from src.checkpoints.key_map import hf_shapes
+from src.checkpoints.manifest import MANIFEST, FileRecord, dump_manifest
 from src.checkpoints.side_files import architecture
 from tests.checkpoints.conftest import Checkpoints
-from tests.checkpoints.test_fp8 import dequantise_whole
-from tests.checkpoints.tiny import CONFIG, LAYERS, SIDE_FILES, save_mtp, stored
+from tests.checkpoints.tiny import CONFIG, LAYERS, SIDE_FILES, dequantise_whole, save_mtp, stored
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 MTP = f"model.layers.{LAYERS}."
@@ -94,6 +96,7 @@ def test_what_the_directory_holds(checkpoints: Checkpoints, tmp_path: Path) -> N
     assert all((out / file).stat().st_size < 500_000 + 20_000 for file in files)
     assert {file.name for file in out.iterdir()} == {
         *files,
+        "README.md",
         "config.json",
         "model.safetensors.index.json",
         *SIDE_FILES,
@@ -113,7 +116,7 @@ def test_one_file_has_no_index(checkpoints: Checkpoints, tmp_path: Path) -> None
 
 
 def test_fp8_is_deepseeks_format(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 1)  # several bands of rows for each weight
+    monkeypatch.setattr(output, "CHUNK", 1)  # several bands of rows for each weight
     checkpoint = checkpoints.folder / "stage 3"
     export(str(checkpoint), str(tmp_path / "out"), "fp8", max_shard_size="40KB")  # scales in other files than weights
     loaded, weights = stored(tmp_path / "out"), masters(checkpoint)
@@ -195,7 +198,7 @@ def test_a_directory_with_files_is_refused(checkpoints: Checkpoints, tmp_path: P
     out = tmp_path / "out"
     out.mkdir()
     export(str(checkpoints.folder / "stage 0"), str(out))  # an empty one is taken
-    with pytest.raises(ValueError, match=r"out is there already and is not empty: give another --out"):
+    with pytest.raises(ValueError, match=r"out is there already and is not empty: give another directory"):
         export(str(checkpoints.folder / "stage 0"), str(out))
 
 
@@ -251,6 +254,29 @@ def test_processes_share_the_files(checkpoints: Checkpoints, tmp_path: Path, mon
     assert done == [0, 0, 0, 0, 1, 2, 3, 0]  # ranks 3 to 0 have a file each; the last one renames the directory
     assert len(list(out.glob("*.safetensors"))) == 4
     same(stored(out), {name: t if name == BIAS else t.bfloat16() for name, t in masters(checkpoint).items()})
+
+
+def test_a_checkpoint_that_changed_is_not_exported(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process looks at its share of the files: here the second one's has another byte."""
+    checkpoint, out = tmp_path / "step=2.ckpt", tmp_path / "out"
+    shutil.copytree(checkpoints.folder / "stage 3", checkpoint)
+    shards = sorted(file.relative_to(checkpoint) for file in checkpoint.glob("checkpoint/*_optim_states.pt"))
+    records = {str(file): FileRecord(*seal(checkpoint / file), rank) for rank, file in enumerate(shards)}
+    (checkpoint / MANIFEST).write_text(dump_manifest(records, 2))
+    with open(checkpoint / shards[1], "r+b") as file:
+        file.seek(-9000, 2)
+        byte = file.read(1)
+        file.seek(-9000, 2)
+        file.write(bytes([byte[0] ^ 1]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match=rf"\n  {shards[1]}: its content changed"):
+        export(str(checkpoint), str(out), max_shard_size="500KB")
+    monkeypatch.setenv("RANK", "0")
+    export(str(checkpoint), str(out), max_shard_size="500KB")
+    assert not out.exists()  # the second one's files are missing
 
 
 def test_a_batch_script_alone_exports_everything(

@@ -4,15 +4,7 @@ import pytest
 import torch
 
 from src.checkpoints.fp8 import dequantise, is_quantised, quantise, scale_shape
-from tests.checkpoints.tiny import ranges
-
-
-def dequantise_whole(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """[R, C] e4m3 and its scales, block by block."""
-    weight = values.float()
-    for row, column in torch.cartesian_prod(*map(torch.arange, scale.shape)).tolist():
-        weight[row * 128 : (row + 1) * 128, column * 128 : (column + 1) * 128] *= scale[row, column]
-    return weight
+from tests.checkpoints.tiny import dequantise_whole, ranges
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (272, 160), (5, 300), (300, 5), (129, 257)])

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from src.checkpoints.fp8 import is_quantised, quantise
 from src.checkpoints.hf_reader import HFDirectorySource
-from tests.checkpoints.test_fp8 import dequantise_whole
-from tests.checkpoints.tiny import oracle, ranges, save_oracle, stored
+from tests.checkpoints.tiny import dequantise_whole, oracle, ranges, save_oracle, stored
 
 SHARD = "model-00002-of-00005.safetensors"
 

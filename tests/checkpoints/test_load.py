@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from src.checkpoints.fp8 import is_quantised, quantise
 from src.checkpoints.hf_reader import HFDirectorySource
+from src.checkpoints.key_map import mtp_copies
 from src.checkpoints.load import load
 from src.checkpoints.random_source import RandomSource
 from src.checkpoints.side_files import architecture
@@ -41,6 +44,35 @@ def test_each_rank_reads_its_partitions_alone(base: Path, world_size: int, setti
     assert max(rank["bytes"] for rank in ranks) < 1.1 * needed / world_size
     if world_size == 4:
         assert sum(rank["padding"] for rank in ranks) > 0  # sizes that do not divide are among them
+
+
+@pytest.fixture(scope="module")
+def fp8(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base` as it would be published: FP8, its MTP block included."""
+    directory = tmp_path_factory.mktemp("fp8")
+    tensors = {}
+    for name, tensor in stored(base).items():
+        if is_quantised(name):
+            tensors[name], tensors[f"{name}_scale_inv"] = quantise(tensor)
+        else:
+            tensors[name] = tensor if name.endswith("bias") else tensor.bfloat16()
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp8_on_every_stage(fp8: Path, stage: int) -> None:
+    """In bf16, the experts stacked otherwise than elsewhere; stages 0 to 2 keep, and so read, all on every rank."""
+    setting = Setting(stage, bf16=True, mtp=stage == 3)
+    ranks: list[dict[str, Any]] = run_distributed(load_partitions, 2, fp8, setting, 4)
+    assert [rank["wrong"] for rank in ranks] == [[]] * 2
+    weights = stored(fp8)
+    needed = sum(t.nbytes for name, t in weights.items() if setting.mtp or f"layers.{LAYERS}." not in name)
+    if setting.mtp:
+        needed -= sum(weights[name].nbytes for name in mtp_copies(LAYERS))
+    read = sum(rank["bytes"] for rank in ranks) / (1 if stage == 3 else 2)
+    # A range of FP8 comes with the scales of all blocks that it touches, some of which its neighbour reads too.
+    assert needed <= read < 1.01 * needed
 
 
 def test_a_correction_bias_in_bf16_is_refused(base: Path) -> None:

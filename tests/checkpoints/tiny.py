@@ -63,6 +63,7 @@ LAYERS = CONFIG["num_hidden_layers"]
 SIDE_FILES = {
     "generation_config.json": '{"eos_token_id": 1}',
     "tokenizer.json": "{}",
+    "tokenizer_config.json": "{}",
     "chat_template.jinja": "{{ bos }}",
 }
 
@@ -108,6 +109,23 @@ def save_mtp(directory: Path, dtype: torch.dtype, config: dict[str, Any] = CONFI
     index["weight_map"] |= dict.fromkeys(tensors, "mtp.safetensors")
     index_file.write_text(json.dumps(index))
     return tensors
+
+
+def dequantise_whole(values: Tensor, scale: Tensor) -> Tensor:
+    """[R, C] e4m3 and its scales, block by block."""
+    weight = values.float()
+    for row, column in torch.cartesian_prod(*map(torch.arange, scale.shape)).tolist():
+        weight[row * 128 : (row + 1) * 128, column * 128 : (column + 1) * 128] *= scale[row, column]
+    return weight
+
+
+def dequantised(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A directory's tensors with those in FP8 multiplied by their scales, which are left out."""
+    return {
+        name: dequantise_whole(tensor, weights[f"{name}_scale_inv"]) if f"{name}_scale_inv" in weights else tensor
+        for name, tensor in weights.items()
+        if not name.endswith("_scale_inv")
+    }
 
 
 def stacked(weights: dict[str, Tensor], experts_per_shard: int, config: dict[str, Any] = CONFIG) -> dict[str, Tensor]:

@@ -1,17 +1,19 @@
 """What the spawned processes of these tests run, under DeepSpeed on gloo."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from src.checkpoints.hf_reader import HFDirectorySource
 from src.checkpoints.load import load
-from tests.checkpoints.tiny import CONFIG, LAYERS, StandIn, our_shapes, stacked, stored
+from src.checkpoints.output import Dtype
+from tests.checkpoints.tiny import CONFIG, LAYERS, StandIn, dequantised, our_shapes, stacked, stored
 
 FROZEN = ("model.embed_tokens.weight", "model.layers.1.mlp.experts.0.down_proj")
 EXPERTS_PER_SHARD = 2
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 
 class Setting(NamedTuple):
@@ -36,13 +38,13 @@ class Setting(NamedTuple):
         }
 
 
-def build(setting: Setting) -> StandIn:
+def build(setting: Setting, experts_per_shard: int = EXPERTS_PER_SHARD) -> StandIn:
     import deepspeed
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        deepspeed.init_distributed("gloo")
-    shapes = our_shapes(CONFIG, EXPERTS_PER_SHARD, mtp=setting.mtp)
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
+    shapes = our_shapes(CONFIG, experts_per_shard, mtp=setting.mtp)
     if setting.stage < 3:
         model = StandIn(shapes)
         for parameter in model.parameters():
@@ -59,30 +61,34 @@ def keep_buffers_in_fp32(model: nn.Module) -> None:
             module.register_buffer(name, buffer.float())
 
 
-def load_partitions(directory: Path, setting: Setting) -> dict[str, Any]:
-    """Loads a stand-in and compares what is gathered with the files' tensors."""
+def load_partitions(directory: Path, setting: Setting, experts_per_shard: int = EXPERTS_PER_SHARD) -> dict[str, Any]:
+    """Loads a stand-in and compares what is gathered with the files' tensors, dequantised block by block."""
     import deepspeed
     import torch.distributed as dist
 
-    model = build(setting)
+    model = build(setting, experts_per_shard)
     keep_buffers_in_fp32(model)
-    partitioned: dict[str, Any] = dict(model.named_parameters())
-    for parameter in partitioned.values():
-        parameter.ds_tensor.fill_(torch.nan)  # so that whatever is not written shows
+    named: dict[str, Any] = dict(model.named_parameters())
+    for parameter in named.values():
+        getattr(parameter, "ds_tensor", parameter.data).fill_(torch.nan)  # so that whatever is not written shows
     source = HFDirectorySource(directory)
     load(model, source, num_hidden_layers=LAYERS, progress=False)
 
-    expected = stacked(stored(directory), EXPERTS_PER_SHARD)
-    wrong = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, expected[name])]
+    expected = stacked(dequantised(stored(directory)), experts_per_shard)
+    wrong = [name for name, buffer in model.named_buffers() if not torch.equal(buffer.cpu(), expected[name])]
     padding = 0
-    for name, parameter in partitioned.items():
+    for name, parameter in named.items():
+        if setting.stage < 3:
+            if not torch.equal(parameter.data.cpu(), expected[name].to(parameter.dtype)):
+                wrong.append(name)
+            continue
         start = dist.get_rank() * parameter.ds_tensor.numel()
         kept = max(0, min(parameter.ds_tensor.numel(), parameter.ds_numel - start))
         padding += parameter.ds_tensor.numel() - kept
         if parameter.ds_tensor[kept:].any():
             wrong.append(f"padding of {name}")
         with deepspeed.zero.GatheredParameters(parameter):
-            if not torch.equal(parameter.data, expected[name].to(parameter.dtype)):
+            if not torch.equal(parameter.data.cpu(), expected[name].to(parameter.dtype)):
                 wrong.append(name)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     return {"wrong": wrong, "padding": padding, "bytes": source.bytes_read, "buffers": buffers}
@@ -110,14 +116,29 @@ class Wrapper(nn.Module):
         return total
 
 
+def live_export(folder: Path, label: str, dtype: str) -> Path:
+    """Where `save_checkpoints` exports from the running engine."""
+    return folder / "live" / label / dtype
+
+
 def save_checkpoints(directory: Path, folder: Path, settings: dict[str, Setting]) -> dict[str, dict[str, Any]]:
     """Loads, trains a step and saves with each setting; returns masters and moments as DeepSpeed gathers them.
 
-    Every third parameter is gathered: a wrong place would shift all that follow it.
+    Beside each checkpoint it exports from the running engine, in small chunks. Every third parameter is gathered: a
+    wrong place would shift all that follow it.
     """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    from src.checkpoints import output
+    from src.strategies.live_partitions import export_live
+
+    whole = output.chunks
+    output.chunks = lambda start, stop, step=5000: whole(start, stop, step)  # several rounds for a tensor
+    output.CHUNK = 1
+    device = torch.device(get_accelerator().current_device_name())
+    run_files = {"files": {}, "model_directory": str(directory), "tokenizer_directory": str(directory)}
     gathered: dict[str, dict[str, Any]] = {}
     for label, setting in settings.items():
         model = build(setting)
@@ -142,6 +163,8 @@ def save_checkpoints(directory: Path, folder: Path, settings: dict[str, Setting]
             engine.optimizer._hp_optimizer_states_linked = False
             engine.optimizer._lazy_init_hp_params_optimizer_state()
         engine.save_checkpoint(str(folder / label), tag="checkpoint", client_state={"epoch": 0})
+        for dtype in DTYPES:
+            export_live(engine, model, device, run_files, live_export(folder, label, dtype), dtype, "100KB")
         if setting.stage > 0:
             gathered[label] = {
                 name: {

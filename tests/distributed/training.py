@@ -1,9 +1,10 @@
 """One training run through Trainer, strategy, module and datamodule on any layout, and the same in plain PyTorch."""
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -82,6 +83,9 @@ class Layout:
     stage: int = 3
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    experts_per_shard: int = 2
+    attention_output: Literal["keep", "offload", "recompute"] = "recompute"
+    sub_group_size: int = 1_000_000_000  # elements of a flat tensor of stage 3's optimizer
 
     @property
     def world_size(self) -> int:
@@ -109,11 +113,21 @@ class Record(pl.Callback):
         self.gradients: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self.sources: list[list[str]] = []
+        self.rates: list[list[float]] = []
+        self.draws: list[tuple[float, ...]] = []  # of each global generator, one a step
+        self.first_step = 0
         self.metrics: dict[str, float] = {}  # what the last step and the validation after it logged
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.first_step = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         engine = trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
-        if trainer.global_step == 0 and engine.is_gradient_accumulation_boundary():
+        if not engine.is_gradient_accumulation_boundary():
+            return
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+        self.draws.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+        if trainer.global_step == 0:
             self.gradients = _by_name(pl_module, safe_get_full_grad)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
@@ -121,7 +135,9 @@ class Record(pl.Callback):
         self.sources.append(batch["sources"])
 
     def _note_step(self, trainer: pl.Trainer) -> None:
-        if trainer.global_step > len(self.losses):  # here, since the module logs after the callbacks' batch end
+        if trainer.global_step > self.first_step + len(
+            self.losses
+        ):  # here, since the module logs after the callbacks' batch end
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(trainer.strategy.gradient_norm or 0.0))  # type: ignore[attr-defined]
 
@@ -161,8 +177,12 @@ def fit(
     root: str | None = None,
     module_class: type[SFTModule] = SFTModule,
     more_callbacks: tuple[pl.Callback, ...] = (),
+    checkpoint: str | None = None,
 ) -> dict[str, Any]:
-    """Trains on this rank of the layout; to be called on every rank. Returns the record as plain values."""
+    """Trains on this rank of the layout, from the beginning or a checkpoint; to be called on every rank.
+
+    Returns the record as plain values.
+    """
     record = Record()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -173,6 +193,7 @@ def fit(
             stage=layout.stage,
             offload_optimizer=layout.offload_optimizer,
             offload_parameters=layout.offload_parameters,
+            sub_group_size=layout.sub_group_size,
         ),
         max_steps=recipe.steps,
         accumulate_grad_batches=layout.accumulation,
@@ -194,8 +215,11 @@ def fit(
         router_bias_update_speed=recipe.router_bias_update_speed,
         mtp_loss_weight=recipe.mtp_loss_weight,
         freeze=list(recipe.freeze),
-        experts_per_shard=2,
+        experts_per_shard=layout.experts_per_shard,
+        attention_output=layout.attention_output,
+        layer_input="offload" if layout.attention_output == "offload" else "keep",
     )
+    trainer.ckpt_path = checkpoint  # as the CLI does, so that the module knows while it builds the model
     trainer.fit(module, MemoryData(documents(count), layout.batch_size, layout.packing))
     return {
         "losses": record.losses,
@@ -203,6 +227,8 @@ def fit(
         "gradients": record.gradients,
         "weights": record.weights,
         "sources": record.sources,
+        "rates": record.rates,
+        "draws": record.draws,
         "metrics": record.metrics,
     }
 

@@ -1,0 +1,58 @@
+"""The trained weights as a Hugging Face directory, written by the running job itself when training ends."""
+
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import lightning.pytorch as pl
+
+from src.checkpoints.export import check_target
+from src.checkpoints.output import Dtype
+
+from .run_record import RunRecord
+
+
+class ExportingStrategy(Protocol):
+    """What this callback asks of the strategy; src.strategies.DeepSpeedSPStrategy has it."""
+
+    def export(self, run_files: dict[str, Any], out: Path, dtype: Dtype, max_shard_size: str) -> None: ...
+
+
+class ExportAtEnd(pl.Callback):
+    """Exports from the ranks' own partitions, all ranks writing at once; no checkpoint is read.
+
+    The files are those of `python -m src.cli export` from a checkpoint of the last step.
+
+    Args:
+        out: directory that appears when the export is complete; it must not be there yet. None: no export.
+        dtype: bf16; fp8, DeepSeek's 128 x 128 blocks; or fp32, the masters as they are.
+        max_shard_size: most bytes of tensors in a file. There should be at least as many files as ranks.
+
+    Raises:
+        ValueError: before training, `out` is there already or max_shard_size is no size.
+    """
+
+    def __init__(
+        self,
+        out: str | None = None,
+        dtype: Dtype = "bf16",
+        max_shard_size: str = "5GB",
+    ) -> None:
+        self.out = Path(out).absolute() if out else None
+        self.dtype, self.max_shard_size = dtype, max_shard_size
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.out is not None and stage == "fit":
+            check_target(self.out, self.max_shard_size)
+            self._record(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.out is not None:
+            run_files = self._record(trainer).side_files(trainer)
+            cast(ExportingStrategy, trainer.strategy).export(run_files, self.out, self.dtype, self.max_shard_size)
+
+    @staticmethod
+    def _record(trainer: pl.Trainer) -> RunRecord:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunRecord):
+                return callback
+        raise ValueError("ExportAtEnd needs the callback RunRecord, which knows the run's config.json and tokenizer")

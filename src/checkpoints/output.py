@@ -1,0 +1,113 @@
+"""What a Hugging Face directory of weights consists of, tensor by tensor, in BF16, FP8 or FP32."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from src.checkpoints.fp8 import BLOCK, SCALE_SUFFIX, is_quantised, quantise, scale_shape
+from src.checkpoints.hf_writer import OutputTensor
+from src.checkpoints.key_map import hf_shapes, mtp_copies, mtp_layer
+from src.checkpoints.side_files import architecture
+from src.checkpoints.source import CHUNK, WeightSource, chunks, raise_listed
+
+Dtype = Literal["bf16", "fp8", "fp32"]
+
+
+def output_tensors(
+    trained: WeightSource, config: dict[str, Any], dtype: Dtype, base: WeightSource | None = None
+) -> list[OutputTensor]:
+    """What an export consists of, in the order of the files.
+
+    Args:
+        trained: the weights in Hugging Face names; without those of the MTP block where that was not built.
+        config: the content of config.json.
+        dtype: of all weights but `e_score_correction_bias`, which is always F32.
+        base: where the MTP block comes from if it is not in `trained`. Where its dtypes are those to be written, its
+            tensors are copied byte for byte; for fp8 it is to be opened with dequantise=False.
+
+    Raises:
+        ValueError: one list of the tensors that are missing, unexpected or mis-shaped.
+    """
+    model = architecture(config)
+    layers = model.num_hidden_layers
+    copies = mtp_copies(layers)
+    have = dict.fromkeys(trained.names())
+    built = any(mtp_layer(name, layers) for name in have)
+    shapes = hf_shapes(model, mtp=built or base is not None)
+    available = set(base.names()) if base is not None else set()
+
+    tensors, problems = [], [f"unexpected: {name} {trained.shape(name)}" for name in have if name not in shapes]
+    for name, shape in shapes.items():
+        stored = copies.get(name, name)  # the copies are written from the trained embedding and head
+        source = base if not built and mtp_layer(stored, layers) else trained
+        assert source is not None, "the MTP block is written only where it was built or a base is given"
+        if stored not in (have if source is trained else available):
+            problems.append(f"missing: {stored} {shape}" + ("" if source is trained else " in the base"))
+        elif source.shape(stored) != shape:
+            problems.append(f"shape of {stored}: {source.shape(stored)} instead of {shape}")
+        else:
+            tensors += _output(name, stored, source, shape, dtype)
+    raise_listed(f"{len(problems)} tensors are not those of config.json; check which model was trained:", problems)
+    return tensors
+
+
+def _output(name: str, stored: str, source: WeightSource, shape: tuple[int, ...], dtype: Dtype) -> list[OutputTensor]:
+    """The tensor `name`, read as `stored`: in FP8 values and scales, otherwise one."""
+    if dtype == "fp8" and is_quantised(name):
+        scale = name + SCALE_SUFFIX
+        if source.dtype(stored) == torch.float8_e4m3fn:
+            return [
+                OutputTensor(name, shape, torch.float8_e4m3fn, _Cast(source, stored, torch.float8_e4m3fn)),
+                OutputTensor(
+                    scale, scale_shape(shape), torch.float32, _Cast(source, stored + SCALE_SUFFIX, torch.float32)
+                ),
+            ]
+        quantised = _Quantise(source, stored)
+        return [
+            OutputTensor(name, shape, torch.float8_e4m3fn, quantised),
+            OutputTensor(scale, scale_shape(shape), torch.float32, quantised.scales),
+        ]
+    exact = dtype == "fp32" or name.endswith("e_score_correction_bias")
+    written = torch.float32 if exact else torch.bfloat16
+    return [OutputTensor(name, shape, written, _Cast(source, stored, written))]
+
+
+@dataclass
+class _Cast:
+    """A tensor's chunks in another dtype."""
+
+    source: WeightSource
+    name: str
+    dtype: torch.dtype
+
+    def __call__(self) -> Iterator[torch.Tensor]:
+        for start, stop in chunks(0, torch.Size(self.source.shape(self.name)).numel()):
+            yield self.source.read(self.name, start, stop).to(self.dtype)
+
+
+@dataclass
+class _Quantise:
+    """A weight's e4m3 chunks, bands of rows; the scales are left over from them, or made anew in another file."""
+
+    source: WeightSource
+    name: str
+    _scales: list[torch.Tensor] = field(default_factory=list)
+
+    def __call__(self) -> Iterator[torch.Tensor]:
+        rows, columns = self.source.shape(self.name)
+        self._scales.clear()
+        band = max(1, CHUNK // (BLOCK * columns)) * BLOCK
+        for start, stop in chunks(0, rows, band):
+            weight = self.source.read(self.name, start * columns, stop * columns).view(-1, columns)
+            values, scale = quantise(weight)
+            self._scales.append(scale.view(-1))
+            yield values.view(-1)
+
+    def scales(self) -> Iterator[torch.Tensor]:
+        if not self._scales:
+            for _ in self():
+                pass
+        yield torch.cat(self._scales)
+        self._scales.clear()
