@@ -1,5 +1,6 @@
-"""The commands: `python -m src.cli fit|validate|export|verify ...`. The wiring, nothing else."""
+"""The commands: `python -m src.cli fit|validate|check-data|export|verify ...`. The wiring, nothing else."""
 
+import inspect
 import logging
 import os
 import sys
@@ -10,10 +11,12 @@ from typing import Any
 
 USAGE = """usage: python -m src.cli COMMAND [--help] [arguments]
 
-  fit       train, from a config file:  fit --config configs/tiny_cpu.yaml [--ckpt_path last]
-  validate  loss on the validation data:  validate --config ... [--ckpt_path DIR]
-  export    a checkpoint to a Hugging Face directory:  export --ckpt CKPT --out DIR
-  verify    our logits, loss and gradients against transformers':  verify --model DIR
+  fit         train, from a config file:  fit --config configs/tiny_cpu.yaml [--ckpt_path last]
+  validate    loss on the validation data:  validate --config ... [--ckpt_path DIR]
+  check-data  what is wrong with the data, and what it comes to:  check-data --config ... [--show N] [--html FILE]
+  export      a checkpoint to a Hugging Face directory:  export --ckpt CKPT --out DIR
+  verify      our logits, loss and gradients against transformers':  verify --model DIR
+              or its names, shapes, dtypes and files against the published layout:  verify --model DIR --layout-only
 """
 
 
@@ -43,6 +46,17 @@ def _show_our_log() -> None:
     ours.setLevel(logging.INFO if rank == "0" else logging.WARNING)
 
 
+def _spelled_out(function: Callable[..., Any], args: list[str]) -> list[str]:
+    """Lets a switch stand alone, `--layout-only` for `--layout_only=true`, which is what jsonargparse reads."""
+    switches = [name for name, value in inspect.signature(function).parameters.items() if value.annotation is bool]
+    alone = {f"--{spelled}": f"--{name}" for name in switches for spelled in (name, name.replace("_", "-"))}
+    followed = [*args[1:], "--"]
+    return [
+        f"{alone[arg]}=true" if arg in alone and after.startswith("--") else arg
+        for arg, after in zip(args, followed, strict=True)
+    ]
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command; `args` are the command line's by default."""
     command, *rest = (sys.argv[1:] if args is None else args) or [""]
@@ -51,10 +65,16 @@ def main(args: Sequence[str] | None = None) -> None:
         from src.training import TrainingCLI
 
         TrainingCLI([command, *rest] if args is not None else None)
+    elif command == "check-data":
+        from src.training import CheckDataCLI
+
+        CheckDataCLI(rest)
     elif command in FUNCTIONS:
         from jsonargparse import auto_cli
 
-        auto_cli(FUNCTIONS[command](), args=rest, as_positional=False, prog=f"python -m src.cli {command}")
+        function = FUNCTIONS[command]()
+        rest = _spelled_out(function, rest)
+        auto_cli(function, args=rest, as_positional=False, prog=f"python -m src.cli {command}")
     else:
         print(USAGE, end="")
         if command not in ("-h", "--help"):

@@ -1,4 +1,4 @@
-"""Our model against transformers' on the same weights: `python -m src.cli verify --model DIR`."""
+"""Our model against transformers' on the same weights: `python -m src.cli verify --model DIR [--layout-only]`."""
 
 import math
 from typing import Any
@@ -10,6 +10,7 @@ from transformers import DeepseekV3ForCausalLM as OracleModel
 
 from src.checkpoints.hf_reader import HFDirectorySource
 from src.checkpoints.key_map import hf_shapes
+from src.checkpoints.layout import Layout, check_layout
 from src.checkpoints.load import load
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, load_config
 from src.models.loss import IGNORE_INDEX
@@ -19,18 +20,24 @@ LIMITS = {"logits": 1e-4, "loss": 1e-5, "gradients": 1e-3}
 LENGTHS = (61, 1, 34)  # tokens of the documents compared: one alone, and bounds that are no multiple of anything
 
 
-def verify(model: str) -> None:
+def verify(model: str, layout_only: bool = False) -> None:
     """Compares logits, loss and every gradient with transformers' DeepseekV3ForCausalLM, in fp32 on the CPU.
 
     Args:
         model: Hugging Face directory of a DeepSeek-V3 model, BF16, FP32 or FP8.
+        layout_only: compare the directory with the layout of the published weights instead: names, shapes and dtypes
+            of all tensors, file sizes, index, config.json, tokenizer files. Headers alone are read, so that it takes
+            seconds for any size.
 
     Raises:
-        ValueError: the directory is not one, asks for what is not implemented, or does not fit in memory twice with
-            its gradients.
+        ValueError: the directory is not one, asks for what is not implemented, does not fit in memory twice with its
+            gradients, or (layout_only) has another layout; all that is wrong is listed.
         SystemExit: they disagree.
     """
     config = load_config(model)
+    if layout_only:
+        _print_layout(model, check_layout(model))
+        return
     _check_memory(config)
     ours = DeepseekV3ForCausalLM(config)
     source = HFDirectorySource(model)
@@ -67,6 +74,19 @@ def verify(model: str) -> None:
     print(f"largest gradient difference: {worst}")
     if not all(value <= LIMITS[name] for name, value in found.items()):
         raise SystemExit(f"{model}: our model does not agree with transformers'")
+
+
+def _print_layout(model: str, layout: Layout) -> None:
+    print(f"{model}: the layout of published DeepSeek-V3 weights in {layout.dtype.upper()}")
+    for name, value in (
+        ("files", layout.files),
+        ("tensors", layout.tensors),
+        ("bytes", layout.nbytes),
+        ("parameters of the main model", layout.parameters),
+        ("parameters of the multi-token prediction", layout.mtp_parameters),
+        ("its copies of embedding and head", layout.mtp_copies),
+    ):
+        print(f"{name:40} {value:>19,}")
 
 
 def _check_memory(config: Any) -> None:

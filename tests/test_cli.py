@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from src.cli import main
 
 pytestmark = pytest.mark.xdist_group("distributed")
 ROOT = Path(__file__).parents[1]
@@ -85,7 +88,12 @@ def scalars(root: Path, tag: str) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("run")
-    run(*fit_args(inputs, root))
+    as_a_callback = [
+        "--trainer.callbacks+=src.callbacks.export_at_end.ExportAtEnd",
+        f"--trainer.callbacks.out={root}/fp8",
+        "--trainer.callbacks.dtype=fp8",
+    ]
+    run(*fit_args(inputs, root, f"--export.out={root}/hf", "--export.dtype=fp32", *as_a_callback))
     return root
 
 
@@ -116,6 +124,11 @@ def test_the_checkpoint_tells_what_made_it(trained: Path, inputs: Path) -> None:
     assert config["data"]["max_length"] == 256 and config["model"]["from_scratch"] is True
     record = json.loads((last / "run.json").read_text())
     assert record["base"] == str(inputs / "model") and record["versions"]["torch"] == torch.__version__
+    curve, noted = scalars(trained, "train/loss"), record["losses"]["train/loss"]
+    # A save in the middle of training comes before its own step's loss is logged; TensorBoard counts steps from 0.
+    assert record["step"] == len(curve) and noted["step"] in (len(curve) - 1, len(curve))
+    assert noted["value"] == pytest.approx(curve[noted["step"] - 1], rel=1e-6)
+    assert record["tokens"] > 0
     assert (last / "hf/tokenizer.json").is_file() and (last / "hf/generation_config.json").is_file()
 
 
@@ -140,6 +153,24 @@ def test_a_killed_run_resumes_bit_for_bit(trained: Path, inputs: Path, tmp_path:
     assert scalars(tmp_path, "val/loss") == scalars(trained, "val/loss")
 
 
+def test_a_run_resumes_on_other_layouts(trained: Path, inputs: Path, tmp_path: Path) -> None:
+    """From 1x2 to 2x1, which is refused until the accumulation is halved, and from there to one process."""
+    oldest = min(trained.glob("checkpoints/step=*.ckpt"), key=lambda p: int(p.stem.removeprefix("step=")))
+    steps = int(oldest.stem.removeprefix("step="))
+    sp = "--trainer.strategy.init_args.sequence_parallel_size=1"
+    changed = fit_args(inputs, tmp_path / "2x1", f"--ckpt_path={oldest}", sp)
+    refused = run(*changed, check=False)
+    assert refused.returncode != 0 and "set --trainer.accumulate_grad_batches 1" in refused.stderr
+    run(*changed, "--trainer.accumulate_grad_batches=1", "--checkpoint.every_n_train_steps=1", "--checkpoint.keep=9")
+    between = tmp_path / f"2x1/checkpoints/step={steps + 1}.ckpt"
+    run(*fit_args(inputs, tmp_path / "1x1", f"--ckpt_path={between}", sp, "--trainer.devices=1"))
+    for tag in ("train/loss", "train/grad_norm", "lr-AdamW/pg1", "val/loss"):
+        whole = scalars(trained, tag)
+        for folder, first in (("2x1", steps), ("1x1", steps + 1)):
+            expected = {step: value for step, value in whole.items() if step >= first}
+            assert scalars(tmp_path / folder, tag) == pytest.approx(expected, rel=1e-5), (folder, tag)
+
+
 def test_validate_prints_the_loss_of_the_checkpoint(trained: Path, inputs: Path) -> None:
     no_training_data = "--data.train_files=[/nowhere.jsonl]"  # none is needed
     args = ["validate", *fit_args(inputs, trained)[1:], no_training_data, "--ckpt_path=last"]
@@ -151,6 +182,10 @@ def test_validate_prints_the_loss_of_the_checkpoint(trained: Path, inputs: Path)
 
 def test_export_loads_in_transformers(trained: Path, tmp_path: Path) -> None:
     run("export", f"--ckpt={trained}/checkpoints/last.ckpt", f"--out={tmp_path}/hf", "--dtype=fp32")
+    for file in (tmp_path / "hf").iterdir():  # the same as at the end of fit, from the live partitions
+        if file.name != "README.md":  # which knows the losses of the last step, logged after the last save
+            assert file.read_bytes() == (trained / "hf" / file.name).read_bytes(), file.name
+    assert f"| optimizer steps | {len(scalars(trained, 'train/loss'))} |" in (trained / "hf/README.md").read_text()
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     block = "model.layers.2."  # the multi-token prediction, which transformers expects at 61 alone
     unexpected = {name for name in info["unexpected_keys"] if not name.startswith(block)}
@@ -162,6 +197,17 @@ def test_export_loads_in_transformers(trained: Path, tmp_path: Path) -> None:
     assert tokenizer.chat_template and model.generation_config.eos_token_id == 1
     result = run("verify", f"--model={tmp_path}/hf")
     assert result.stdout.count(" ok") == 3
+
+
+def test_switches_stand_alone(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["verify", f"--model={trained}/fp8", "--layout-only"])  # exported by the callback of the config
+    assert "the layout of published DeepSeek-V3 weights in FP8" in capsys.readouterr().out
+    last = trained / "checkpoints/last.ckpt"
+    main(["export", f"--ckpt={last}", f"--out={trained}/hf", "--dtype=fp32", "--resume"])  # nothing is left to do
+    shutil.copytree(trained / "hf", tmp_path / "hf")
+    (tmp_path / "hf/tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer.json or tokenizer.model: missing"):
+        main(["verify", "--layout-only", f"--model={tmp_path}/hf"])
 
 
 def test_a_second_fit_into_the_folder_is_refused(trained: Path, inputs: Path) -> None:

@@ -79,6 +79,11 @@ class ChatTemplate:
         turns = [_turn(message) for message in messages]
         return self._keep(turns) if self.history_reasoning == "keep" else self._strip(turns)
 
+    def reads(self, field: str) -> bool:
+        """Whether the template's text asks for a message's (or a tool call's) field of this name."""
+        name = re.escape(field)
+        return re.search(rf"""['"]{name}['"]|\.{name}\b""", str(self.tokenizer.chat_template)) is not None
+
     def _strip(self, turns: list[_Turn]) -> list[Sample]:
         samples: list[Sample] = []
         for index, turn in enumerate(turns):

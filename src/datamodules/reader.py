@@ -294,7 +294,8 @@ def _scan_parquet(path: str) -> FileScan:
 def _read_parquet(span: Span) -> Iterator[tuple[int, Any]]:
     with pq.ParquetFile(span.path, memory_map=True) as file:
         # Other columns are never looked at; without 'messages' the rows are read whole, for the error to list them.
-        columns = ["messages"] if "messages" in file.schema_arrow.names else None
+        names = file.schema_arrow.names
+        columns = [name for name in ("messages", "tools") if name in names] if "messages" in names else None
         row = span.first_row
         for batch in file.iter_batches(batch_size=128, row_groups=[span.start], columns=columns):
             for value in batch.to_pylist():

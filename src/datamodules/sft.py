@@ -110,16 +110,20 @@ class SFTDataModule(LightningDataModule):
 
     def _packed(self, name: str, files: list[str]) -> PackedSet:
         cache = self._open(files)
-        rows = pack(cache.lengths, self.options.max_length) if self.packing else one_sample_a_row(len(cache))
-        packed = PackedSet(cache, rows)
+        packed = self.pack(cache)
         first, *details = cache.statistics.lines(self.options)
         rank_zero_info(
-            f"{name}: {first}; {len(rows):,} rows of up to {self.options.max_length:,} tokens, "
+            f"{name}: {first}; {len(packed.rows):,} rows of up to {self.options.max_length:,} tokens, "
             f"{packed.fill(self.options.max_length):.1%} full"
         )
         for line in details:
             rank_zero_warn(f"{name}: {line}")
         return packed
+
+    def pack(self, cache: TokenCache) -> PackedSet:
+        """The rows that training makes of the samples."""
+        rows = pack(cache.lengths, self.options.max_length) if self.packing else one_sample_a_row(len(cache))
+        return PackedSet(cache, rows)
 
     # Batches ----------------------------------------------------------------------------------------------------
 
@@ -191,28 +195,28 @@ class SFTDataModule(LightningDataModule):
         return {"epoch": epoch, "step": step, **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues with the very next rows, on any layout with the same number of rows an optimizer step.
-
-        Raises:
-            ValueError: the data, its order, or the rows of a step are others than the checkpoint's.
-        """
+        """Continues with the very next rows, on any layout with the same number of rows an optimizer step."""
         assert self.trainer is not None
         if self.trainer.state.fn != TrainerFn.FITTING:
             return
         if not self._progress_restored:
             raise RuntimeError("the LightningModule's on_load_checkpoint must call datamodule.restore_progress")
         self._progress_restored = False
-        self._check_identity(state_dict)
         self._start = (state_dict["epoch"], state_dict["step"])
         if self._train_sampler is not None:
             self._train_sampler.resume_at(*self._start)
 
     def restore_progress(self, checkpoint: dict[str, Any]) -> None:
         """Aligns the trainer's progress in a loaded checkpoint with this layout and with `load_state_dict`; for the
-        LightningModule's `on_load_checkpoint`, which sees the checkpoint before the trainer's loops do."""
+        LightningModule's `on_load_checkpoint`, which sees the checkpoint before weights and loops are restored.
+
+        Raises:
+            ValueError: the data, its order, or the rows of a step are others than the checkpoint's.
+        """
         self._progress_restored = True
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
+        self._check_identity(checkpoint[type(self).__qualname__])
         align_progress(
             checkpoint["loops"],
             checkpoint["global_step"],

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .chat_template import ChatTemplate, HistoryReasoning, Sample
+from .findings import Findings, row_remarks
 from .reader import RowError, Span, read_span, row_errors
 from .sequence_shard import target_counts
 
@@ -28,9 +29,10 @@ class TokenizeOptions:
 
 @dataclass
 class Statistics:
-    """What became of the rows. Counts of samples but for `rows` and `rows_without_targets`."""
+    """What became of the rows. Counts of samples but for `rows`, `turns` and `rows_without_targets`."""
 
     rows: int = 0
+    turns: int = 0  # messages of the sound rows
     rows_without_targets: int = 0
     samples: int = 0
     tokens: int = 0
@@ -64,10 +66,37 @@ class Statistics:
         return lines
 
 
+@dataclass
+class Report:
+    """What is to say of the rows of a span, or of all of them."""
+
+    statistics: Statistics = field(default_factory=Statistics)
+    errors: Findings = field(default_factory=Findings)
+    remarks: Findings = field(default_factory=Findings)
+
+    def add(self, other: "Report") -> None:
+        """Adds that of the rows behind ours."""
+        self.statistics.add(other.statistics)
+        self.errors.update(other.errors)
+        self.remarks.update(other.remarks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"statistics": asdict(self.statistics), "errors": self.errors.kinds, "remarks": self.remarks.kinds}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Report":
+        return cls(Statistics(**content["statistics"]), Findings(content["errors"]), Findings(content["remarks"]))
+
+
 def tokenize_spans(
-    work: list[tuple[int, int, Span]], template: ChatTemplate, options: TokenizeOptions, reports: Path
+    work: list[tuple[int, int, Span]],
+    template: ChatTemplate,
+    options: TokenizeOptions,
+    reports: Path,
+    all_errors: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the samples of some spans and leaves a report for each: its statistics, or the error that ended it.
+    """Yields the samples of some spans and leaves a report for each, with the first error, which ends all work, or with
+    `all_errors`.
 
     Errors travel by file: an exception would lose its type on the way through `datasets` and its processes.
     """
@@ -75,44 +104,58 @@ def tokenize_spans(
     for index, file, span in work:
         if failed.exists():
             return
-        statistics = Statistics()
-        try:
-            yield from _span_samples(file, span, template, options, statistics)
-            report: dict[str, Any] = {"statistics": asdict(statistics)}
-        except RowError as error:
-            failed.touch()
-            report = {"error": error.args}
-        (reports / f"{index:08d}.json").write_text(json.dumps(report))
-
-
-def _span_samples(
-    file: int, span: Span, template: ChatTemplate, options: TokenizeOptions, statistics: Statistics
-) -> Iterator[dict[str, Any]]:
-    for row, value in read_span(span):
-        source = f"{span.path}:{row}"
-        statistics.rows += 1
-        samples = render_row(value, source, template)
-        if not samples:
-            statistics.rows_without_targets += 1
-            if len(statistics.named_rows) < NAMED_ROWS:
-                statistics.named_rows.append(source)
-        for sample in samples:
-            fitted = _fit(sample, source, options, statistics)
-            if fitted is None:
+        report = Report()
+        for row, value in read_span(span):
+            source = f"{span.path}:{row}"
+            try:
+                samples = _row_samples(value, source, template, options, report)
+            except RowError as error:
+                found = [] if isinstance(value, RowError) else list(row_errors(value, source))
+                for each in found or [error]:  # what only rendering shows comes alone
+                    report.errors.add(each)
+                if not all_errors:
+                    failed.touch()
+                    break
                 continue
-            targets, mtp_targets = target_counts(fitted.target_spans)
-            statistics.samples += 1
-            statistics.tokens += len(fitted.input_ids)
-            statistics.targets += targets
-            yield {
-                "input_ids": np.asarray(fitted.input_ids, dtype=np.int32),
-                "target_spans": np.asarray(fitted.target_spans, dtype=np.int32).reshape(-1),
-                "file": file,
-                "row": row,
-                "length": len(fitted.input_ids),
-                "targets": targets,
-                "mtp_targets": mtp_targets,
-            }
+            for sample in samples:
+                yield {"file": file, "row": row, **_columns(sample)}
+        (reports / f"{index:08d}.json").write_text(json.dumps(report.to_json()))
+
+
+def _row_samples(
+    value: Any, source: str, template: ChatTemplate, options: TokenizeOptions, report: Report
+) -> list[Sample]:
+    """The samples of one row that fit."""
+    statistics = report.statistics
+    statistics.rows += 1
+    samples = render_row(value, source, template)
+    if options.overlong == "error":
+        for sample in samples:
+            _refuse_overlong(sample, source, options)
+    statistics.turns += len(value["messages"])
+    for remark in row_remarks(value, source, template.reads):
+        report.remarks.add(remark)
+    if not samples:
+        statistics.rows_without_targets += 1
+        if len(statistics.named_rows) < NAMED_ROWS:
+            statistics.named_rows.append(source)
+    fitted = [sample for sample in (_fit(sample, options, statistics) for sample in samples) if sample is not None]
+    for sample in fitted:
+        statistics.samples += 1
+        statistics.tokens += len(sample.input_ids)
+        statistics.targets += target_counts(sample.target_spans)[0]
+    return fitted
+
+
+def _columns(sample: Sample) -> dict[str, Any]:
+    targets, mtp_targets = target_counts(sample.target_spans)
+    return {
+        "input_ids": np.asarray(sample.input_ids, dtype=np.int32),
+        "target_spans": np.asarray(sample.target_spans, dtype=np.int32).reshape(-1),
+        "length": len(sample.input_ids),
+        "targets": targets,
+        "mtp_targets": mtp_targets,
+    }
 
 
 def render_row(value: Any, source: str, template: ChatTemplate) -> list[Sample]:
@@ -131,18 +174,22 @@ def render_row(value: Any, source: str, template: ChatTemplate) -> list[Sample]:
         raise RowError(source, "messages", str(error)) from error
 
 
-def _fit(sample: Sample, source: str, options: TokenizeOptions, statistics: Statistics) -> Sample | None:
-    """The sample within max_length by the overlong policy; None where it is dropped."""
+def _refuse_overlong(sample: Sample, source: str, options: TokenizeOptions) -> None:
     length, limit = len(sample.input_ids), options.max_length
-    if length <= limit:
-        return sample
-    if options.overlong == "error":
+    if length > limit:
         raise RowError(
             source,
             "messages",
             f"renders to {length:,} tokens, above max_length {limit:,}; shorten the conversation, raise max_length, "
             "or set overlong to 'truncate' or 'drop'",
         )
+
+
+def _fit(sample: Sample, options: TokenizeOptions, statistics: Statistics) -> Sample | None:
+    """The sample within max_length by the overlong policy; None where it is dropped."""
+    limit = options.max_length
+    if len(sample.input_ids) <= limit:
+        return sample
     if options.overlong == "drop":
         statistics.dropped_overlong += 1
         return None

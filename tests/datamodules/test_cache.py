@@ -45,7 +45,9 @@ def test_documents_are_the_rendered_rows(
     assert cache.lengths.tolist() == [len(sample.input_ids) for sample in samples]
     assert cache.targets.tolist() == cache.mtp_targets.tolist() == targets
     assert cache.document(0).input_ids.dtype == np.int32
-    assert cache.statistics == Statistics(rows=2, samples=3, tokens=int(cache.lengths.sum()), targets=sum(targets))
+    assert cache.statistics == Statistics(
+        rows=2, turns=6, samples=3, tokens=int(cache.lengths.sum()), targets=sum(targets)
+    )
 
 
 def test_samples_do_not_depend_on_processes_or_spans_or_format(

@@ -1,0 +1,240 @@
+import json
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from src.datamodules import SFTDataModule, cache, findings, reader
+from src.datamodules.cache import open_or_build, open_or_check
+from src.datamodules.chat_template import ChatTemplate
+from src.datamodules.check import SetReport, check
+from src.datamodules.check_html import page
+from src.datamodules.check_text import report_lines, show
+from src.datamodules.findings import Findings
+from src.datamodules.reader import RowError
+from src.datamodules.segments import segments
+from src.datamodules.sequence_shard import Document
+from src.datamodules.tokenization import TokenizeOptions
+
+from .conftest import question_answer
+
+Write = Callable[..., str]
+GOOD = question_answer("q", "a")
+BAD_ROLE = [{"role": "bot", "content": "q"}]
+BAD_TWICE = [{"role": "user", "content": 1}, {"role": "assistant", "content": "a", "loss": "yes"}]
+
+
+def datamodule(tokenizer: PreTrainedTokenizerFast, folder: Path, train: list[str], **more: Any) -> SFTDataModule:
+    arguments = {"max_length": 64, "batch_size": 2, "cache_dir": str(folder / "cache"), **more}
+    data = SFTDataModule(train, **arguments)
+    data.tokenizer = tokenizer
+    return data
+
+
+def text(reports: list[SetReport], tokenizer: PreTrainedTokenizerFast) -> str:
+    return "\n".join(report_lines(reports, tokenizer, colour=False))
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_everything_wrong_is_found_at_once_and_leaves_no_cache(
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_proc: int,
+) -> None:
+    monkeypatch.setattr(reader, "ROWS_PER_SPAN", 2)
+    path = write_jsonl("a.jsonl", GOOD, BAD_ROLE, BAD_TWICE, GOOD, question_answer("q " * 99, "a"), [])
+    with open(path, "a") as file:
+        file.write("{not json\n")
+    table = pa.Table.from_pylist([{"messages": GOOD}, {"messages": [*GOOD, *GOOD[1:]]}])
+    parquet = str(tmp_path / "b.parquet")
+    pq.write_table(table, parquet)
+    options = TokenizeOptions(64, "error")
+    with open_or_check([path, parquet], tokenizer, options, tmp_path / "cache", num_proc) as found:
+        errors = [str(error).replace(f"{tmp_path}/", "") for _, each in found.report.errors.by_kind() for error in each]
+        assert len(found) == 3 and found.statistics.rows == 9
+    starts = sorted(error.split(": ")[0] + " " + error.split(": ")[1] for error in errors)
+    assert [start[:30] for start in starts] == [
+        "a.jsonl:2 messages[0].role",
+        "a.jsonl:3 messages[0].content",
+        "a.jsonl:3 messages[1].loss",
+        "a.jsonl:5 messages",
+        "a.jsonl:6 messages",
+        "a.jsonl:7 is not one valid JSO",
+        "b.parquet:2 messages[2].role",
+    ]
+    assert [item.name for item in (tmp_path / "cache").iterdir() if item.is_dir()] == ["scans"]
+    with pytest.raises(RowError, match=r"a\.jsonl:2: messages\[0\]\.role: is 'bot'"):  # training still refuses
+        open_or_build([path, parquet], tokenizer, options, tmp_path / "cache", 1)
+
+
+def test_files_that_cannot_be_read_do_not_hide_the_others(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.parquet").write_text("no")
+    silent = write_jsonl("silent.jsonl", question_answer("q", "a", loss=False))
+    files = ["/nowhere/*.jsonl", str(tmp_path / "broken.parquet"), write_jsonl("a.jsonl", GOOD, BAD_ROLE)]
+    train, val = check(datamodule(tokenizer, tmp_path, files, val_files=[silent]), 1, 1)
+    assert [problem.split(" (")[0] for problem in train.problems] == [
+        "no file matches '/nowhere/*.jsonl'",
+        f"{tmp_path}/broken.parquet is not a Parquet file",
+    ]
+    assert train.wrong == 3 and dict(train.numbers)["samples"].startswith("1 ")
+    assert val.wrong == 1 and "nothing to train on" in val.problems[0]
+    assert "WRONG: no file matches" in text([train, val], tokenizer)
+
+
+def test_thousands_are_counted_and_the_first_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    one, two = Findings(), Findings()
+    for row in range(3000):
+        (one if row < 2000 else two).add(RowError(f"f:{row}", f"messages[{row}].role", f"is {row}; it must be x"))
+    one.update(Findings(json.loads(json.dumps(two.kinds))))
+    ((count, errors),) = one.by_kind()
+    assert count == len(one) == 3000 and [error.source for error in errors] == [f"f:{row}" for row in range(100)]
+    assert "    ... and 2,980 more of this kind" in text([SetReport("train", errors=one)], tokenizer)
+    for number in range(3 * findings.KINDS):  # data can make up kinds
+        one.add(RowError("f:1", "", f"{number}"))
+    assert len(one.kinds) == findings.KINDS + 1 and len(one) == 3000 + 3 * findings.KINDS
+
+
+def test_numbers_are_a_count_by_hand(tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path) -> None:
+    """Every `x` is one token: BOS, user, the question, assistant, the answer and the end of turn."""
+    rows = [question_answer("x" * 1, "a"), question_answer("?", "a b c d e f g h i j"), question_answer("q " * 20, "a")]
+    path = write_jsonl("a.jsonl", *rows, question_answer("q", "a", loss=False))
+    data = datamodule(tokenizer, tmp_path, [path], max_length=8)
+    (report,) = check(data, replicas=3, accumulation=5)
+    numbers = dict(report.numbers)
+    assert report.wrong == 0
+    assert numbers["rows"] == "4" and numbers["turns"] == "8" and numbers["samples"].startswith("2 ")
+    assert numbers["tokens"] == "14" and numbers["trained tokens"] == "6 (42.9%)"  # 6 + 8 tokens, 2 + 4 of them
+    assert numbers["tokens a sample"] == "median 8, 90% 8, 99% 8, longest 8"
+    assert numbers["cut to max_length"] == "1 samples" and numbers["dropped"] == "1 samples"
+    assert numbers["without targets"] == "1 rows"
+    assert numbers["packed"] == "2 rows of up to 8 tokens, 87.5% full"
+    assert numbers["optimizer steps"].startswith("1 an epoch, of 30 packed rows")
+    assert report.lengths == [(4, 7, 1), (8, 15, 1)]
+    assert [note.split(":")[0] for note in report.notes][0] == "1 rows dropped, nothing to train on"
+    (report,) = check(datamodule(tokenizer, tmp_path, [path]), replicas=None, accumulation=1)
+    assert "optimizer steps" not in dict(report.numbers)
+
+
+def test_copies_and_rows_of_train_in_val(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path
+) -> None:
+    """By what is trained on: the order of the fields is nothing, a turn without loss is."""
+    swapped = [dict(reversed(message.items())) for message in GOOD]
+    twice = question_answer("q", "a", reasoning_content="r") * 2  # two samples of one row
+    masked = [*question_answer("q", "a"), *question_answer("q", "a")]
+    first_masked = [masked[0], {**masked[1], "loss": False}, *masked[2:]]
+    train_file = write_jsonl("a.jsonl", GOOD, twice, swapped, masked, first_masked, twice)
+    val_file = write_jsonl("b.jsonl", question_answer("new", "a"), GOOD, question_answer("new", "a"))
+    train, val = check(datamodule(tokenizer, tmp_path, [train_file], val_files=[val_file]), 1, 1)
+    assert dict(train.numbers)["copies of another row"] == "2 rows"
+    remarks = [str(error) for _, each in [*train.remarks.by_kind(), *val.remarks.by_kind()] for error in each]
+    assert [remark.split("; ")[0].replace(f"{tmp_path}/", "") for remark in remarks] == [
+        "a.jsonl:3: trains on the same tokens as a.jsonl:1",
+        "a.jsonl:6: trains on the same tokens as a.jsonl:2",
+        "b.jsonl:2: trains on the same tokens as a.jsonl:1",
+        "b.jsonl:3: trains on the same tokens as b.jsonl:1",
+    ]
+    assert dict(val.numbers)["also in train"] == "1 rows" and train.wrong == val.wrong == 0
+
+
+def test_what_training_ignores_is_remarked(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = [
+        {"messages": question_answer("q", "a", reasoning="lost", name="x"), "tools": [{"name": "f"}], "id": 1},
+        {"messages": question_answer("q", " ")},
+        {"messages": question_answer("q", "<think>\nr\n</think>\n")},
+        {"messages": question_answer("q", "", loss=False) + question_answer("q", "a", prefix=None)},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "b.parquet")
+    files = [str(tmp_path / name) for name in ("a.jsonl", "b.parquet")]
+    (report,) = check(datamodule(tokenizer, tmp_path, files), 1, 1)
+    remarks = [str(error) for _, each in report.remarks.by_kind() for error in each if "same tokens" not in str(error)]
+    assert sorted(
+        remark.replace(f"{tmp_path}/", "").split(": ")[0] + " " + remark.split(": ")[1] for remark in remarks
+    ) == [
+        "a.jsonl:1 messages[1].reasoning",
+        "a.jsonl:1 tools",
+        "a.jsonl:2 messages[1].content",
+        "a.jsonl:3 messages[1].content",
+        "b.parquet:1 messages[1].reasoning",
+        "b.parquet:1 tools",
+    ]
+
+
+def test_fit_opens_what_the_check_built(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl("a.jsonl", GOOD, question_answer("q", "<think>r</think>"))
+    first = check(datamodule(tokenizer, tmp_path, [path]), 1, 1)
+    monkeypatch.setattr(cache, "_tokenize", lambda *args, **kwargs: pytest.fail("tokenised again"))
+    data = datamodule(tokenizer, tmp_path, [path])
+    data.prepare_data()
+    data.setup("fit")
+    assert data.train_set is not None and len(data.train_set.cache) == 2
+    again = check(data, 1, 1)  # what the check says does not depend on who built the cache
+    assert text(again, tokenizer) == text(first, tokenizer) and "has no answer" in text(again, tokenizer)
+
+
+def test_shown_is_what_is_trained(tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path) -> None:
+    rows = [question_answer("问🙂", "答🙂\x1b[31m", reasoning_content="r") * 2, GOOD, question_answer("not", "shown")]
+    (report,) = check(datamodule(tokenizer, tmp_path, [write_jsonl("a.jsonl", *rows)]), 1, 1, show=2)
+    template = ChatTemplate(tokenizer)
+    samples = [sample for row in rows[:2] for sample in template.render(row)]
+    assert len(report.shown) == len(samples) == 3
+    for document, sample in zip(report.shown, samples, strict=True):
+        trained = [tokenizer.decode(sample.input_ids[start:stop]) for start, stop in sample.target_spans]
+        plain = show(document, tokenizer, colour=False)
+        assert [part.split("⟧")[0] for part in plain.split("⟦")[1:]] == [
+            part.replace("\x1b", "\\x1b") for part in trained
+        ]
+        assert plain.replace("⟦", "").replace("⟧", "") == tokenizer.decode(sample.input_ids).replace("\x1b", "\\x1b")
+        assert "\x1b" not in plain and "\ufffd" not in plain
+    coloured = show(report.shown[2], tokenizer, colour=True)
+    assert "\x1b[7m<｜Assistant｜>\x1b[0m\x1b[32ma\x1b[0m\x1b[32m\x1b[7m<｜end▁of▁sentence｜>\x1b[0m" in coloured
+
+
+def test_a_character_that_is_cut_through_is_no_garbage(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenizer.encode("a𒐫", add_special_tokens=False)
+    assert len(ids) > 2 and "\ufffd" in tokenizer.decode(ids[:-1])
+    document = Document(np.asarray(ids[:-1], dtype=np.int32), np.asarray([[0, len(ids) - 1]], dtype=np.int32), "f:1")
+    assert [segment.text for segment in segments(document, tokenizer)] == ["a…"]
+
+
+def test_the_page_escapes_what_the_data_says(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path
+) -> None:
+    evil = "<script>alert('x')</script>&amp;"
+    path = write_jsonl("a<b.jsonl", question_answer(evil, evil), [{"role": evil, "content": ""}])
+    reports = check(datamodule(tokenizer, tmp_path, [path]), 1, 1, show=5)
+    html = page(reports, tokenizer, "data")
+    assert "<script" not in html and "src=" not in html and "http" not in html
+    seen: list[tuple[str | None, str]] = []
+    tags: list[str] = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: Any) -> None:
+            if tag not in ("meta",):
+                tags.append(tag)
+            seen.append((tag, ""))
+
+        def handle_endtag(self, tag: str) -> None:
+            assert tags.pop() == tag
+
+        def handle_data(self, data: str) -> None:
+            seen.append((tags[-1] if tags else None, data))
+
+    Parser().feed(html)
+    assert not tags
+    assert ("mark", evil) in seen and ("pre", evil) in seen  # the answer, trained on, and the question
+    assert any(tag == "li" and f"a<b.jsonl:2: messages[0].role: is {evil!r}" in data for tag, data in seen)
+    assert {"svg", "rect", "table"} <= {tag for tag, _ in seen} and "1 problem: training would refuse" in html
