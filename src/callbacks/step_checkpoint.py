@@ -33,8 +33,8 @@ class StepCheckpoint(Checkpoint):
     Args:
         every_n_train_steps: optimizer steps between checkpoints; 0 saves at the end only.
         keep: newest checkpoints kept; older ones are removed once a newer one is complete.
-        async_save: write beside training, which waits for a copy in host memory alone; until that is written it takes
-            as much memory of each process as its files take on the disk.
+        async_save: write beside training, which waits for a copy in host memory alone; from the first save on the copy
+            takes as much memory of each process as its files take on the disk.
 
     Raises:
         SaveFailed: the checkpoint of the last step could not be saved.

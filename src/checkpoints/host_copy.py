@@ -16,7 +16,7 @@ KEPT = 1 << 20
 
 
 class HostMemory:
-    """Memory for one copy at a time, kept for the next one: touching new pages takes several times what copying does."""
+    """Memory for one copy at a time, kept for the next: touching new pages takes several times what copying does."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[Tensor]] = defaultdict(list)
