@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
 from src.models.deepseek_v3 import load_config
@@ -35,9 +35,14 @@ def true_config(**changes: int) -> DeepseekV3Config:
     return config
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def randomise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives a model that was built on the meta device random weights, norms of about one, and buffers of zeros."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            value = torch.empty(parameter.shape, device=device, dtype=dtype).normal_(0, 0.02)
+            setattr(module, name, nn.Parameter(value + 1 if "norm" in type(module).__name__.lower() else value))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros_like(buffer, device=device))
 
 
 def median_ms(run: Callable[[], object], device: torch.device, repeats: int = 7, warm_up: int = 2) -> float:

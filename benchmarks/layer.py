@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import DeepseekV3Config
 
-from benchmarks.common import BF16, PEAK, arguments, head, median_ms, peak_gib, relative, table, true_config
+from benchmarks.common import BF16, PEAK, arguments, head, median_ms, peak_gib, randomise, relative, table, true_config
 from benchmarks.guide import LoopOverExperts
 from src.models.deepseek_v3 import recompute
 from src.models.deepseek_v3.attention import Attention, RowGeometry
@@ -40,12 +40,7 @@ Step = Callable[[], Tensor]
 def build(config: DeepseekV3Config, shards: int, device: torch.device) -> DecoderLayer:
     with torch.device("meta"):
         layer = DecoderLayer(config, config.first_k_dense_replace, config.n_routed_experts // shards)
-    for module in layer.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            value = torch.empty(parameter.shape, device=device, dtype=BF16).normal_(0, 0.02)
-            setattr(module, name, nn.Parameter(value + 1 if "norm" in type(module).__name__.lower() else value))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros_like(buffer, device=device))
+    randomise(layer, device, BF16)
     return layer
 
 

@@ -10,13 +10,11 @@ counts useful operations (src/models/deepseek_v3/flops.py), of 989 TFLOP/s. One 
 """
 
 import argparse
-import contextlib
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +22,18 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.common import BF16, PEAK, TRUE_CONFIG, arguments, head, table
+from benchmarks.common import BF16, PEAK, TRUE_CONFIG, arguments, head, randomise, table
 from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.loss_spike import LossSpike
 from src.callbacks.throughput import Throughput
 from src.datamodules.sequence_shard import Document, collate
-from src.models.deepseek_v3 import DeepseekV3ForCausalLM, LossWeights, load_config, recompute
+from src.models.deepseek_v3 import DeepseekV3ForCausalLM, LossWeights, load_config
 from src.models.deepseek_v3.flops import step_flops
 from src.models.sft_module import SFTModule
 from src.strategies import DeepSpeedSPStrategy
+from src.strategies.parallelize import apply_activation_checkpointing
 
 
 def write_config(folder: Path, options: argparse.Namespace) -> str:
@@ -142,20 +140,10 @@ class Bare(nn.Module):
         with torch.device("meta"):
             model = DeepseekV3ForCausalLM(load_config(directory), options.experts_per_shard)
         dtype = BF16 if device.type == "cuda" else torch.float32
-        for part in model.modules():
-            for name, parameter in part.named_parameters(recurse=False):
-                value = torch.empty(parameter.shape, device=device, dtype=dtype).normal_(0, 0.02)
-                setattr(part, name, nn.Parameter(value + 1 if "norm" in type(part).__name__.lower() else value))
-            for name, buffer in part.named_buffers(recurse=False):
-                setattr(part, name, torch.zeros_like(buffer, device=device))
+        randomise(model, device, dtype)
         model.set_attention_kernel("auto")
         model.set_kept(options.attention_output, options.layer_input)
-        model.run_layer = partial(
-            checkpoint,
-            use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), recompute()),
-            preserve_rng_state=False,
-        )
+        apply_activation_checkpointing(model)
         self.model, self.device = model, device
 
     def micro_step(self, batch: dict[str, Any]) -> tuple[float, float]:

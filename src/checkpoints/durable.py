@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 INCOMPLETE = ".incomplete"
 # Bytes written and checksummed at a time.
@@ -83,14 +83,21 @@ class CheckedFile:
                 raise
 
 
+def checksum(file: BinaryIO, read: Callable[[int], object] = lambda nbytes: None) -> str:
+    """CRC-32, in hexadecimal, of what is left of an open file; `read` is called with the bytes of each piece."""
+    crc = 0
+    while chunk := file.read(CHUNK):
+        crc = zlib.crc32(chunk, crc)
+        read(len(chunk))
+    return f"{crc:08x}"
+
+
 def seal(path: Path) -> tuple[int, str]:
     """Makes a file that is there already safe; returns its size and CRC-32."""
-    crc = 0
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            crc = zlib.crc32(chunk, crc)
+        crc32 = checksum(file)
         os.fsync(file.fileno())
-        return file.tell(), f"{crc:08x}"
+        return file.tell(), crc32
 
 
 def sync_folder(folder: Path) -> None:

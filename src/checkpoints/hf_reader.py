@@ -28,6 +28,7 @@ DTYPES = {
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from src.checkpoints.hf_reader import DTYPES, SINGLE_FILE
+from src.checkpoints.hf_reader import DTYPE_NAMES, SINGLE_FILE
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Shard:
         for tensor in sorted(self.tensors, key=lambda tensor: -tensor.dtype.itemsize):
             begins[tensor.name], end = end, end + tensor.nbytes
             header[tensor.name] = {
-                "dtype": _NAMES[tensor.dtype],
+                "dtype": DTYPE_NAMES[tensor.dtype],
                 "shape": tensor.shape,
                 "data_offsets": (begins[tensor.name], end),
             }

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from src.checkpoints.fp8 import BLOCK, QUANTIZATION_CONFIG, SCALE_SUFFIX, is_quantised, scale_shape
-from src.checkpoints.hf_reader import DTYPES, INDEX_FILE, SINGLE_FILE, Stored, close, open_weights
+from src.checkpoints.hf_reader import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Stored, close, open_weights
 from src.checkpoints.key_map import hf_shapes, mtp_copies, mtp_layer
 from src.checkpoints.side_files import architecture, read_config
 from src.checkpoints.source import raise_listed
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LEFTOVERS = (".model*.safetensors.*", ".export.json")  # of an export that was interrupted
 
 
@@ -180,5 +179,5 @@ def _wrong_tensors(expected: dict[str, tuple[tuple[int, ...], torch.dtype]], ten
         if stored.shape != shape:
             problems.append(f"shape of {name}: {stored.shape} instead of {shape}")
         if stored.dtype != dtype:
-            problems.append(f"dtype of {name}: {_NAMES[stored.dtype]} instead of {_NAMES[dtype]}")
+            problems.append(f"dtype of {name}: {DTYPE_NAMES[stored.dtype]} instead of {DTYPE_NAMES[dtype]}")
     return problems + [f"unexpected: {name} {tensors[name].shape}" for name in tensors if name not in expected]

@@ -21,7 +21,7 @@ from transformers import DeepseekV3Config
 
 from ..kernels import AttentionKernel, Packing, assemble_heads, resolve_attention
 from .linear import KeptLinear
-from .recompute import Kept, recomputing
+from .recompute import Kept, unhooked
 from .rope import softmax_scale
 from .sequence_parallel import SequenceParallelGroup, SingleProcess
 
@@ -146,6 +146,6 @@ class Attention(nn.Module):
             out = out.reshape(self.sp.size, -1, heads, self.v_dim)  # [SP, T/SP, A/SP, Dv], block j for rank j
             out = self.sp.all_to_all(out).transpose(0, 1)  # [T/SP, SP, A/SP, Dv], all heads of this rank's tokens
         out = out.reshape(-1, self.heads * self.v_dim)
-        # In the recompute past ZeRO-3's hooks, which belong to the module's call: the weight is not needed.
-        project = self.o_proj.forward if kept is not None and recomputing() else self.o_proj
-        return project(out, kept)
+        project = self.o_proj if kept is None else unhooked(self.o_proj)
+        projected: Tensor = project(out, kept)
+        return projected

@@ -24,18 +24,13 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from ..kernels import grouped_mm, sum_rows, swiglu, swiglu_backward
-from .recompute import recomputing
+from .recompute import placeholder, recomputing, unhooked
 
 
 class _Channel:
     """Carries the gradient of the layer's output [T, H] from the combine's backward to the shards'."""
 
     grad: Tensor | None = None
-
-
-def _handle(x: Tensor, rows: int) -> Tensor:
-    """A tensor [rows, H] for autograd alone, of one element's memory."""
-    return x.new_empty(1).expand(rows, x.shape[1])
 
 
 class _ExpertShardFunction(Function):
@@ -55,7 +50,7 @@ class _ExpertShardFunction(Function):
         ctx.save_for_backward(weight, x, tokens, offsets)
         ctx.shard, ctx.channel = shard, channel
         if recomputing() or len(tokens) == 0:
-            return _handle(x, len(tokens))  # nobody reads it
+            return placeholder(x, len(tokens), x.shape[1])
         gate, up = grouped_mm(x[tokens], gate_up_proj.mT, offsets).chunk(2, -1)
         return grouped_mm(swiglu(gate, up, weight), down_proj.mT, offsets)
 
@@ -126,7 +121,7 @@ class _Dispatch(Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(slots, parts)
         ctx.channel = channel
-        return *(_handle(x, size) for size in sizes), *weights.reshape(-1)[order].split(sizes)
+        return *(placeholder(x, size, x.shape[1]) for size in sizes), *weights.reshape(-1)[order].split(sizes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -143,13 +138,13 @@ class _Combine(Function):
     def forward(ctx: Any, slots: Tensor, parts: Tensor, channel: _Channel, *rows: Tensor) -> Tensor:
         ctx.sizes, ctx.channel = [len(r) for r in rows], channel
         if recomputing():
-            return _handle(rows[0], len(slots))  # nobody reads it
+            return placeholder(rows[0], len(slots), rows[0].shape[1])
         return sum_rows(rows, slots, parts)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.channel.grad = grad.contiguous()  # type: ignore[attr-defined]
-        return None, None, None, *(_handle(grad, size) for size in ctx.sizes)  # type: ignore[attr-defined]
+        return None, None, None, *(placeholder(grad, size, grad.shape[1]) for size in ctx.sizes)  # type: ignore[attr-defined]
 
 
 class Experts(nn.ModuleList):
@@ -188,12 +183,10 @@ class Experts(nn.ModuleList):
         channel = _Channel()
         dispatched = _Dispatch.apply(x, weights, route.order, route.slots, route.parts, sizes, channel)
         handles, row_weights = dispatched[: len(self)], dispatched[len(self) :]
-        # In the recompute past ZeRO-3's hooks, which belong to the module's call: the weights are not needed.
-        shards = [shard.forward if recomputing() else shard for shard in self]
         outputs = [
-            shard(handle, weight, x.detach(), tokens, ends, channel)
+            unhooked(shard)(handle, weight, x.detach(), tokens, ends, channel)
             for shard, handle, weight, tokens, ends in zip(
-                shards, handles, row_weights, route.tokens.split(sizes), route.offsets, strict=True
+                self, handles, row_weights, route.tokens.split(sizes), route.offsets, strict=True
             )
         ]
         return _Combine.apply(route.slots, route.parts, channel, *outputs)

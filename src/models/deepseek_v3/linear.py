@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .recompute import Kept, recomputing
+from .recompute import Kept, placeholder, recomputing
 
 
 class _Linear(Function):
@@ -56,7 +56,9 @@ class LastLinear(nn.Linear):
     """A projection [T, R] -> [T, H] that nothing in its layer comes after but sums: a recomputation leaves it out."""
 
     def forward(self, x: Tensor) -> Tensor:
-        nobody_reads_it = x.new_empty(1).expand(len(x), self.out_features) if recomputing() else None
-        return linear(
-            x, self, lambda: F.linear(x, self.weight, self.bias) if nobody_reads_it is None else nobody_reads_it
-        )
+        def compute() -> Tensor:
+            if recomputing():
+                return placeholder(x, len(x), self.out_features)
+            return F.linear(x, self.weight, self.bias)
+
+        return linear(x, self, compute)

@@ -206,6 +206,8 @@ class DeepseekV3ForCausalLM(nn.Module):
                 multi-token prediction is built and weighs something.
             weights: what each sum counts in `loss`.
         """
+        if torch.is_grad_enabled():
+            self.host.clear()
         tokens = len(input_ids)
         row = self._geometry(tokens, cu_seqlens, max_seqlen, document_ids)
         mtp = len(self.model.layers) > self.config.num_hidden_layers and weights.mtp != 0

@@ -13,7 +13,7 @@ from ..kernels import gated_unit, matmul_fp32
 from .attention import RowGeometry
 from .experts import Experts, Route, auto_experts_per_shard
 from .linear import LastLinear, linear
-from .recompute import Kept, recomputing
+from .recompute import Kept, recomputing, unhooked
 from .sequence_parallel import SequenceParallelGroup, SingleProcess
 
 
@@ -27,9 +27,8 @@ class MLP(nn.Module):
         self.down_proj = LastLinear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In the recompute past ZeRO-3's hooks, which belong to the module's call: the weight is not needed.
-        down = self.down_proj.forward if recomputing() else self.down_proj
-        return down(gated_unit(self.gate_proj(x), self.up_proj(x)))
+        out: Tensor = unhooked(self.down_proj)(gated_unit(self.gate_proj(x), self.up_proj(x)))
+        return out
 
 
 class Router(nn.Module):
@@ -68,9 +67,8 @@ class Router(nn.Module):
         candidates = scores + self.e_score_correction_bias
         if self.top_groups < self.groups:
             grouped = candidates.unflatten(1, (self.groups, -1))  # [T, G, E/G]
-            best = (
-                grouped.topk(2, -1, sorted=False).values.sum(-1).topk(self.top_groups, -1).indices
-            )  # a group counts its best two
+            worth = grouped.topk(2, -1, sorted=False).values.sum(-1)  # a group counts its best two
+            best = worth.topk(self.top_groups, -1).indices
             out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)  # [T, G]
             # -inf, as in DeepSeek's inference code; with 0, experts of lost groups would win over negative biases.
             candidates = grouped.masked_fill(out[..., None], float("-inf")).flatten(1)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor, nn
+
 from ..offload import HostStack
 
 _recomputing = False
@@ -26,6 +28,16 @@ def recompute() -> Iterator[None]:
 
 def recomputing() -> bool:
     return _recomputing
+
+
+def placeholder(x: Tensor, rows: int, width: int) -> Tensor:
+    """A tensor [rows, width] for autograd alone, of one element's memory: what nobody reads."""
+    return x.new_empty(1).expand(rows, width)
+
+
+def unhooked(module: nn.Module) -> Callable[..., Any]:
+    """How to call a module whose weight a recomputation does not need: then past the hooks that gather it."""
+    return module.forward if recomputing() else module
 
 
 class Kept:

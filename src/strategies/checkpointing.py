@@ -1,0 +1,104 @@
+"""What DeepSpeedSPStrategy does with a run's state: saves it beside training, resumes on any layout, exports it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import deepspeed
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from src.checkpoints.manifest import check_manifest
+from src.checkpoints.output import Dtype
+from src.checkpoints.run_files import client_state
+from src.checkpoints.saving import CheckpointSaver
+from src.checkpoints.zero_reader import OPTIMIZER_NAMES, ZeroCheckpointSource
+
+from .live_partitions import export_live
+from .random_state import random_state, set_random_state
+from .reshard import continue_rates, optimizer_names, restore
+
+
+class CheckpointingStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeedStrategy, its checkpoints durable and of any layout."""
+
+    _saver: CheckpointSaver | None = None
+
+    def _save_through(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        """Has `engine` save as `src.checkpoints.saving` does; to be called by all ranks."""
+        engine.checkpoint_engine = self._saver = CheckpointSaver(os.environ["MASTER_ADDR"])
+        engine._copy_recovery_script = lambda folder: None  # written past the checkpoint engine; `export` does its work
+
+    def export(self, run_files: dict[str, Any], out: Path, dtype: Dtype, max_shard_size: str) -> None:
+        """Writes the weights as they stand as a Hugging Face directory; see `export_live`."""
+        assert self.lightning_module is not None
+        model: Any = self.lightning_module.model
+        export_live(self.deepspeed_engine, model, self.root_device, run_files, out, dtype, max_shard_size)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """A directory that appears whole or not at all (`src.checkpoints.saving`).
+
+        Args:
+            storage_options: a dictionary. `asynchronous`: return as soon as the state is copied to host memory, and
+                write beside training; `wait_for_checkpoint` tells what became of it. `then`: called on rank 0, maybe on
+                another thread, with the path of the complete checkpoint.
+
+        Raises:
+            ValueError: there is such a checkpoint already.
+            SaveFailed: it could not be written; never where it is asynchronous.
+        """
+        assert self._saver is not None, "only a run that trains has a checkpoint to save"
+        options = storage_options or {}
+        asynchronous = options.get("asynchronous", False)
+        aside = self._saver.begin(Path(self.broadcast(str(filepath))), asynchronous=asynchronous)
+        side_files = checkpoint.pop("side_files", None)
+        checkpoint |= {"random_state": random_state(), OPTIMIZER_NAMES: optimizer_names(self.deepspeed_engine)}
+        super().save_checkpoint(checkpoint, aside)
+        self._saver.start(side_files, options.get("then"))
+        if not asynchronous:
+            self._saver.wait()
+
+    def wait_for_checkpoint(self) -> None:
+        """Returns when the last save has ended. Raises SaveFailed where it failed; called by all ranks."""
+        if self._saver is not None:
+            self._saver.wait()
+
+    def teardown(self) -> None:
+        if self._saver is not None:
+            self._saver.close()
+        super().teardown()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """What Lightning saved; it then has the data checked, and calls `load_model_state_dict`.
+
+        Raises:
+            ValueError: a file of the checkpoint is missing or torn.
+        """
+        if self._is_fitting:  # otherwise `load` has read the weights already, on whatever layout
+            check_manifest(checkpoint_path, rank=self.global_rank, world_size=self.world_size)
+        return client_state(checkpoint_path)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Goes on with a run on whatever layout: weights, optimizer, learning rate, counters, random state.
+
+        Settings are this run's, a lower learning rate, say; what has happened so far is the checkpoint's.
+
+        Raises:
+            ValueError: the checkpoint is of another model, or of other trained parameters.
+        """
+        if not self._is_fitting:
+            return
+        assert self.lightning_module is not None
+        source = ZeroCheckpointSource(str(self.lightning_module.trainer.ckpt_path))
+        restore(self.deepspeed_engine, cast(nn.Module, self.lightning_module.model), source)
+        self.deepspeed_engine.global_steps = checkpoint["global_steps"]
+        self.deepspeed_engine.skipped_steps = checkpoint["skipped_steps"]
+        # Lightning loads these states next.
+        continue_rates([config.scheduler for config in self.lr_scheduler_configs], checkpoint["lr_schedulers"])
+        set_random_state(checkpoint["random_state"])
+
+    @property
+    def _is_fitting(self) -> bool:
+        return self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
