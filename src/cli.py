@@ -27,7 +27,7 @@ def _export() -> Callable[..., Any]:
 
 
 def _verify() -> Callable[..., Any]:
-    from src.verify import verify
+    from src.commands.verify import verify
 
     return verify
 
@@ -62,11 +62,11 @@ def main(args: Sequence[str] | None = None) -> None:
     command, *rest = (sys.argv[1:] if args is None else args) or [""]
     _show_our_log()
     if command in ("fit", "validate"):
-        from src.training import TrainingCLI
+        from src.commands.training import TrainingCLI
 
         TrainingCLI([command, *rest] if args is not None else None)
     elif command == "check-data":
-        from src.training import CheckDataCLI
+        from src.commands.check_data import CheckDataCLI
 
         CheckDataCLI(rest)
     elif command in FUNCTIONS:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from src import verify as module
-from src.verify import verify
+from src.commands import verify as module
+from src.commands.verify import verify
 from tests.distributed.training import save_model
 from tests.models.tiny import CONFIGS, oracle
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from src.callbacks.step_checkpoint import LAST, StepCheckpoint, checkpoint_folder, step_of
-from src.training import _find_checkpoint, _refuse_older
+from src.commands.checks import find_checkpoint, refuse_older
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
@@ -36,6 +36,6 @@ def test_last_is_the_newest_checkpoint_also_where_a_kill_has_left_the_link_behin
     for step in (3, 6):
         (folder / f"step={step}.ckpt").mkdir(parents=True)
     (folder / LAST).symlink_to("step=3.ckpt")
-    found = _find_checkpoint("last", str(tmp_path))
+    found = find_checkpoint("last", str(tmp_path))
     assert found == folder / "step=6.ckpt"
-    _refuse_older(found, str(tmp_path))
+    refuse_older(found, str(tmp_path))

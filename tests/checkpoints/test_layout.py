@@ -20,7 +20,7 @@ from src.checkpoints.hf_writer import OutputTensor, index, plan_shards, write_js
 from src.checkpoints.layout import check_layout, published_tensors
 from src.checkpoints.output import Dtype
 from src.checkpoints.side_files import architecture
-from src.verify import verify
+from src.commands.verify import verify
 from tests.checkpoints.conftest import Checkpoints
 from tests.checkpoints.tiny import CONFIG
 from tests.checkpoints.workers import DTYPES

@@ -1,0 +1,56 @@
+"""`check-data`: all that is wrong with the data of a config, and what it comes to."""
+
+import os
+import sys
+from pathlib import Path
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from src.commands.checks import check_data_fits_model, data_parallel_size
+from src.commands.config_command import ConfigCommand
+from src.datamodules import SFTDataModule
+from src.datamodules.check import check
+from src.datamodules.check_html import page
+from src.datamodules.check_text import report_lines, verdict
+from src.datamodules.tokenizer import load_tokenizer
+from src.models.deepseek_v3 import load_config
+
+
+class CheckDataCLI(ConfigCommand):
+    """Exits with 1 where the data is wrong."""
+
+    name = "check-data"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--show", type=int, default=0, help="print the first N conversations of each set")
+        parser.add_argument("--html", type=str | None, default=None, help="write the report to this file too")
+
+    def run_command(self) -> None:
+        settings = self.config
+        data = SFTDataModule(**settings.data.as_dict())
+        spec = settings.data.tokenizer or settings.model.pretrained
+        data.tokenizer = load_tokenizer(spec)
+        problems: list[str] = []
+        pretrained, replicas = settings.model.pretrained, None
+        if (Path(pretrained) / "config.json").is_file():  # the model may be on the cluster alone
+            try:
+                check_data_fits_model(data, load_config(pretrained), pretrained)
+            except ValueError as error:
+                problems.append(str(error))
+        else:
+            print(f"{pretrained} has no config.json here: max_length and tokenizer are not compared with the model's")
+        try:
+            replicas = data_parallel_size(settings.trainer)
+        except ValueError as error:
+            problems.append(str(error))
+        reports = check(data, replicas, settings.trainer.accumulate_grad_batches, settings.show)
+        reports[0].problems[:0] = problems
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print("\n".join(report_lines(reports, data.tokenizer, colour)))
+        if settings.html:
+            Path(settings.html).write_text(page(reports, data.tokenizer, "check-data"), encoding="utf-8")
+        wrong = sum(report.wrong for report in reports)
+        print(f"\n{verdict(wrong)}")
+        if wrong:
+            raise SystemExit(1)

@@ -1,0 +1,78 @@
+"""What is checked of a config before any GPU time is spent; each error names the value, the limit and the remedy."""
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from src.callbacks.step_checkpoint import LAST, checkpoint_folder, step_of
+from src.datamodules import SFTDataModule
+from src.strategies.parallel_dims import ParallelDims
+
+
+def data_parallel_size(trainer: Namespace) -> int | None:
+    """None where the number of devices is known on the cluster alone (auto, -1)."""
+    devices = len(trainer.devices) if isinstance(trainer.devices, list) else trainer.devices
+    if not str(devices).isdecimal():
+        return None
+    options = trainer.strategy.get("init_args") if isinstance(trainer.strategy, Namespace) else None
+    sp = options.get("sequence_parallel_size", 1) if options else 1
+    return ParallelDims(trainer.num_nodes * int(devices), sp).dp
+
+
+def check_data_fits_model(data: SFTDataModule, config: Any, pretrained: str) -> None:
+    assert data.tokenizer is not None
+    limit, length = config.max_position_embeddings, data.options.max_length
+    if length > limit:
+        raise ValueError(
+            f"data.max_length {length} is above the model's max_position_embeddings {limit} "
+            f"({pretrained}/config.json); lower it."
+        )
+    if len(data.tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {data.tokenizer.name_or_path} has {len(data.tokenizer)} tokens, the model a vocab_size of "
+            f"{config.vocab_size}: they do not belong together."
+        )
+
+
+def find_checkpoint(path: str, root: str) -> Path:
+    # A run killed right after a checkpoint appeared has left the link at the one before.
+    found = (_newest(root) or checkpoint_folder(root) / LAST) if path == "last" else Path(path)
+    if not found.is_dir():
+        raise ValueError(
+            f"--ckpt_path {path}: there is no checkpoint {found}. "
+            "Leave --ckpt_path out to start a new run, or set trainer.default_root_dir to the run's folder."
+        )
+    return found.resolve()
+
+
+def check_weights(directory: str) -> None:
+    if not any(Path(directory).glob("*.safetensors")):
+        raise ValueError(
+            f"{directory} holds no weights (*.safetensors): give the model's directory with --model.pretrained, "
+            "or --model.from_scratch true for random ones."
+        )
+
+
+def _newest(root: str) -> Path | None:
+    checkpoints = [p for p in checkpoint_folder(root).glob("step=*.ckpt") if step_of(p) >= 0]
+    return max(checkpoints, key=step_of, default=None)
+
+
+def refuse_older(checkpoint: Path, root: str) -> None:
+    newest = _newest(root)
+    if newest is not None and checkpoint.parent == newest.parent.resolve() and step_of(checkpoint) < step_of(newest):
+        raise ValueError(
+            f"--ckpt_path {checkpoint} is older than {newest.name} beside it, which the run would come to write again. "
+            "Move the newer ones away, or give --ckpt_path last."
+        )
+
+
+def refuse_other_run(root: str) -> None:
+    newest = _newest(root)
+    if newest is not None:
+        raise ValueError(
+            f"{newest.parent} holds checkpoints of an earlier run, the newest {newest.name}. "
+            "Give --ckpt_path last to continue it, another --trainer.default_root_dir to start a new one, "
+            "or remove the folder."
+        )

@@ -1,0 +1,35 @@
+"""Commands that take every argument of `fit` and build neither model nor trainer."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from src.commands.training import TrainingCLI
+
+
+class ConfigCommand(TrainingCLI):
+    """Parses as `fit` does, then runs `run_command`; subclasses give `name` and add arguments of their own."""
+
+    name: ClassVar[str]
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(args, run=False, parser_kwargs={"prog": f"python -m src.cli {self.name}"})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_method_arguments(pl.Trainer, "fit", skip=LightningCLI.subcommands()["fit"])
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """`fit`'s checks, of weights and of checkpoints, are not for a machine that only reads its config."""
+
+    def instantiate_classes(self) -> None:
+        self.run_command()
+
+    def run_command(self) -> None:
+        """`self.config` holds the arguments."""
+        raise NotImplementedError

@@ -1,0 +1,105 @@
+"""LightningCLI for this project: which classes, which defaults, and what is checked before any GPU time is spent."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from src.callbacks.expert_load import ExpertLoad
+from src.callbacks.export_at_end import ExportAtEnd
+from src.callbacks.loss_spike import LossSpike
+from src.callbacks.run_record import RunRecord
+from src.callbacks.step_checkpoint import StepCheckpoint
+from src.callbacks.throughput import Throughput
+from src.commands.checks import (
+    check_data_fits_model,
+    check_weights,
+    find_checkpoint,
+    refuse_older,
+    refuse_other_run,
+)
+from src.datamodules import SFTDataModule
+from src.datamodules.reader import expand
+from src.datamodules.tokenizer import load_tokenizer
+from src.models.sft_module import SFTModule
+
+
+class TrainingCLI(LightningCLI):
+    """`fit` and `validate`.
+
+    Raises:
+        ValueError: the config asks for what cannot be trained, or `fit` would write over a run that is there.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, **kwargs: Any) -> None:
+        super().__init__(
+            SFTModule,
+            SFTDataModule,
+            save_config_callback=None,  # each checkpoint carries the config; this one refuses a second run
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=list(args) if args is not None else None,
+            **kwargs,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ExportAtEnd, "export")
+
+    def before_instantiate_classes(self) -> None:
+        settings = self.config[self.subcommand]
+        if settings.data.tokenizer is None:  # not a link, which could not be set by hand
+            settings.data.tokenizer = settings.model.pretrained
+        root = settings.trainer.default_root_dir or "."
+        if settings.ckpt_path is None and not settings.model.from_scratch:
+            check_weights(settings.model.pretrained)
+        for files in (settings.data.train_files if self.subcommand == "fit" else None, settings.data.val_files):
+            if files:
+                expand(files)  # refuses a pattern that matches nothing
+        if settings.ckpt_path is not None:
+            settings.ckpt_path = str(find_checkpoint(settings.ckpt_path, root))
+            if self.subcommand == "fit":
+                refuse_older(Path(settings.ckpt_path), root)
+        elif self.subcommand == "fit":
+            refuse_other_run(root)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        self.datamodule.tokenizer = load_tokenizer(self.datamodule.tokenizer_spec)
+        check_data_fits_model(self.datamodule, self.model.config, self.model.pretrained)
+        settings = self.config[self.subcommand]
+        self._dump_config()
+        config = yaml.safe_dump(self.config_dump, sort_keys=False)
+        record = RunRecord(config, settings.model.pretrained, self.datamodule.tokenizer.name_or_path)
+        self.trainer_defaults["callbacks"] = [Throughput(), ExpertLoad(), LossSpike(), record]
+        if settings.trainer.logger in (None, True):
+            # One folder for all of a run's sessions: no version_N.
+            kwargs["logger"] = TensorBoardLogger(
+                settings.trainer.default_root_dir or ".", name="tensorboard", version=""
+            )
+        if settings.trainer.logger is not False:
+            self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
+        trainer = super().instantiate_trainer(**kwargs)
+        # After the last checkpoint, which an export that fails must not cost.
+        trainer.callbacks.sort(key=lambda callback: isinstance(callback, ExportAtEnd))  # type: ignore[attr-defined]
+        return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # Set on the trainer, so that the module knows while it builds the model; as an argument it would not.
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        self.trainer.ckpt_path = kwargs.pop("ckpt_path")
+        return kwargs
+
+    def after_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            loss = float(self.trainer.callback_metrics["val/loss"])
+            print(f"val/loss {loss:.8f}")
