@@ -82,7 +82,8 @@ class Stopwatch(pl.Callback):
         self.accumulate, self.trace, self.traced_step = accumulate, trace, traced_step
         self.marks: list[list[Any]] = []
         self.seconds: list[float] = []
-        self.peaks: list[float] = []
+        self.between = 0
+        self.memory: list[dict[str, float]] = []
         self.profiler: Any = None
 
     def _mark(self) -> Any:
@@ -97,6 +98,7 @@ class Stopwatch(pl.Callback):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
+                self.between = torch.cuda.memory_allocated()
             if self.trace and batch_idx // self.accumulate == self.traced_step:
                 self.profiler = torch.profiler.profile()
                 self.profiler.__enter__()
@@ -116,7 +118,9 @@ class Stopwatch(pl.Callback):
         if (batch_idx + 1) % self.accumulate == 0:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-                self.peaks.append(torch.cuda.max_memory_allocated() / 2**30)
+                peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+                named = {"between_steps_gib": self.between, "peak_gib": peak, "reserved_gib": reserved}
+                self.memory.append({name: size / 2**30 for name, size in named.items()})
             self.seconds.append(time.perf_counter() - self.began)
             print(f"step {len(self.seconds)}: {self.seconds[-1]:.2f} s", flush=True)
             if self.profiler is not None:
@@ -270,9 +274,10 @@ def main() -> None:
             "mfu_forward_backward": flops / (forward + backward) * 1e3 / PEAK,
             "mfu_step": flops * options.accumulate / seconds / PEAK,
             "tokens_per_s": sum(lengths) * options.accumulate / seconds,
-            "peak_gib": max(watch.peaks[index * steps : (index + 1) * steps], default=float("nan")),
             "options": vars(options),
         }
+        memory = watch.memory[index * steps : (index + 1) * steps]
+        line |= {name: max(m[name] for m in memory) for name in memory[0]} if memory else {}
         if index in bare:
             line |= {"bare_forward_ms": bare[index][0], "bare_backward_ms": bare[index][1]}
             line["mfu_bare"] = flops / sum(bare[index]) * 1e3 / PEAK
@@ -295,7 +300,13 @@ def main() -> None:
             if key in line:
                 cells.append([name, what, f"{line[key]:.1%}"])
         cells.append([name, "tokens/s", f"{line['tokens_per_s']:.0f}"])
-        cells.append([name, "peak memory, GiB", f"{line['peak_gib']:.1f}"])
+        for what, key in (
+            ("between steps, GiB", "between_steps_gib"),
+            ("peak, GiB", "peak_gib"),
+            ("reserved by the allocator, GiB", "reserved_gib"),
+        ):
+            if key in line:
+                cells.append([name, what, f"{line[key]:.1f}"])
     table(["documents", "", "ms"], cells)
     for line in lines:
         print(json.dumps(line))
