@@ -1,0 +1,137 @@
+"""What `plan` predicts beside what `benchmarks.step` measured: peak memory and the time of a step.
+
+    python -m benchmarks.plan_check [benchmarks/measured_steps.jsonl]
+
+The lines are those that benchmarks.step ends with; `steady: false` marks a step whose time is not of its mix alone.
+Memory is compared as torch.cuda.max_memory_allocated counts it, without context and fragmentation. Nothing is fitted by
+configuration: the same rates and formulas as for 256 GPUs.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.planner.account import allocated
+from src.planner.cluster import Cluster
+from src.planner.settings import GIB, Settings
+from src.planner.sizes import sizes_of
+from src.planner.timing import StepTime, step_time
+
+CONFIG = Path(__file__).parent.parent / "configs" / "models" / "deepseek-v3" / "config.json"
+LINES = Path(__file__).with_name("measured_steps.jsonl")
+# The machine of those runs, its rates from benchmarks/RESULTS.md: one H100, 16 cores.
+MACHINE = Cluster(gpus_per_node=1, host_memory_gib=128, cpu_cores=16, cpu_adam_gparams_s=2.8)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """GiB and seconds, predicted and measured; None where a line does not have it."""
+
+    name: str
+    peak: tuple[float, float | None]
+    step: tuple[float, float | None]
+    forward: tuple[float, float | None]
+    backward: tuple[float, float | None]
+    after: tuple[float, float | None]
+
+    @property
+    def memory_error(self) -> float:
+        return self.peak[0] / self.peak[1] - 1 if self.peak[1] else 0.0
+
+    @property
+    def time_error(self) -> float:
+        return self.step[0] / self.step[1] - 1 if self.step[1] else 0.0
+
+
+def settings_of(line: dict[str, Any]) -> Settings:
+    options = line["options"]
+    fields = json.loads(CONFIG.read_text())
+    fields |= {
+        "num_hidden_layers": options["layers"],
+        "n_routed_experts": options["experts"],
+        "vocab_size": options["vocab"],
+        "first_k_dense_replace": min(options["dense"], options["layers"]),
+    }
+    count, length = (int(part) for part in line["mix"].split("x"))
+    dp, sp, batch = line.get("dp", 1), line.get("sp", 1), options.get("batch_size", 1)
+    shard = options["experts_per_shard"]
+    return Settings(
+        sizes_of(fields, None if shard == "auto" else shard, mtp=False),
+        nodes=1,
+        gpus=dp * sp,
+        sp=sp,
+        offload_optimizer=line["place"] != "device",
+        offload_parameters=line["place"] == "host",
+        batch_size=batch,
+        max_length=count * length,
+        document=length,
+        accumulate=options["accumulate"],
+        attention_output=options["attention_output"],
+        layer_input=options["layer_input"],
+        attention_kernel=options.get("attention_kernel", "flash_attn_4"),
+    )
+
+
+def compare(line: dict[str, Any]) -> Comparison:
+    settings = settings_of(line)
+    time: StepTime = step_time(settings, MACHINE)
+    peak = sum(item.nbytes for item in allocated(settings, time.schedule)[0]) / GIB
+    options = line["options"]
+    name = f"{options['layers']} x {options['experts']} experts, {line['mix']}, {line['place']}, "
+    name += f"{options['attention_output']}/{options['layer_input']}, x {options['accumulate']}"
+    if settings.world > 1:
+        name += f", DP {settings.dp}, SP {settings.sp}"
+    parts = [
+        line[key] / 1e3 if key in line else None for key in ("forward_ms", "backward_ms", "optimizer_and_after_ms")
+    ]
+    return Comparison(
+        name,
+        (peak, line["peak_gib"]),
+        (time.step, line["step_s"] if line.get("steady", True) else None),
+        (time.forward, parts[0]),
+        (time.micro - time.forward, parts[1]),
+        (time.optimizer, parts[2]),
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
+    return [line for line in lines if line["options"].get("device", "cuda") == "cuda"]
+
+
+def table(lines: list[dict[str, Any]]) -> list[str]:
+    columns = [
+        "",
+        "peak GiB, plan",
+        "measured",
+        "off",
+        "step s, plan",
+        "measured",
+        "off",
+        "forward",
+        "backward",
+        "after",
+    ]
+    rows = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    for line in lines:
+        c = compare(line)
+        cells = [c.name]
+        for (predicted, measured), error in ((c.peak, c.memory_error), (c.step, c.time_error)):
+            cells += (
+                [f"{predicted:.2f}", f"{measured:.2f}", f"{error:+.0%}"] if measured else [f"{predicted:.2f}", "", ""]
+            )
+        cells += [f"{a:.2f} / {b:.2f}" if b else "" for a, b in (c.forward, c.backward, c.after)]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lines", nargs="?", type=Path, default=LINES)
+    print("\n".join(table(read_lines(parser.parse_args().lines))))
+
+
+if __name__ == "__main__":
+    main()

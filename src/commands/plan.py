@@ -1,0 +1,197 @@
+"""`plan`: does a config's run fit, how long does it take, what does it wait for; from the config alone."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from tqdm import tqdm
+
+from src.commands.config_command import ConfigCommand
+from src.datamodules import SFTDataModule
+from src.datamodules.reader import expand
+from src.planner.cluster import Cluster, read_cluster
+from src.planner.picture import draw, write_trace
+from src.planner.plan import Data, Plan, make_plan
+from src.planner.report import as_json, scale_text, search_text, text
+from src.planner.search import nearest, scale, search
+from src.planner.settings import Settings
+from src.planner.sizes import read_sizes, trained_part
+
+ASSUMED_ROWS = 100_000
+TOKENISED_HERE = 256 << 20  # bytes of data files; larger ones are estimated
+BYTES_A_TOKEN = 4.2  # of JSON with English text: gsm8k's files have 4.1
+
+
+class PlanCLI(ConfigCommand):
+    """Exits with 1 where the run does not fit, with 2 where the question is wrong."""
+
+    name = "plan"
+    plan: Plan
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--json", action="store_true", help="as JSON instead of tables")
+        parser.add_argument("--explain", action="store_true", help="each line's formula with its numbers")
+        parser.add_argument("--search", action="store_true", help="the fastest settings around these that fit")
+        parser.add_argument("--scale", action="store_true", help="the cost a token on 8 to 4,096 GPUs")
+        parser.add_argument(
+            "--cluster", type=str | None, default=None, help="the machines: a file of preflight --write"
+        )
+        parser.add_argument(
+            "--trace", type=str | None, default=None, help="write the simulated micro-step for Perfetto"
+        )
+        parser.add_argument("--picture", type=str | None, default=None, help="draw the simulated micro-step")
+        parser.add_argument(
+            "--document_length",
+            type=int | None,
+            default=None,
+            help="tokens of a document; by default the data's mean over tokens, else one document a row",
+        )
+
+    def run_command(self) -> None:
+        config = self.config
+        try:
+            cluster = read_cluster(config.cluster) if config.cluster else Cluster()
+            self.plan = plan_of(config, cluster)
+        except ValueError as error:
+            self.parser.error(str(error))
+        self._answer(config, cluster)
+
+    def _answer(self, config: Namespace, cluster: Cluster) -> None:
+        settings, data = self.plan.settings, self.plan.data
+        found = nearest(settings, cluster, data) if not self.plan.fits else None
+        best = (
+            search(settings, cluster, data, lambda all_: tqdm(all_, "search", disable=None)) if config.search else None
+        )
+        sizes = scale(settings, cluster, data) if config.scale else None
+        if config.json:
+            answer = as_json(self.plan)
+            if found:
+                answer["nearest"] = {"change": found[0], "verdict": found[1].verdict}
+            for key, plans in (("search", best), ("scale", sizes)):
+                if plans is not None:
+                    answer[key] = [as_json(p) | {"options": p.settings.options()} for p in plans]
+            print(json.dumps(answer, indent=2))
+        else:
+            print(text(self.plan, config.explain))
+            if found:
+                print(f"The nearest that fits: {found[0]}\n  {found[1].verdict}")
+            elif not self.plan.fits:
+                print("No three changes of offload, batch, SP, shards or up to four times the nodes make it fit.")
+            for answered in (best is not None and search_text(best), sizes is not None and scale_text(sizes)):
+                if answered:
+                    print(f"\n{answered}")
+        if config.trace:
+            write_trace(config.trace, self.plan.time.spans)
+        if config.picture:
+            draw(config.picture, self.plan.time.spans, f"One micro-step, simulated: {settings.options()}")
+        if not self.plan.fits:
+            raise SystemExit(1)
+
+
+def plan_of(config: Namespace, cluster: Cluster) -> Plan:
+    """The plan of parsed arguments. Raises ValueError where they contradict each other or a file is not there."""
+    settings = settings_of(config, cluster)
+    data, document = data_of(config, settings)
+    if getattr(config, "document_length", None):
+        document = config.document_length
+    return make_plan(replace(settings, document=document), cluster, data)
+
+
+class _Silent(PlanCLI):
+    def _answer(self, config: Namespace, cluster: Cluster) -> None:
+        """Nothing: the plan is there."""
+
+
+def verdict(config: str | Path, *arguments: str) -> str:
+    """The plan's one line for a config file on the guide's cluster: what the comment in the file says."""
+    return _Silent(["--config", str(config), *arguments]).plan.verdict
+
+
+def settings_of(config: Namespace, cluster: Cluster) -> Settings:
+    trainer, model, data = config.trainer, config.model, config.data
+    if not isinstance(trainer.strategy, Namespace):
+        raise ValueError(f"trainer.strategy is {trainer.strategy!r}; plan knows src.strategies.DeepSpeedSPStrategy.")
+    options: dict[str, Any] = trainer.strategy.get("init_args", Namespace()).as_dict()
+    options |= trainer.strategy.get("dict_kwargs", {}) or {}
+    gpus = _devices(trainer.devices, cluster)
+    experts = None if model.experts_per_shard == "auto" else model.experts_per_shard
+    sizes = read_sizes(model.pretrained, experts, model.mtp_loss_weight > 0)
+    kernel = {"auto": "flash_attn_4"}.get(model.attention_kernel, model.attention_kernel)
+    return Settings(
+        sizes=sizes,
+        nodes=trainer.num_nodes,
+        gpus=gpus,
+        sp=options.get("sequence_parallel_size", 1),
+        stage=options.get("stage", 3),
+        offload_optimizer=options.get("offload_optimizer", False),
+        offload_parameters=options.get("offload_parameters", False),
+        batch_size=data.batch_size,
+        max_length=data.max_length,
+        accumulate=trainer.accumulate_grad_batches,
+        document=data.max_length,
+        activation_checkpointing=model.activation_checkpointing,
+        attention_output=model.attention_output,
+        layer_input=model.layer_input,
+        attention_kernel=kernel,
+        param_bytes=4 if str(trainer.precision).startswith("32") else 2,
+        trained=trained_part(sizes, model.freeze or []),
+        reduce_bucket=options.get("reduce_bucket_size", 200_000_000),
+        num_workers=data.num_workers,
+        checkpoint_every=config.checkpoint.every_n_train_steps,
+        keep=config.checkpoint.keep,
+        async_save=config.checkpoint.async_save,
+        cpu=trainer.accelerator == "cpu",
+    )
+
+
+def _devices(devices: Any, cluster: Cluster) -> int:
+    if isinstance(devices, list):
+        return len(devices)
+    return int(devices) if str(devices).isdecimal() and int(devices) > 0 else cluster.gpus_per_node
+
+
+def data_of(config: Namespace, settings: Settings) -> tuple[Data, float]:
+    """The rows and tokens of an epoch, and a document's length as a token sees it on average."""
+    epochs = max(1, config.trainer.max_epochs or 1)
+    steps = config.trainer.max_steps if config.trainer.max_steps > 0 else None
+    length = settings.max_length
+    files = _present(config.data.train_files)
+    if files is None:
+        rows = ASSUMED_ROWS
+        source = f"{', '.join(config.data.train_files)} not here; assumed: {rows:,} full rows, one document each"
+        return Data(rows, rows * length, epochs, source, steps), length
+    size = sum(os.path.getsize(file) for file in files)
+    if size > TOKENISED_HERE:
+        tokens = int(size / BYTES_A_TOKEN)
+        rows = max(1, -(-tokens // length))
+        source = (
+            f"{size / 1e9:.1f} GB of files, about {BYTES_A_TOKEN} bytes a token, full rows (`check-data` counts them)"
+        )
+        return Data(rows, tokens, epochs, source, steps), length
+    values = config.data.as_dict()
+    values["val_files"] = values["val_sets"] = None
+    values["tokenizer"] = values["tokenizer"] or config.model.pretrained
+    module = SFTDataModule(**values)
+    module.setup("fit")
+    assert module.train_set is not None
+    packed = module.train_set
+    lengths = packed.cache.lengths.astype("int64")
+    rows, tokens = packed.rows_an_epoch, int(lengths.sum() * packed.rows_an_epoch / len(packed.rows))
+    document = float((lengths**2).sum() / lengths.sum())
+    source = (
+        f"{len(lengths):,} samples, {lengths.sum():,} tokens, {rows:,} rows an epoch, documents of {document:,.0f} "
+        "tokens (the mean over tokens)"
+    )
+    return Data(rows, tokens, epochs, source, steps), document
+
+
+def _present(patterns: list[str]) -> list[str] | None:
+    try:
+        return expand(patterns)
+    except ValueError:
+        return None

@@ -1,0 +1,165 @@
+"""Memory and disk: the lines of the account, each with its formula."""
+
+from dataclasses import dataclass
+
+from src.planner.schedule import INPUTS, KEPT, LAYER, LOSS, Schedule
+from src.planner.settings import GIB, Settings
+from src.planner.work import Work
+from src.planner.zero import GRADIENTS, SHARDS
+
+# Assumed, since nothing here has measured them on many nodes: what the driver takes for a process, NCCL's channels and
+# buffers for the world's group and for the SP group, and the part of what is allocated that lies between blocks.
+CONTEXT, NCCL_WORLD, NCCL_SP, FRAGMENTATION = 0.6 * GIB, 1.2 * GIB, 0.5 * GIB, 0.05
+PROCESS, WORKER = 6 * GIB, 0.8 * GIB  # plain host memory of a rank with its libraries, and of a loader's process
+DISK_HEADERS = 1.001
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line: bytes, and the formula with its numbers."""
+
+    name: str
+    nbytes: float
+    why: str
+
+    @property
+    def gib(self) -> float:
+        return self.nbytes / GIB
+
+
+def _g(value: float) -> str:
+    return f"{value / 1e9:.3f}e9"
+
+
+def states(settings: Settings) -> list[Line]:
+    """What lies on the device between steps."""
+    s, own = settings, settings.partition
+    each = "parameters" if s.stage < 3 else f"parameters / {s.world} ranks"
+    lines = []
+    if not s.offload_parameters:
+        name = f"{'bf16' if s.param_bytes == 2 else 'fp32'} weights{', partitions' if s.stage == 3 else ''}"
+        why = f"{_g(s.sizes.parameters)} {each} x {s.param_bytes} bytes"
+        lines.append(Line(name, own * s.param_bytes, why))
+    if not s.offload_optimizer:
+        trained = s.sizes.parameters * s.trained / (s.world if s.stage else 1)
+        master = 12 if s.param_bytes == 2 else 8  # in fp32 the weights are their own masters
+        what = "fp32 master and two moments" if master == 12 else "two moments"
+        of = f"{_g(s.sizes.parameters * s.trained)} trained / {s.world if s.stage else 1} ranks"
+        lines.append(Line(what, master * trained, f"{of} x {master} bytes"))
+        lines.append(Line("accumulated gradient, fp32", 4 * trained, f"{of} x 4 bytes"))
+    if s.stage == 3:
+        kept = s.param_bytes * (len(range(s.sizes.layers)) * s.sizes.norms + s.sizes.hidden)
+        lines.append(Line("norms, whole", kept, f"{s.sizes.layers} layers x {s.sizes.norms:,} x {s.param_bytes} bytes"))
+    if s.stage:
+        why = f"reduce_bucket_size {s.reduce_bucket:,} x 4 bytes"
+        lines.append(Line("reduction bucket, fp32", 4 * s.reduce_bucket, why))
+    return lines
+
+
+def allocated(settings: Settings, schedule: Schedule) -> tuple[list[Line], str]:
+    """What torch.cuda.max_memory_allocated counts, and when: the micro-step's worst moment, or the optimizer's step."""
+    held = states(settings)
+    ledger = schedule.ledger
+    stepping = _optimizer_step(settings)
+    if stepping.nbytes > ledger.peak:
+        return [*held, stepping], "optimizer step"
+    lines = []
+    for group in (SHARDS, GRADIENTS, INPUTS, KEPT, LAYER, LOSS):
+        items = [item for item in ledger.at_peak.values() if item.group == group]
+        if items:
+            whys = sorted({item.why for item in items}, key=lambda why: -sum(i.nbytes for i in items if i.why == why))
+            count = {why: sum(item.why == why for item in items) for why in whys}
+            why = " + ".join(f"{count[w]} x ({w})" if count[w] > 1 else f"({w})" for w in whys)
+            lines.append(Line(group, sum(item.nbytes for item in items), why))
+    return [*held, *lines], ledger.moment
+
+
+def _optimizer_step(settings: Settings) -> Line:
+    if settings.offload_optimizer or settings.stage < 3:
+        return Line("optimizer step", 0.0, "on the host")
+    own = settings.partition * settings.trained
+    return Line("optimizer step", 4 * own, f"{_g(own)} x 4 bytes: the gradient, flattened")
+
+
+def overhead(settings: Settings, nbytes: float) -> list[Line]:
+    """What is not in torch's count: assumed, see the constants."""
+    lines = [
+        Line(
+            "between blocks (fragmentation)", FRAGMENTATION * nbytes, f"{FRAGMENTATION:.0%} of {nbytes / GIB:.1f} GiB"
+        ),
+        Line("CUDA context", CONTEXT, "assumed"),
+    ]
+    if settings.world > 1:
+        nccl = NCCL_WORLD + (NCCL_SP if settings.sp > 1 else 0)
+        lines.append(Line("NCCL", nccl, f"assumed: {NCCL_WORLD / GIB} GiB the world's group, {NCCL_SP / GIB} GiB SP's"))
+    return lines
+
+
+def pinned_size(nbytes: float) -> float:
+    """PyTorch rounds a pinned allocation up to a power of two."""
+    size = 1.0
+    while size < nbytes:
+        size *= 2
+    return size
+
+
+def host(settings: Settings, work: Work) -> list[Line]:
+    """Host memory of a node."""
+    s, ranks = settings, settings.gpus
+    own, trained = s.partition, s.partition * s.trained
+    lines = []
+    if s.offload_optimizer:
+        why = f"{ranks} ranks x {_g(trained)} x 12 bytes: fp32 master and two moments"
+        lines.append(Line("optimizer states, plain", ranks * 12 * trained, why))
+        size = pinned_size(4 * trained)
+        why = f"{ranks} ranks x 2 x {4 * trained / GIB:.1f} GiB, each pinned as {size / GIB:.0f} GiB (powers of two)"
+        lines.append(Line("gradients, fp32, accumulated and handed over, pinned", ranks * 2 * size, why))
+    if s.offload_parameters:
+        size = pinned_size(s.param_bytes * own)
+        why = (
+            f"{ranks} ranks x ({s.param_bytes * own / GIB:.1f} GiB pinned as {size / GIB:.0f} GiB, and the load's copy)"
+        )
+        lines.append(Line("weights, pinned", ranks * (size + s.param_bytes * own), why))
+    if s.activation_checkpointing:
+        layers = s.sizes.layers + s.sizes.mtp
+        if s.attention_output == "offload":
+            b, t = s.param_bytes, s.tokens
+            parts = (
+                t * s.sizes.heads * s.sizes.value * b,  # attention's output
+                t * s.sizes.heads * 4,  # its log-sums
+                t * s.sizes.hidden * b,  # the output projection's
+            )
+            size = sum(pinned_size(part) for part in parts)
+            why = f"{ranks} ranks x {layers} layers x {size / GIB:.2f} GiB ({work.kept_output().why}; powers of two)"
+            lines.append(Line("attention outputs, pinned", ranks * layers * size, why))
+        if s.layer_input == "offload":
+            size = pinned_size(work.layer_input().nbytes)
+            why = f"{ranks} ranks x {layers} layers x {size / GIB:.2f} GiB ({work.layer_input().why}; powers of two)"
+            lines.append(Line("layer inputs, pinned", ranks * layers * size, why))
+    if s.async_save:
+        each = 12 if s.param_bytes == 2 else 8 + s.param_bytes
+        why = f"{ranks} ranks x {_g(trained)} x {each} bytes, from the first save on"
+        lines.append(Line("copy that a save writes, plain", ranks * each * trained, why))
+    why = f"{ranks} ranks x ({PROCESS / GIB:.0f} GiB + {s.num_workers} workers x {WORKER / GIB} GiB), assumed"
+    lines.append(Line("processes and loaders", ranks * (PROCESS + s.num_workers * WORKER), why))
+    return lines
+
+
+def checkpoint_bytes(settings: Settings) -> float:
+    """fp32 master and two moments of what is trained; frozen weights besides."""
+    s = settings.sizes.parameters
+    return DISK_HEADERS * (12 * s * settings.trained + settings.param_bytes * s * (1 - settings.trained))
+
+
+def disk(settings: Settings) -> list[Line]:
+    one = checkpoint_bytes(settings)
+    kept = settings.keep + 1
+    export = 2 * settings.sizes.parameters
+    return [
+        Line(
+            f"checkpoints: {settings.keep} kept and the one being written",
+            kept * one,
+            f"{kept} x {one / 1e12:.3f} TB, {_g(settings.sizes.parameters * settings.trained)} trained x 12 bytes",
+        ),
+        Line("export, BF16", export, f"{_g(settings.sizes.parameters)} x 2 bytes"),
+    ]

@@ -1,0 +1,51 @@
+"""How fast kernels are on one H100, as measured in benchmarks/RESULTS.md, section 2; interpolated between its rows.
+
+Rates are useful operations a second as src/models/deepseek_v3/flops.py counts them, so that a forward's time is its
+operations over the forward's rate. Another GPU's are scaled by its own product of 8192 x 8192 matrices.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+
+Table = Sequence[tuple[float, float]]  # (size, 1e12 operations a second), sizes rising
+
+REFERENCE_TFLOPS = 750.0  # the product of 8192 x 8192 matrices in the runs below
+
+# "Attention (192, 128), packed": by tokens a document. The rows 64 x 512, 8 x 4096, 1 x 8192, 1 x 32768.
+ATTENTION_FORWARD: dict[str, Table] = {
+    "flash_attn_4": ((512, 189), (4096, 600), (8192, 603), (32768, 716)),
+    "varlen": ((512, 115), (4096, 229), (32768, 275)),
+    "sdpa": ((512, 48), (4096, 454), (32768, 567)),
+}
+ATTENTION_BACKWARD: dict[str, Table] = {
+    "flash_attn_4": ((512, 118), (4096, 328), (8192, 334), (32768, 398)),
+    "varlen": ((512, 75), (4096, 146), (32768, 185)),
+    "sdpa": ((512, 3.6), (4096, 133), (32768, 375)),
+}
+# "Experts", the whole block from dispatch to combine: by rows an expert, tokens x 8 / 256. 8,192 to 32,768 tokens are
+# the table's rows; 128 rows an expert are "What one SP rank computes", 8 x 4096 at SP = 8, less what is not experts.
+EXPERTS_FORWARD: Table = ((128, 245), (256, 377), (512, 454), (1024, 522))
+EXPERTS_BACKWARD: Table = ((128, 200), (256, 295), (512, 362), (1024, 415))  # gate_up computed again, counted once
+# "A whole MoE layer": 75 ms of other products at 32,768 tokens, recomputation included.
+PRODUCTS = 697.0
+# "Projection to the vocabulary and cross-entropy", forward and both gradients: 8,192 and 16,384 tokens.
+HEAD = 616.0
+# The same layer: what is neither attention nor products nor the experts' block, 103 - 75 ms and 91 - 75 ms of 32,768
+# tokens of 7,168: norms, residuals, rotary embedding, assembly of heads, the route. Bytes through memory, so it grows
+# with the width. Seconds a token and unit of hidden size.
+ELEMENTWISE = 20e-3 / 32768 / 7168
+LAUNCH = 1.0e-3  # seconds a layer, forward and backward, however few its tokens: 1 x 8192 against 1 x 32768
+
+MEMORY = 2.95e12  # bytes a second of a device copy, read and written
+
+
+def interpolate(table: Table, size: float) -> float:
+    """Between rows in the logarithm of the size; above the last its rate; below the first the time of the first's."""
+    if size <= table[0][0]:
+        return table[0][1] * size / table[0][0]
+    if size >= table[-1][0]:
+        return table[-1][1]
+    index = bisect_right([row[0] for row in table], size)
+    (low, slow), (high, fast) = table[index - 1], table[index]
+    return slow + (fast - slow) * math.log(size / low) / math.log(high / low)

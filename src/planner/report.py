@@ -1,0 +1,233 @@
+"""A plan as a table that a person reads, and as JSON."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from src.planner.account import Line
+from src.planner.plan import ASSUMED, MEASURED, Plan, optimizer_why, step_flops
+from src.planner.search import pays_until
+from src.planner.settings import GIB
+from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, SP, TO_HOST
+from src.planner.timing import export_seconds, load_seconds, network_bytes, save_stall, sp_bytes, write_seconds
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
+
+
+def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
+    """(what, how much, formula)."""
+    s, t, c = plan.settings, plan.time, plan.cluster
+    world, flops = s.world, step_flops(s)
+    network = network_bytes(s, t)
+    bandwidth = c.nccl_inter_node_gb_s if s.nodes > 1 else c.nccl_intra_node_gb_s
+    bus = "inter" if s.nodes > 1 else "intra"
+    lines = [
+        (
+            "a micro-step, simulated",
+            f"{t.micro:.2f} s",
+            f"{s.batch_size} x {s.max_length:,} tokens a {s.sp} GPUs; the mean of {s.accumulate} played schedules",
+        ),
+        ("  of it the forward pass", f"{t.forward:.2f} s", ""),
+        (
+            "  compute",
+            f"{t.streams[COMPUTE]:.2f} s",
+            f"{flops / s.sp / 1e15:.2f}e15 useful operations a GPU, and what is computed again, at the kernels' rates",
+        ),
+        (
+            "  ZeRO's network",
+            f"{t.streams[GATHER]:.2f} s",
+            f"{t.schedule.gathered / 1e9:.0f}e9 weights x {s.param_bytes} bytes + {t.schedule.reduced / 1e9:.0f}e9 "
+            f"gradients x 4 bytes, x {world - 1}/{world} = {network / 1e12:.2f} TB / {bandwidth:g} GB/s ({bus}-node)",
+        ),
+        (
+            "  SP exchanges",
+            f"{t.streams[SP]:.2f} s",
+            f"{sp_bytes(s) / 1e9:.0f} GB; forward, again, backward: {s.tokens:,} tokens x ({s.sizes.latents:,} x "
+            f"{s.sp - 1} + "
+            f"{s.sizes.heads * s.sizes.value:,} x {s.sp - 1}/{s.sp}) x {s.param_bytes} bytes a layer",
+        ),
+        ("  copies to the host", f"{t.streams[TO_HOST]:.2f} s", f"at {c.pcie_out_gb_s:g} GB/s"),
+        ("  copies from the host", f"{t.streams[FROM_HOST]:.2f} s", f"at {c.pcie_in_gb_s:g} GB/s"),
+        ("  gradients cast and summed", f"{t.streams[CAST]:.2f} s", "beside the computation"),
+        (
+            "  compute waits",
+            f"{t.exposed:.2f} s",
+            f"{t.micro:.2f} - {t.streams[COMPUTE]:.2f} - {t.streams[SP]:.2f}: what the other streams do not hide",
+        ),
+        ("optimizer", f"{t.optimizer:.2f} s", optimizer_why(plan)),
+        (
+            "a step",
+            f"{t.step:.1f} s ({plan.fastest:.0f} to {plan.slowest:.0f})",
+            f"{s.accumulate} x {t.micro:.2f} + {t.optimizer:.2f}; assumed {ASSUMED:.0%} off, others {MEASURED:.0%}",
+        ),
+        (
+            "tokens/s/GPU",
+            f"{plan.rate():.0f} ({plan.rate(plan.slowest):.0f} to {plan.rate(plan.fastest):.0f})",
+            f"{plan.step_tokens:,.0f} tokens a step / {world} GPUs / {t.step:.1f} s",
+        ),
+        (
+            "MFU of 989 TFLOP/s",
+            f"{plan.mfu():.1%} ({plan.mfu(plan.slowest):.1%} to {plan.mfu(plan.fastest):.1%})",
+            f"{flops / s.sp * s.accumulate / 1e15:.1f}e15 useful operations a GPU / {t.step:.1f} s / 989e12",
+        ),
+        (
+            "a save holds training up",
+            duration(save_stall(s, c)),
+            "the copy to host memory" if s.async_save else "the whole write",
+        ),
+        (
+            "  and is written in",
+            duration(write_seconds(s, c)),
+            f"{plan.disk[0].nbytes / (s.keep + 1) / 1e12:.2f} TB / {s.nodes} nodes / {c.disk_write_gb_s:g} GB/s",
+        ),
+        (
+            "a stop's lead (--stop.lead)",
+            f"{stop_lead(plan):.0f} s",
+            f"{plan.slowest:.0f} + 2 x {write_seconds(s, c):.0f} + 60: the slowest step, a save under way, the last save",
+        ),
+        (
+            "weights are read in",
+            duration(load_seconds(s, c)),
+            f"{2 * s.sizes.parameters / 1e12:.2f} TB in BF16 / {s.nodes} nodes / {c.disk_read_gb_s:g} GB/s",
+        ),
+        (
+            "an export in BF16 takes",
+            duration(export_seconds(s, c)),
+            f"by the job: {2 * s.sizes.parameters / 1e12:.2f} TB / {s.nodes} nodes / {c.disk_write_gb_s:g} GB/s",
+        ),
+        (
+            "the run",
+            f"{plan.steps:,} steps, {duration(plan.wall())} ({duration(plan.wall(plan.fastest))} to "
+            f"{duration(plan.wall(plan.slowest))})",
+            f"{plan.data.rows:,} rows / {s.rows_per_step} a step x {plan.data.epochs} epochs, {plan.saves} saves",
+        ),
+    ]
+    return [(what, much, why) for what, much, why in lines if not (s.sp == 1 and "SP exch" in what)]
+
+
+def stop_lead(plan: Plan) -> float:
+    """Seconds before the end of a job's time in which `src.callbacks.stop` has to begin."""
+    return plan.slowest + 2 * write_seconds(plan.settings, plan.cluster) + 60
+
+
+def text(plan: Plan, explain: bool = False) -> str:
+    s, out = plan.settings, []
+    head = (
+        f"{s.sizes.parameters / 1e9:.1f}e9 parameters on {s.world} GPUs ({s.nodes} x {s.gpus}): DP {s.dp} x SP {s.sp}, "
+    )
+    out += [head + f"{s.rows_per_step} rows of {s.max_length:,} a step", f"data: {plan.data.source}", ""]
+
+    def section(title: str, lines: Iterable[Line], room: float | None, unit: float, name: str) -> None:
+        lines = list(lines)
+        total = sum(line.nbytes for line in lines)
+        out.append(title)
+        for line in lines:
+            out.append(f"  {line.name:<52} {line.nbytes / unit:>9.1f} {name}")
+            if explain:
+                out.append(f"      = {line.why}")
+        of = f" of {room / unit:.1f}" if room else ""
+        out.append(f"  {'in all':<52} {total / unit:>9.1f} {name}{of}")
+        out.append("")
+
+    room = None if s.cpu else plan.device_room
+    section(f"A GPU's memory, fullest at: {plan.moment}", [*plan.device, *plan.overhead], room, GIB, "GiB")
+    section("Host memory of a node", plan.host, plan.host_room, GIB, "GiB")
+    section("Disk", plan.disk, None, 1e12, "TB")
+    if not s.cpu:
+        out.append("Time")
+        for what, much, why in time_lines(plan):
+            out.append(f"  {what:<30} {much}")
+            if explain and why:
+                out.append(f"      = {why}")
+        assumed = [f"{name} {getattr(plan.cluster, name)}" for name in plan.cluster.assumed]
+        if assumed:
+            out += ["", f"Assumed (measure with `preflight --write F`, give with --cluster F): {', '.join(assumed)}"]
+    out += ["", f"Limited by: {plan.binding}", plan.verdict]
+    return "\n".join(out)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    def lines(items: list[Line]) -> list[dict[str, Any]]:
+        return [{"name": line.name, "bytes": round(line.nbytes), "formula": line.why} for line in items]
+
+    s, t = plan.settings, plan.time
+    return {
+        "fits": plan.fits,
+        "verdict": plan.verdict,
+        "binding": plan.binding,
+        "device": {
+            "bytes": round(plan.device_total),
+            "room": round(plan.device_room),
+            "allocated": round(plan.allocated),
+            "moment": plan.moment,
+            "lines": lines([*plan.device, *plan.overhead]),
+        },
+        "host": {"bytes": round(plan.host_total), "room": round(plan.host_room), "lines": lines(plan.host)},
+        "disk": {"lines": lines(plan.disk)},
+        "time": {
+            "micro_step_s": t.micro,
+            "exposed_s": t.exposed,
+            "optimizer_s": t.optimizer,
+            "step_s": t.step,
+            "step_s_range": [plan.fastest, plan.slowest],
+            "streams_s": t.streams,
+            "save_stall_s": save_stall(s, plan.cluster),
+            "save_write_s": write_seconds(s, plan.cluster),
+            "stop_lead_s": stop_lead(plan),
+            "load_s": load_seconds(s, plan.cluster),
+            "export_s": export_seconds(s, plan.cluster),
+            "wall_s": plan.wall(),
+            "formulas": {what.strip(): why for what, _, why in time_lines(plan)},
+        },
+        "network_bytes": {"zero": round(network_bytes(s, t)), "sp": round(sp_bytes(s))},
+        "tokens_per_s_per_gpu": plan.rate(),
+        "tokens_per_s_per_gpu_range": [plan.rate(plan.slowest), plan.rate(plan.fastest)],
+        "mfu": plan.mfu(),
+        "steps": plan.steps,
+        "rows_per_step": s.rows_per_step,
+        "data": {"rows": plan.data.rows, "tokens": plan.data.tokens, "source": plan.data.source},
+        "cluster": plan.cluster.values(),
+        "assumed": plan.cluster.assumed,
+    }
+
+
+def search_text(plans: list[Plan]) -> str:
+    if not plans:
+        return "Nothing in the grid of --search fits."
+    rows = [
+        f"{p.rate():>7.0f} {p.mfu():>6.1%} {p.device_total / GIB:>6.1f} {p.host_total / GIB:>6.0f} "
+        f"{p.time.step:>7.1f} {p.settings.rows_per_step:>6}  {p.settings.options()}"
+        for p in plans
+    ]
+    return "\n".join(["tok/s/G    MFU  GPU GiB host   step s   rows  settings", *rows])
+
+
+def scale_text(plans: list[Plan]) -> str:
+    """What each size costs; where more rows a step than asked are needed to use all GPUs, that is said."""
+    out = ["  GPUs  fits  GPU GiB  rows a step   step s  tokens/s/GPU  GPU-hours a 1e9 tokens  the run"]
+    for p in plans:
+        hours = 1e9 / p.rate() / 3600
+        out.append(
+            f"{p.settings.world:>6}  {'yes' if p.fits else 'no':>4}  {p.device_total / GIB:>7.1f}  "
+            f"{p.settings.rows_per_step:>11,}  {p.time.step:>7.1f}  {p.rate():>12.0f}  {hours:>22.0f}  "
+            f"{duration(p.wall())}"
+        )
+    best = pays_until(plans)
+    if best is None:
+        return "\n".join([*out, "No size fits."])
+    cheapest = max((p for p in plans if p.fits), key=lambda p: p.rate())
+    out.append(f"Cheapest a token: {cheapest.settings.world} GPUs.")
+    if best is plans[-1]:
+        out.append("Each doubling makes the run at least 1.6 times as fast.")
+    else:
+        out.append(f"It stops paying at {best.settings.world} GPUs: twice as many are less than 1.6 times as fast.")
+    asked = min(p.settings.rows_per_step for p in plans)
+    more = next((p for p in plans if p.settings.rows_per_step > 1.5 * asked), None)
+    if more is not None:
+        out.append(f"From {more.settings.world} GPUs on a step holds more rows than {asked:,}: another learning rate.")
+    return "\n".join(out)

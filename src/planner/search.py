@@ -1,0 +1,152 @@
+"""Which settings fit, and which are best: the nearest to a given one, the fastest of all, and the cost by size."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import combinations, product
+
+from src.planner.account import host, states
+from src.planner.cluster import Cluster
+from src.planner.plan import Data, Plan, make_plan
+from src.planner.settings import GIB, Settings
+from src.planner.work import Work
+
+Change = tuple[str, dict[str, object]]
+Progress = Callable[[list[Settings]], Iterable[Settings]]
+
+
+def _with_shard(settings: Settings, experts: int) -> Settings:
+    return settings.but(sizes=replace(settings.sizes, experts_per_shard=experts))
+
+
+def _possible(settings: Settings, **changes: object) -> Settings | None:
+    """None where the numbers do not divide."""
+    experts = changes.pop("experts_per_shard", None)
+    try:
+        changed = settings.but(**changes)
+    except ValueError:
+        return None
+    if isinstance(experts, int):
+        if not 1 <= experts <= settings.sizes.experts or settings.sizes.experts % experts:
+            return None
+        changed = _with_shard(changed, experts)
+    if changed.offload_parameters and changed.stage != 3:
+        return None
+    return changed
+
+
+def _changes(settings: Settings) -> Iterator[Change]:
+    """Single steps away from `settings`, each as its command-line argument and what it sets."""
+    s = settings
+    if s.stage != 3:
+        yield "--trainer.strategy.init_args.stage 3", {"stage": 3}
+    if not s.activation_checkpointing:
+        yield "--model.activation_checkpointing true", {"activation_checkpointing": True}
+    for output in ("offload", "recompute"):
+        if s.attention_output != output:
+            yield f"--model.attention_output {output}", {"attention_output": output}
+    other = "keep" if s.layer_input == "offload" else "offload"
+    yield f"--model.layer_input {other}", {"layer_input": other}
+    if not s.offload_optimizer:
+        yield "--trainer.strategy.init_args.offload_optimizer true", {"offload_optimizer": True}
+    if s.batch_size > 1:
+        batch, times = s.batch_size // 2, s.accumulate * 2
+        what = f"--data.batch_size {batch} --trainer.accumulate_grad_batches {times}"
+        yield what, {"batch_size": batch, "accumulate": times}
+    yield f"--trainer.strategy.init_args.sequence_parallel_size {2 * s.sp}", {"sp": 2 * s.sp}
+    half = s.sizes.experts_per_shard // 2
+    if half:
+        yield f"--model.experts_per_shard {half}", {"experts_per_shard": half}
+    for factor in (2, 4):
+        yield f"--trainer.num_nodes {factor * s.nodes}", {"nodes": factor * s.nodes}
+
+
+def nearest(settings: Settings, cluster: Cluster, data: Data) -> tuple[str, Plan] | None:
+    """The fewest changes that make it fit, the fastest of them a GPU, and its plan; None where three do not suffice."""
+    steps = list(_changes(settings))
+    for count in (1, 2, 3):
+        found = []
+        for chosen in combinations(steps, count):
+            names = [name for _, values in chosen for name in values]
+            if len(names) != len(set(names)):
+                continue  # two values of one setting
+            changed = _possible(settings, **{k: v for _, values in chosen for k, v in values.items()})
+            if changed and _may_fit(changed, cluster):
+                plan = make_plan(changed, cluster, data, quick=True)
+                if plan.fits:
+                    found.append((" ".join(text for text, _ in chosen), plan))
+        if found:
+            return max(found, key=lambda item: item[1].rate())
+    return None
+
+
+def candidates(settings: Settings) -> list[Settings]:
+    """The grid of --search around `settings`, whose rows a step stay as near as the numbers allow."""
+    s, rows = settings, settings.rows_per_step
+    nodes = sorted({max(1, s.nodes // 2), s.nodes, 2 * s.nodes})
+    offloads = ((False, False), (True, False))
+    kept = (("recompute", "keep"), ("offload", "keep"), ("offload", "offload"), ("keep", "keep"))
+    found = []
+    for n, sp, batch, (optimizer, parameters), (output, layer) in product(
+        nodes, (1, 2, 4, 8), (1, 2, 4, 8), offloads, kept
+    ):
+        if batch > 2 * sp:
+            continue  # more rows than a GPU could hold
+        base = _possible(s, nodes=n, sp=sp, batch_size=batch, accumulate=1)
+        if base is None:
+            continue
+        accumulate = max(1, round(rows / (base.dp * batch)))
+        changed = base.but(
+            accumulate=accumulate,
+            offload_optimizer=optimizer,
+            offload_parameters=parameters,
+            attention_output=output,
+            layer_input=layer,
+        )
+        found.append(changed)
+    return found
+
+
+def _may_fit(settings: Settings, cluster: Cluster) -> bool:
+    """By the states of the device and by host memory, for which no schedule is needed."""
+    held = sum(line.nbytes for line in states(settings))
+    used = sum(line.nbytes for line in host(settings, Work(settings, cluster)))
+    return held < cluster.gpu_memory_gib * GIB and used <= cluster.host_memory_gib * GIB
+
+
+def search(settings: Settings, cluster: Cluster, data: Data, progress: Progress = iter, best: int = 10) -> list[Plan]:
+    """The fastest a GPU of the grid that fit, best first; shards of half the experts are tried where that is fast."""
+
+    def fitting(grid: list[Settings]) -> list[Plan]:
+        plans = [make_plan(candidate, cluster, data, quick=True) for candidate in progress(grid)]
+        return [plan for plan in plans if plan.fits]
+
+    plans = fitting([c for c in candidates(settings) if _may_fit(c, cluster)])
+    plans = sorted(plans, key=lambda plan: -plan.rate())[:best]
+    halves = [_possible(p.settings, experts_per_shard=p.settings.sizes.experts_per_shard // 2) for p in plans]
+    plans += fitting([half for half in halves if half])
+    return sorted(plans, key=lambda plan: -plan.rate())[:best]
+
+
+def scale(settings: Settings, cluster: Cluster, data: Data, most: int = 4096) -> list[Plan]:
+    """The same settings on 8 to `most` GPUs, accumulation so that the rows of a step stay as near as they can."""
+    rows, plans = settings.rows_per_step, []
+    gpus = settings.gpus
+    while gpus <= most:
+        if base := _possible(settings, nodes=gpus // settings.gpus, accumulate=1):
+            times = max(1, round(rows / base.rows_per_step))
+            plans.append(make_plan(base.but(accumulate=times), cluster, data, quick=True))
+        gpus *= 2
+    return plans
+
+
+def pays_until(plans: list[Plan]) -> Plan | None:
+    """The largest of doubling sizes whose doubling still made the run at least 1.6 times as fast; None: none fits."""
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        return None
+    last = fitting[0]
+    for plan in fitting[1:]:
+        if last.wall() / plan.wall() < 1.6:
+            break
+        last = plan
+    return last

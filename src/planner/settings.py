@@ -1,0 +1,94 @@
+"""What decides a run's memory and time, gathered from a config's values; ranks' arithmetic included."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from src.planner.sizes import Sizes
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run; names as in the config where it has them.
+
+    gpus: of a node. rows: micro-batch of a data-parallel rank, batch_size packed rows of max_length tokens.
+    document: tokens of a document, as far as attention's time goes. param_bytes: 2 in bf16, 4 in fp32.
+    prefetch, max_live: ZeRO-3's limits in elements; None as strategies/parallelize.py sets them.
+    trained: part of the parameters that `freeze` leaves to be trained.
+    checkpoint_every: optimizer steps, 0 at the end only.
+    """
+
+    sizes: Sizes
+    nodes: int
+    gpus: int
+    sp: int = 1
+    stage: int = 3
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    batch_size: int = 1
+    max_length: int = 32768
+    accumulate: int = 1
+    document: float = 32768
+    activation_checkpointing: bool = True
+    attention_output: str = "recompute"
+    layer_input: str = "keep"
+    attention_kernel: str = "flash_attn_4"
+    param_bytes: int = 2
+    trained: float = 1.0
+    reduce_bucket: int = 200_000_000
+    prefetch: int | None = None
+    max_live: int | None = None
+    num_workers: int = 2
+    checkpoint_every: int = 100
+    keep: int = 2
+    async_save: bool = True
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        if self.world % self.sp:
+            raise ValueError(f"{self.world} processes are no multiple of sequence_parallel_size {self.sp}.")
+        if self.sizes.heads % self.sp:
+            raise ValueError(
+                f"num_attention_heads {self.sizes.heads} is no multiple of sequence_parallel_size {self.sp}."
+            )
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.gpus
+
+    @property
+    def dp(self) -> int:
+        return self.world // self.sp
+
+    @property
+    def row_tokens(self) -> int:
+        """Of a micro-step of one SP group."""
+        return self.batch_size * self.max_length
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-step of one rank."""
+        return -(-self.row_tokens // self.sp)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.dp * self.batch_size * self.accumulate
+
+    @property
+    def partition(self) -> float:
+        """Parameters of which a rank holds the states."""
+        return self.sizes.parameters / (self.world if self.stage == 3 else 1)
+
+    def but(self, **changes: Any) -> "Settings":
+        return replace(self, **changes)
+
+    def options(self) -> str:
+        """As command-line arguments: what the search varies."""
+        offload = "optimizer" if self.offload_optimizer else "nothing"
+        offload = "optimizer and parameters" if self.offload_parameters else offload
+        return (
+            f"{self.nodes} nodes, SP {self.sp}, batch {self.batch_size}, accumulate {self.accumulate}, "
+            f"offload {offload}, attention_output {self.attention_output}, layer_input {self.layer_input}, "
+            f"experts_per_shard {self.sizes.experts_per_shard}"
+        )

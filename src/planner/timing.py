@@ -1,0 +1,127 @@
+"""From the simulated micro-step to an optimizer step, a run and its cost."""
+
+from dataclasses import dataclass
+
+from src.planner.account import checkpoint_bytes
+from src.planner.cluster import Cluster
+from src.planner.rates import MEMORY
+from src.planner.schedule import Schedule, micro_step
+from src.planner.settings import Settings
+from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, HOST, SP, TO_HOST, Op, Span, busy, makespan, play
+
+PEAK = 989e12  # bf16 operations a second that NVIDIA states for an H100; MFU is of this
+# A parameter: fused AdamW on fp32 states 28, flattened gradient 8, its norm in fp64 20, clipping 8, cast to bf16 6; and
+# what comes after a step whatever its size: callbacks and logging (measured: 70 to 92 ms at 2.1e9 to 2.8e9 parameters).
+ADAM_BYTES, AFTER_STEP = 70, 20e-3
+ORDINARY_COPY_GB_S = 8.0  # a process of the host copying between ordinary memory and the device
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds. micro: one micro-step; forward: of it; exposed: of it, when compute waits. optimizer: after the last.
+
+    streams: work of each stream in one micro-step.
+    """
+
+    micro: float
+    forward: float
+    exposed: float
+    optimizer: float
+    step: float
+    streams: dict[str, float]
+    schedule: Schedule
+    spans: list[Span]
+
+
+def optimizer_seconds(settings: Settings, cluster: Cluster) -> tuple[float, str]:
+    own = settings.sizes.parameters * settings.trained / (settings.world if settings.stage else 1)
+    if not settings.offload_optimizer:
+        seconds = ADAM_BYTES * own / MEMORY + AFTER_STEP
+        return (
+            seconds,
+            f"{own / 1e9:.2f}e9 parameters x {ADAM_BYTES} bytes / {MEMORY / 1e12:.2f} TB/s + {AFTER_STEP:g} s",
+        )
+    adam = own * settings.gpus / (cluster.cpu_adam_gparams_s * 1e9)
+    back = 0.0 if settings.offload_parameters else settings.param_bytes * own / (ORDINARY_COPY_GB_S * 1e9)
+    return adam + back + AFTER_STEP, (
+        f"{own * settings.gpus / 1e9:.1f}e9 parameters a node / {cluster.cpu_adam_gparams_s:g}e9 a second "
+        f"(DeepSpeedCPUAdam) + {AFTER_STEP:g} s"
+        + (f", and {own / 1e9:.2f}e9 x {settings.param_bytes} bytes / {ORDINARY_COPY_GB_S:g} GB/s back" if back else "")
+    )
+
+
+def step_time(settings: Settings, cluster: Cluster, quick: bool = False) -> StepTime:
+    """Plays an optimizer step's last micro-step, and one of the others, whose gradients cross PCIe once less.
+
+    quick: take all micro-steps to be like the last.
+    """
+    n = settings.accumulate
+    last = micro_step(settings, cluster)
+    spans = play(last.ops)
+    others = makespan(spans)
+    if n > 1 and settings.offload_optimizer and not quick:
+        others = makespan(play(micro_step(settings, cluster, last=False).ops))
+    total = (n - 1) * others + makespan(spans)
+    streams = busy(last.ops)
+    optimizer, _ = optimizer_seconds(settings, cluster)
+    forward = makespan(span for span in spans[: last.forward_ops] if span.op.stream in (COMPUTE, SP))
+    exposed = total / n - streams[COMPUTE] - streams[SP]
+    return StepTime(total / n, forward, exposed, optimizer, total + optimizer, streams, last, spans)
+
+
+def step_seconds(settings: Settings, cluster: Cluster, time: StepTime, other: Cluster, kernels: float) -> float:
+    """A step's seconds on a cluster of other rates, kernels `kernels` times as slow: the same schedule played again."""
+    network = "nccl_inter_node_gb_s" if settings.nodes > 1 else "nccl_intra_node_gb_s"
+    exchange = "nccl_inter_node_gb_s" if settings.sp > settings.gpus else "nccl_intra_node_gb_s"
+    rates = {GATHER: network, SP: exchange, TO_HOST: "pcie_out_gb_s", FROM_HOST: "pcie_in_gb_s"}
+    factors = {stream: getattr(cluster, name) / getattr(other, name) for stream, name in rates.items()}
+    factors |= {COMPUTE: kernels, CAST: kernels, HOST: 1.0}
+    ops = [Op(op.stream, op.seconds * factors[op.stream], op.name, op.after) for op in time.schedule.ops]
+    ratio = makespan(play(ops)) / makespan(time.spans)
+    optimizer, _ = optimizer_seconds(settings, other)
+    return settings.accumulate * time.micro * ratio + optimizer * (1.0 if settings.offload_optimizer else kernels)
+
+
+def save_stall(settings: Settings, cluster: Cluster) -> float:
+    """Seconds that training stands still for one save: the copy to host memory, or the whole write."""
+    nbytes = checkpoint_bytes(settings) / settings.world
+    if settings.async_save:
+        return nbytes / (ORDINARY_COPY_GB_S * 1e9)
+    return nbytes * settings.gpus / (cluster.disk_write_gb_s * 1e9)
+
+
+def write_seconds(settings: Settings, cluster: Cluster) -> float:
+    return checkpoint_bytes(settings) / settings.nodes / (cluster.disk_write_gb_s * 1e9)
+
+
+def load_seconds(settings: Settings, cluster: Cluster) -> float:
+    """Reading the base weights in BF16, every byte once in the cluster."""
+    return 2 * settings.sizes.parameters / settings.nodes / (cluster.disk_read_gb_s * 1e9)
+
+
+def export_seconds(settings: Settings, cluster: Cluster) -> float:
+    """Writing BF16 weights from the running job, all nodes at once."""
+    return 2 * settings.sizes.parameters / settings.nodes / (cluster.disk_write_gb_s * 1e9)
+
+
+def sp_bytes(settings: Settings) -> float:
+    """That a rank receives in a micro-step: latents and outputs, forward, recomputed and backward."""
+    s, sizes = settings, settings.sizes
+    a_token = sizes.latents * (s.sp - 1) + sizes.heads * sizes.value * (s.sp - 1) / s.sp
+    times = 3 if s.activation_checkpointing else 2
+    return times * (sizes.layers + sizes.mtp) * s.tokens * a_token * s.param_bytes
+
+
+def network_bytes(settings: Settings, time: StepTime) -> float:
+    """Of ZeRO, a micro-step: what a rank receives and sends."""
+    shares = (settings.world - 1) / settings.world
+    return shares * (settings.param_bytes * time.schedule.gathered + 4 * time.schedule.reduced)
+
+
+def busiest(time: StepTime) -> str:
+    """What a micro-step waits for most."""
+    if time.exposed < 0.05 * time.micro:
+        return "compute"
+    others = {name: seconds for name, seconds in time.streams.items() if name not in (COMPUTE, SP)}
+    name = max(others, key=lambda stream: others[stream])
+    return "ZeRO's network" if name == GATHER else name
