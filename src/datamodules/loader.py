@@ -1,5 +1,6 @@
 """The dataset and the data loader that turn a sampler's micro-batches into batches."""
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +14,23 @@ from .sequence_shard import Batch, collate, shard
 
 
 class PackedDataset(Dataset[Batch]):
-    """Indexed by a `MicroBatch`: this SP rank's slice of its rows, with the step's token and target counts."""
+    """Indexed by a `MicroBatch`: this SP rank's slice of its rows, with the step's token and target counts.
 
-    def __init__(self, cache: TokenCache, rows: PackedRows, sp_rank: int = 0, sp_size: int = 1) -> None:
+    Args:
+        more: entries that every batch gets.
+    """
+
+    def __init__(
+        self,
+        cache: TokenCache,
+        rows: PackedRows,
+        sp_rank: int = 0,
+        sp_size: int = 1,
+        more: dict[str, Any] | None = None,
+    ) -> None:
         self.cache, self.rows = cache, rows
         self.sp_rank, self.sp_size = sp_rank, sp_size
+        self.more = more or {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -29,7 +42,13 @@ class PackedDataset(Dataset[Batch]):
         batch["step_tokens"] = micro_batch.step_tokens
         batch["step_targets"] = micro_batch.step_targets
         batch["step_mtp_targets"] = micro_batch.step_mtp_targets
-        return batch
+        return batch | self.more
+
+
+def _outlive_signals(worker: int) -> None:
+    """A scheduler signals every process of a job; the ranks stop at their step's end, and need rows until then."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class PackedDataLoader(DataLoader[Batch]):
@@ -49,6 +68,7 @@ class PackedDataLoader(DataLoader[Batch]):
             batch_size=None,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            worker_init_fn=_outlive_signals,
             # Its own, for the workers' seeds: from the global one each iterator, a resumed run's too, would draw.
             generator=torch.Generator(),
         )

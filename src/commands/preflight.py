@@ -1,0 +1,205 @@
+"""`preflight`: is every node fit for a run of this config; what the cluster measures."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from src.callbacks.step_checkpoint import checkpoint_folder
+from src.commands.config_command import ConfigCommand
+from src.commands.plan import settings_of
+from src.planner import account
+from src.planner.cluster import Cluster, write_cluster
+from src.planner.work import Work
+from src.preflight import files, node, rates
+from src.preflight.ranks import Absent, Ranks, meet
+from src.preflight.verdict import Report, cluster, lines, problems
+
+_WRITTEN = {"cuda": 1 << 30, "cpu": 16 << 20}  # bytes a rank, to measure the disk
+_STALE = 600.0  # seconds after which an operator's build is taken for dead
+
+
+class PreflightCLI(ConfigCommand):
+    """Run by every rank of a job, one task a GPU, as `fit` is; alone it looks at this machine. Exits with 1 on every
+    rank where any node fails."""
+
+    name = "preflight"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--write", type=str | None, default=None, help="write what was measured to FILE, for plan --cluster"
+        )
+
+    def run_command(self) -> None:
+        settings, ranks = self.config, Ranks.from_environment()
+        cuda = settings.trainer.accelerator != "cpu" and torch.cuda.is_available()
+        report = Report(ranks.rank, ranks.local_rank, ranks.node)
+        report.same["config"] = {
+            key: str(value) for key, value in vars(settings.as_flat()).items() if key not in ("config", "write")
+        }
+        if settings.trainer.accelerator not in ("cpu", "auto") and not cuda:
+            report.problems.append("no GPU can be used; look at nvidia-smi, and whether this PyTorch is a CUDA build")
+        if ranks.leads_node:
+            _look(report, settings, cuda)
+        try:
+            meet(ranks, "cpu:gloo,cuda:nccl" if cuda else "gloo")
+        except Absent as error:
+            print(error, flush=True)
+            raise SystemExit(1) from None
+        try:
+            _look_together(report, ranks, settings, cuda)
+        except Exception as error:  # the others learn of it by their lost connection
+            print(f"{ranks.node}: rank {ranks.rank}: {error!r}", flush=True)
+            raise SystemExit(1) from error
+        reports: list[Any] = [None] * ranks.world_size
+        dist.all_gather_object(reports, report)
+        found = problems(reports, cuda)
+        if ranks.rank == 0:
+            names = list(dict.fromkeys(report.node for report in reports))
+            measured = cluster(reports, cuda)
+            print(_summary(ranks, reports, measured))
+            print("\n".join(lines(found, names, "SLURM_JOB_ID" in os.environ)), flush=True)
+            if settings.write:
+                write_cluster(settings.write, measured)
+        dist.barrier()
+        dist.destroy_process_group()
+        if found:
+            raise SystemExit(1)
+
+
+def _try(report: Report, what: str, function: Callable[[], Any], default: Any = None) -> Any:
+    """A check that fails, in whatever way, is a problem of this node and does not leave the other ranks waiting."""
+    try:
+        return function()
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        report.problems.append(f"{what}: {reason}")
+        return default
+
+
+def _look(report: Report, settings: Namespace, cuda: bool) -> None:
+    """Once a node, before CUDA is used."""
+    trainer, data, model = settings.trainer, settings.data, settings.model
+    root = trainer.default_root_dir or "."
+    config_only = bool(model.from_scratch or settings.ckpt_path not in (None, "auto"))
+    same = report.same
+    same["code"] = _try(report, "code", node.code, {})
+    same["packages"] = _try(report, "packages", node.packages, {})
+    same["environment"] = node.settings()
+    same["weights"] = _try(report, "weights", lambda: files.weights(model.pretrained, config_only), {})
+    patterns = [*(data.train_files or []), *(data.val_files or [])]
+    same["data"] = _try(report, "data", lambda: files.data(patterns), {})
+    for name, folder in (("trainer.default_root_dir", root), ("data.cache_dir", data.cache_dir)):
+        if folder:
+            report.problems += files.writable(name, str(folder))
+    if cuda:
+        wanted = int(trainer.devices) if str(trainer.devices).isdecimal() else 0
+        broken, same["GPUs"] = _try(report, "GPUs", lambda: node.gpus(wanted), ([], {}))
+        report.problems += broken
+        report.values |= {
+            "gpu": torch.cuda.get_device_name(0),
+            "gpus_per_node": torch.cuda.device_count(),
+            "gpu_memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
+        }
+    broken, ports = _try(report, "NICs", node.nics, ([], {}))
+    report.problems += broken
+    same["NICs"] = {name: str(value) for name, value in ports.items()}
+    report.values |= ports
+    host, disk = _planned(settings)
+    broken, has = node.memory(host if cuda else None, cuda, infiniband=bool(ports))
+    report.problems += broken + _try(report, "operators", lambda: node.stale_builds(_STALE, time.time()), [])
+    report.values |= has
+    if disk is not None and report.rank == 0:
+        _check_room(report, root, disk)
+
+
+def _planned(settings: Namespace) -> tuple[float | None, float | None]:
+    """GiB of a node's host memory and bytes of checkpoints by plan's account; None where it has none."""
+    try:
+        planned = settings_of(settings, Cluster())
+        checkpoints, *_ = account.disk(planned)
+        host = sum(line.nbytes for line in account.host(planned, Work(planned, Cluster())))
+        return host / 2**30, checkpoints.nbytes
+    except (ValueError, OSError):  # `plan` says why
+        return None, None
+
+
+def _check_room(report: Report, root: str, needed: float) -> None:
+    there = sum(f.stat().st_size for f in checkpoint_folder(root).rglob("*") if f.is_file())
+    free = _try(report, "disk", lambda: files.free_gb(root))
+    if free is not None and free + there / 1e9 < needed / 1e9:
+        report.problems.append(
+            f"{free:,.0f} GB are free in {root}, its checkpoints come to {needed / 1e9:,.0f}: make room, keep fewer "
+            "(checkpoint.keep), or write elsewhere (trainer.default_root_dir)"
+        )
+
+
+def _look_together(report: Report, ranks: Ranks, settings: Namespace, cuda: bool) -> None:
+    """What needs the other ranks; each takes the same steps, whatever it finds."""
+    device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+    root = settings.trainer.default_root_dir or "."
+    _check_shared(report, ranks, root)
+    devices = str(settings.trainer.devices)
+    asked = settings.trainer.num_nodes * int(devices) if devices.isdecimal() else ranks.world_size
+    if ranks.world_size > 1 and asked != ranks.world_size:
+        report.problems.append(
+            f"{ranks.world_size} ranks were started, the config has trainer.num_nodes {settings.trainer.num_nodes} x "
+            f"trainer.devices {devices}; make them agree"
+        )
+    wants_gpu = settings.trainer.accelerator not in ("cpu", "auto")
+    works = cuda or not wants_gpu
+    if cuda and (product := _try(report, f"GPU {ranks.local_rank}", lambda: rates.product(device))) is not None:
+        report.rates["matmul_tflops"], report.same["arithmetic"] = product[0], {"product": product[1]}
+    elif cuda:
+        works = False
+    # From here on ranks wait for one another: not for one that has no GPU.
+    if _all_agree(works and device.type):
+        if cuda:
+            report.rates["pcie_in_gb_s"], report.rates["pcie_out_gb_s"] = rates.copies(device, dist.barrier)
+        report.network = rates.network(ranks, device)
+    size = _WRITTEN[device.type]
+    if _all_agree(os.access(root, os.W_OK)):
+        report.disk = (size, *files.disk_seconds(root, size, dist.barrier))
+    dist.barrier()
+    report.time = time.time()
+
+
+def _all_agree(here: str | bool) -> bool:
+    """Whether every rank says the same, and none says False; the same answer on all."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, here)
+    return found[0] is not False and all(value == found[0] for value in found)
+
+
+def _check_shared(report: Report, ranks: Ranks, root: str) -> None:
+    """Checkpoints are one folder of all nodes."""
+    token: list[Any] = [None]
+    if ranks.rank == 0 and os.access(root, os.W_OK):
+        token = [f".preflight-of-all-{os.getpid()}-{time.time_ns()}"]
+        (Path(root) / token[0]).touch()
+    dist.broadcast_object_list(token)
+    if token[0] is not None and not (Path(root) / token[0]).is_file():
+        report.problems.append(
+            f"trainer.default_root_dir {root} is not the folder that rank 0's node sees; checkpoints need one that is "
+            "shared by all nodes"
+        )
+    dist.barrier()
+    if ranks.rank == 0 and token[0] is not None:
+        (Path(root) / token[0]).unlink()
+
+
+def _summary(ranks: Ranks, reports: list[Report], measured: dict[str, Any]) -> str:
+    order = [f.name for f in fields(Cluster) if f.name in measured]
+    told = [f"{ranks.nodes} nodes x {ranks.ranks_per_node} ranks"] if ranks.world_size > 1 else ["this machine alone"]
+    code = reports[0].same.get("code", {})
+    told.append(f"revision {code.get('revision')}, torch {reports[0].same.get('packages', {}).get('torch')}")
+    worst = ", ".join(f"{name} {measured[name]}" for name in order)
+    return f"preflight: {'; '.join(told)}\nthe weakest node: {worst}"

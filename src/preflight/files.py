@@ -1,0 +1,85 @@
+"""The files of a run as one node sees them: weights, data, and the folders that it writes to."""
+
+import hashlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from src.datamodules.reader import expand
+
+_BLOCK = 16 << 20
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+def weights(directory: str, config_only: bool) -> dict[str, str]:
+    """File name to size and digest: of a safetensors file's header, which lists every tensor, of other files' whole.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or it holds no weights.
+    """
+    folder, found = Path(directory), {}
+    for file in sorted(folder.glob("*.json") if config_only else folder.iterdir()):
+        if file.suffix not in (".json", ".safetensors"):
+            continue
+        with open(file, "rb") as content:
+            if file.suffix == ".safetensors":
+                head = content.read(8)
+                head += content.read(min(int.from_bytes(head, "little"), _MAX_HEADER))
+            else:
+                head = content.read()
+        found[file.name] = f"{file.stat().st_size:,} bytes, {hashlib.sha256(head).hexdigest()[:8]}"
+    if "config.json" not in found or not (config_only or any(name.endswith(".safetensors") for name in found)):
+        raise FileNotFoundError(f"{directory} holds no config.json and weights")
+    return found
+
+
+def data(patterns: list[str]) -> dict[str, str]:
+    """File name to size; each file's first byte is read. Raises ValueError or OSError where one cannot be."""
+    found = {}
+    for path in expand(patterns):
+        with open(path, "rb") as file:
+            file.read(1)
+        found[path] = f"{os.path.getsize(path):,} bytes"
+    return found
+
+
+def writable(name: str, folder: str) -> list[str]:
+    """What keeps this process from writing to a folder."""
+    probe = Path(folder) / f".preflight-{uuid.uuid4().hex}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("preflight")
+        probe.unlink()
+    except OSError as error:
+        return [f"{name} {folder} cannot be written to ({error.strerror}); see its mount, owner and quota"]
+    return []
+
+
+def free_gb(folder: str) -> float:
+    return shutil.disk_usage(folder).free / 1e9
+
+
+def disk_seconds(folder: str, nbytes: int, barrier: Callable[[], None]) -> tuple[float, float]:
+    """Seconds to write a file of `nbytes` bytes down to the disk, and to read it back past the machine's own cache."""
+    probe, block = Path(folder) / f".preflight-{uuid.uuid4().hex}", os.urandom(min(_BLOCK, nbytes))
+    descriptor = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        barrier()
+        began = time.perf_counter()
+        for _ in range(nbytes // len(block)):
+            os.write(descriptor, block)
+        os.fsync(descriptor)
+        wrote = time.perf_counter() - began
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        barrier()
+        began = time.perf_counter()
+        while os.read(descriptor, len(block)):
+            pass
+        return wrote, time.perf_counter() - began
+    finally:
+        os.close(descriptor)
+        probe.unlink()

@@ -1,0 +1,158 @@
+"""What one node has: GPUs and their state, NICs, memory, code and packages."""
+
+import hashlib
+import os
+import platform
+import resource
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("torch", "deepspeed", "lightning", "transformers", "datasets", "numpy", "flash-attn-4", "triton")
+SETTINGS = ("NCCL_", "GLOO_", "TORCH_NCCL_", "OMP_NUM_THREADS", "CUDA_DEVICE", "PYTORCH_ALLOC_CONF", "DS_ACCELERATOR")
+
+_GPU_FIELDS = (
+    "index,name,driver_version,memory.total,memory.used,ecc.errors.uncorrected.volatile.total,{},temperature.gpu"
+)
+_CLOCK_FIELDS = (
+    "clocks_event_reasons.active",
+    "clocks_throttle_reasons.active",
+)  # since driver 535, before
+_SLOWED = {0x8: "hardware slowdown", 0x40: "too hot", 0x80: "power brake"}
+_BUSY_MIB = 2000  # a driver alone takes less
+
+
+def code() -> dict[str, str]:
+    """The revision that is checked out, and a digest of the source files as they are."""
+    digest = hashlib.sha256()
+    for file in sorted((ROOT / "src").rglob("*.py")):
+        digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {"revision": git.stdout.strip() or "none", "src/": digest.hexdigest()[:12]}
+
+
+def packages() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    if torch.cuda.is_available():
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def settings() -> dict[str, str]:
+    """Environment variables that all ranks should have alike."""
+    return {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)}
+
+
+def gpus(wanted: int) -> tuple[list[str], dict[str, str]]:
+    """What is wrong with this node's GPUs, and what all nodes should have alike. To be called before CUDA is used."""
+    if shutil.which("nvidia-smi") is None:
+        return [], {}
+    try:
+        found = _smi(f"--query-gpu={_GPU_FIELDS.format(_CLOCK_FIELDS[0])}")
+    except RuntimeError:
+        found = _smi(f"--query-gpu={_GPU_FIELDS.format(_CLOCK_FIELDS[1])}")
+    try:
+        rows = _smi("--query-remapped-rows=gpu_bus_id,remapped_rows.pending,remapped_rows.failure")
+    except RuntimeError:  # kinds of GPU that do not remap rows
+        rows = []
+    return gpu_problems(found, rows, wanted), gpu_kinds(found)
+
+
+def _smi(query: str) -> list[list[str]]:
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if result.returncode != 0:
+        raise RuntimeError(f"nvidia-smi: {(result.stdout + result.stderr).strip()[:200]}; drain the node")
+    return [[word.strip() for word in line.split(",")] for line in result.stdout.splitlines() if line.strip()]
+
+
+def gpu_kinds(found: list[list[str]]) -> dict[str, str]:
+    return {
+        "name": ", ".join(sorted({row[1] for row in found})),
+        "driver": ", ".join(sorted({row[2] for row in found})),
+        "memory MiB": ", ".join(sorted({row[3] for row in found})),
+    }
+
+
+def gpu_problems(found: list[list[str]], remapped: list[list[str]], wanted: int) -> list[str]:
+    """Of what nvidia-smi prints for `_GPU_FIELDS` and for remapped rows."""
+    problems = []
+    if len(found) < wanted:
+        problems.append(f"{len(found)} GPUs, trainer.devices is {wanted}; one has fallen off the bus: drain the node")
+    for index, _, _, _, used, ecc, reasons, celsius in found:
+        if ecc.isdecimal() and int(ecc):
+            problems.append(f"GPU {index}: {ecc} uncorrected ECC errors; drain the node and reset the GPU")
+        if used.isdecimal() and int(used) > _BUSY_MIB:
+            problems.append(f"GPU {index}: {used} MiB in use by another process; end it (nvidia-smi shows it)")
+        active = int(reasons, 16) if reasons.startswith("0x") else 0
+        slowed = [text for bit, text in _SLOWED.items() if active & bit]
+        if slowed:
+            problems.append(f"GPU {index}: clock held down ({', '.join(slowed)}, {celsius} C); drain the node")
+    for number, (_, pending, failure) in enumerate(remapped):
+        if failure not in ("0", "No", "[N/A]"):
+            problems.append(f"GPU {number}: remapping a broken row of memory failed; have the GPU replaced")
+        elif pending not in ("0", "No", "[N/A]"):
+            problems.append(f"GPU {number}: a broken row of memory waits to be remapped; drain the node, reset the GPU")
+    return problems
+
+
+def nics(folder: Path = Path("/sys/class/infiniband")) -> tuple[list[str], dict[str, int]]:
+    """Problems; `nics_per_node` and `nic_gbit` of the fastest active ports, nothing where there are none."""
+    rates, down = [], []
+    for port in sorted(folder.glob("*/ports/*")):
+        rate = int(float((port / "rate").read_text().split()[0]))
+        if "ACTIVE" in (port / "state").read_text():
+            rates.append(rate)
+        else:
+            down.append(f"{port.parts[-3]}/{port.name}")
+    if not rates:
+        return [f"no InfiniBand port is active ({', '.join(down)} down); drain the node"] if down else [], {}
+    return [], {"nics_per_node": rates.count(max(rates)), "nic_gbit": max(rates)}
+
+
+def memory(host_gib: float | None, cuda: bool, infiniband: bool = False) -> tuple[list[str], dict[str, Any]]:
+    """Problems with the host's memory, `host_gib` of which the run needs; what the cluster file takes."""
+    found, problems = psutil.virtual_memory(), []
+    available = found.available / 2**30
+    if host_gib is not None and available < host_gib:
+        problems.append(
+            f"{available:.0f} GiB of host memory are free, the plan needs {host_gib:.0f}; end what else runs there "
+            "(`free -g`, tmpfs), or offload less"
+        )
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if infiniband and locked != resource.RLIM_INFINITY:
+        problems.append(
+            f"locked memory is limited to {locked >> 10} KiB, which InfiniBand's buffers exceed; "
+            "`ulimit -l unlimited` (LimitMEMLOCK=infinity of slurmd.service)"
+        )
+    shared = shutil.disk_usage("/dev/shm").total / 2**30 if Path("/dev/shm").is_dir() else 0
+    if cuda and shared < 1:
+        problems.append(
+            f"/dev/shm has {shared:.2f} GiB, NCCL and data workers need more; `--shm-size=16g` in a container"
+        )
+    return problems, {"host_memory_gib": round(found.total / 2**30, 1), "cpu_cores": os.cpu_count() or 1}
+
+
+def stale_builds(older_than: float, now: float) -> list[str]:
+    """Locks that a killed process left while it built a DeepSpeed operator: the next would wait for ever."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    locks = Path(folder).glob("*/lock") if folder else Path(get_default_build_root()).glob("*/*/lock")
+    return [
+        f"{lock} is {(now - lock.stat().st_mtime) / 60:.0f} minutes old: a build was killed, and `fit` would wait for "
+        "it for ever; remove it if nothing builds there"
+        for lock in locks
+        if now - lock.stat().st_mtime > older_than
+    ]

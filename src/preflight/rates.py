@@ -1,0 +1,106 @@
+"""What the ranks measure together: arithmetic, copies and all-gathers, on GPUs; on CPU, that gathers arrive."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .ranks import Ranks
+
+_GATHERED = 2 << 30  # bytes that an all-gather gives to each rank: about an expert shard of DeepSeek-V3
+_COPIED = 1 << 30
+_SIZE = 8192  # of the square matrices whose product is timed
+
+
+def _seconds(function: Callable[[], object], device: torch.device, count: int) -> float:
+    """Of one call, over `count` after a first one."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    function()
+    wait()
+    began = time.perf_counter()
+    for _ in range(count):
+        function()
+    wait()
+    return (time.perf_counter() - began) / count
+
+
+def product(device: torch.device) -> tuple[float, str]:
+    """bf16 TFLOP/s of one GPU, and a checksum of the product that all GPUs of a kind have in common."""
+    torch.cuda.set_device(device)
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(_SIZE, _SIZE, device=device, dtype=torch.bfloat16, generator=generator) for _ in range(2))
+    seconds = _seconds(lambda: a @ b, device, 30)
+    checksum = int((a @ b).view(torch.int16).long().sum())
+    return 2 * _SIZE**3 / seconds / 1e12, f"{checksum & 0xFFFFFFFF:08x}"
+
+
+def copies(device: torch.device, barrier: Callable[[], None]) -> tuple[float, float]:
+    """GB/s of pinned copies to and from the device while all ranks copy."""
+    host = torch.empty(_COPIED, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(_COPIED, dtype=torch.uint8, device=device)
+    barrier()
+    to_device = _seconds(lambda: there.copy_(host, non_blocking=True), device, 10)
+    barrier()
+    to_host = _seconds(lambda: host.copy_(there, non_blocking=True), device, 10)
+    return _COPIED / to_device / 1e9, _COPIED / to_host / 1e9
+
+
+def all_gather(group: dist.ProcessGroup | None, device: torch.device) -> tuple[float, list[int]]:
+    """Bus bandwidth a rank in GB/s, and the ranks of the group whose part did not arrive as it was sent."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    part = (_GATHERED if device.type == "cuda" else 1 << 20) // size // 4
+    sent = torch.arange(part, dtype=torch.int32, device=device) + rank
+    received = torch.empty(size * part, dtype=torch.int32, device=device)
+    seconds = _seconds(
+        lambda: dist.all_gather_into_tensor(received, sent, group=group), device, 10 if device.type == "cuda" else 2
+    )
+    expected = torch.arange(part, dtype=torch.int32, device=device)
+    wrong = [r for r, got in enumerate(received.view(size, part)) if not torch.equal(got - r, expected)]
+    return (size - 1) * part * 4 / seconds / 1e9, wrong
+
+
+def ring(nodes: int) -> list[list[tuple[int, int]]]:
+    """Rounds of pairs of neighbours, each node in at most one pair of a round and in two pairs in all; two nodes are
+    measured by the all-gather over the world."""
+    if nodes < 3:
+        return []
+    rounds: list[list[tuple[int, int]]] = [[], [], []]
+    for node in range(nodes):
+        rounds[2 if node == nodes - 1 and nodes % 2 else node % 2].append((node, (node + 1) % nodes))
+    return [pairs for pairs in rounds if pairs]
+
+
+def network(ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """Called by all ranks. `world`, `intra`: GB/s; `pairs`: the same by neighbour node; `wrong`: ranks whose data did
+    not arrive as sent."""
+    found: dict[str, Any] = {"pairs": {}, "wrong": []}
+    own, per_node = ranks.rank // ranks.ranks_per_node, ranks.ranks_per_node
+
+    def of_nodes(*nodes: int) -> list[int]:
+        return [node * per_node + local for node in nodes for local in range(per_node)]
+
+    if per_node > 1:
+        group, _ = dist.new_subgroups_by_enumeration([of_nodes(node) for node in range(ranks.nodes)])
+        found["intra"], wrong = all_gather(group, device)
+        found["wrong"] += [of_nodes(own)[index] for index in wrong]
+    for pairs in ring(ranks.nodes):
+        mine = next((pair for pair in pairs if own in pair), None)
+        for pair in pairs:  # every rank makes every group
+            group = dist.new_group(of_nodes(*pair))
+            if pair == mine:
+                ours = group
+        if mine is not None:
+            bandwidth, wrong = all_gather(ours, device)
+            found["pairs"][mine[0] + mine[1] - own] = bandwidth
+            found["wrong"] += [of_nodes(*mine)[index] for index in wrong]
+        dist.barrier()
+    if ranks.nodes > 1:
+        found["world"], wrong = all_gather(None, device)
+        found["wrong"] += wrong
+    return found

@@ -1,0 +1,145 @@
+"""From all ranks' reports: what is wrong with which node, and what the cluster can do."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+SLOW = 0.8  # of the median, below which a node's rate is a problem: a job runs at the pace of its slowest
+SKEW = 5.0  # seconds
+
+REMEDIES = {
+    "code": "check out the same revision there, or start from a shared folder",
+    "packages": "set up the same environment there (bash scripts/setup.sh)",
+    "environment": "the job's script should set it for all",
+    "config": "all nodes should read the same file with the same arguments",
+    "weights": "copy the file there again",
+    "data": "copy the file there again",
+    "GPUs": "the same driver and kind of GPU on all nodes",
+    "NICs": "a port is down or has come up slower: `ibstat` shows it; drain the node",
+    "arithmetic": "this GPU computes wrong: drain the node, have it tested",
+}
+
+
+@dataclass
+class Report:
+    """What one rank found. same: topic -> name -> value that all are to have alike; rates: higher is better."""
+
+    rank: int
+    local_rank: int
+    node: str
+    problems: list[str] = field(default_factory=list)
+    same: dict[str, dict[str, str]] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)  # for the cluster file
+    network: dict[str, Any] = field(default_factory=dict)
+    disk: tuple[int, float, float] | None = None  # bytes, seconds to write, to read
+    time: float = 0.0  # of the clock, when all ranks looked at it
+
+
+def problems(reports: list[Report], cuda: bool) -> dict[str, list[str]]:
+    """Node -> what is wrong with it; nodes without problems are absent."""
+    found: dict[str, list[str]] = {}
+
+    def add(report: Report, text: str) -> None:
+        lines = found.setdefault(report.node, [])
+        if text not in lines:  # of several ranks of the node
+            lines.append(text)
+
+    for report in reports:
+        for text in report.problems:
+            add(report, text)
+    for topic in REMEDIES:
+        for report, text in _differences(topic, reports):
+            add(report, text)
+    for report in reports:
+        off = report.time - median(other.time for other in reports)
+        if abs(off) > SKEW:
+            add(report, f"its clock is {off:+.0f} s off; start NTP (chronyd) there")
+        for rank in report.network.get("wrong", []):
+            add(reports[rank], f"rank {rank}'s data arrived changed at rank {report.rank}; drain the node")
+    if cuda:
+        for report, text in _slow(reports):
+            add(report, text)
+    return found
+
+
+def _differences(topic: str, reports: list[Report]) -> list[tuple[Report, str]]:
+    """Where a report's values are not those of most; the first's where as many say one thing as another."""
+    having = [report for report in reports if topic in report.same]
+    found = []
+    names = {name: None for report in having for name in report.same[topic]}
+    for name in names:
+        values = Counter(report.same[topic].get(name, "absent") for report in having)
+        usual = values.most_common(1)[0][0]
+        for report in having:
+            value = report.same[topic].get(name, "absent")
+            if value != usual:
+                found.append((report, f"{topic}: {name} is {value}, elsewhere {usual}; {REMEDIES[topic]}"))
+    counts = Counter(report.node for report, _ in found)
+    shown: Counter[str] = Counter()
+    short = []
+    for report, text in found:
+        shown[report.node] += 1
+        if shown[report.node] <= 3:
+            short.append((report, text))
+        elif shown[report.node] == 4:
+            short.append((report, f"{topic}: {counts[report.node] - 3} more differences"))
+    return short
+
+
+def _slow(reports: list[Report]) -> list[tuple[Report, str]]:
+    found = []
+    for name in {name: None for report in reports for name in report.rates}:
+        usual = median(report.rates[name] for report in reports if name in report.rates)
+        for report in reports:
+            rate = report.rates.get(name, usual)
+            if rate < SLOW * usual:
+                text = f"GPU {report.local_rank}: {name} {rate:.0f}, the median is {usual:.0f}; drain the node"
+                found.append((report, text))
+    pairs = [rate for report in reports for rate in report.network.get("pairs", {}).values()]
+    for report in reports:
+        # A node is slow where it is slow with both its neighbours.
+        best = max(report.network.get("pairs", {}).values(), default=None)
+        if best is not None and best < SLOW * (usual := median(pairs)):
+            text = f"all-gathers with its neighbours {best:.0f} GB/s, the median is {usual:.0f}; look at its NICs"
+            found.append((report, text))
+    return found
+
+
+def cluster(reports: list[Report], cuda: bool) -> dict[str, Any]:
+    """The fields of `src.planner.cluster.Cluster` that were measured; a node's, of the weakest."""
+    found: dict[str, Any] = {}
+    for report in reports:
+        for name, value in report.values.items():
+            found[name] = value if name not in found or isinstance(value, str) else min(found[name], value)
+    if cuda:
+        for name in ("matmul_tflops", "pcie_in_gb_s", "pcie_out_gb_s"):
+            rates = [report.rates[name] for report in reports if name in report.rates]
+            if rates:
+                found[name] = round(min(rates), 1)
+        for name, key in (("nccl_inter_node_gb_s", "world"), ("nccl_intra_node_gb_s", "intra")):
+            rates = [report.network[key] for report in reports if key in report.network]
+            if rates:
+                found[name] = round(min(rates), 1)
+    for index, name in ((1, "disk_write_gb_s"), (2, "disk_read_gb_s")):
+        nodes: dict[str, list[tuple[int, float]]] = {}
+        for report in reports:
+            if report.disk is not None:
+                nodes.setdefault(report.node, []).append((report.disk[0], report.disk[index]))
+        rates = [sum(size for size, _ in parts) / max(s for _, s in parts) / 1e9 for parts in nodes.values()]
+        if rates:
+            found[name] = float(f"{min(rates):.3g}")
+    return found
+
+
+def lines(found: dict[str, list[str]], names: list[str], slurm: bool) -> list[str]:
+    """One line a failing node and problem, then the verdict."""
+    if not found:
+        return [f"preflight: {len(names)} node{'s' * (len(names) != 1)} ready"]
+    failing = [name for name in names if name in found]
+    told = [f"{name}: {text}" for name in failing for text in found[name]]
+    told.append(f"preflight: {len(failing)} of {len(names)} nodes failed: {', '.join(failing)}")
+    if slurm and len(failing) < len(names):
+        told.append(f"To start without: sbatch --exclude={','.join(failing)} ...  (docs/launching.md: one bad node)")
+    return told

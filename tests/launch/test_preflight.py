@@ -1,0 +1,229 @@
+"""What preflight says of nodes that differ, are slow, are broken or do not come."""
+
+import os
+import re
+import resource
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from src.planner.cluster import read_cluster, write_cluster
+from src.preflight import files, node, rates
+from src.preflight.ranks import Absent, Ranks, meet
+from src.preflight.verdict import Report, cluster, lines, problems
+from tests.distributed.spawn import free_port, run_distributed
+
+
+def report(rank: int, **values: Any) -> Report:
+    return Report(rank, rank % 2, f"n{rank // 2}", **values)
+
+
+def test_the_nodes_that_differ_from_most_are_named() -> None:
+    reports = [report(rank, same={"code": {"revision": "new"}}) for rank in range(6)]
+    reports[2].same["code"] = reports[3].same["code"] = {"revision": "old"}
+    assert problems(reports, cuda=False) == {
+        "n1": ["code: revision is old, elsewhere new; check out the same revision there, or start from a shared folder"]
+    }
+
+
+def test_many_differences_are_counted_and_a_missing_file_is_one() -> None:
+    whole = {f"model-{index}.safetensors": "9 bytes, abcd" for index in range(6)}
+    reports = [report(0, same={"weights": whole}), report(2, same={"weights": whole}), report(4, same={"weights": {}})]
+    found = problems(reports, cuda=False)
+    assert list(found) == ["n2"] and len(found["n2"]) == 4
+    assert found["n2"][0].startswith("weights: model-0.safetensors is absent, elsewhere 9 bytes, abcd; copy the file")
+    assert found["n2"][3] == "weights: 3 more differences"
+
+
+def test_slow_wrong_and_late_gpus_are_named() -> None:
+    reports = [
+        report(rank, rates={"matmul_tflops": 700.0}, same={"arithmetic": {"product": "aa"}}) for rank in range(6)
+    ]
+    reports[3].rates["matmul_tflops"] = 500.0
+    reports[5].same["arithmetic"] = {"product": "ab"}
+    reports[0].network = {"wrong": [4]}
+    for late in reports[:2]:
+        late.time = 60.0
+    found = problems(reports, cuda=True)
+    assert found["n1"] == ["GPU 1: matmul_tflops 500, the median is 700; drain the node"]
+    assert [line.split(";")[0] for line in found["n2"]] == [
+        "arithmetic: product is ab, elsewhere aa",
+        "rank 4's data arrived changed at rank 0",
+    ]
+    assert found["n0"] == ["its clock is +60 s off; start NTP (chronyd) there"]
+    assert "n1" not in problems(reports, cuda=False)
+
+
+def test_a_node_is_slow_where_it_is_so_with_both_neighbours() -> None:
+    with_next = [300.0, 100.0, 110.0, 290.0]  # GB/s of nodes 0 and 1, 1 and 2, 2 and 3, 3 and 0
+    reports = [
+        Report(n, 0, f"n{n}", network={"pairs": {(n + 1) % 4: with_next[n], (n - 1) % 4: with_next[n - 1]}})
+        for n in range(4)
+    ]
+    assert list(problems(reports, cuda=True)) == ["n2"]
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 8])
+def test_each_node_meets_both_neighbours_and_one_at_a_time(count: int) -> None:
+    rounds = rates.ring(count)
+    for pairs in rounds:
+        busy = [member for pair in pairs for member in pair]
+        assert len(busy) == len(set(busy))
+    assert sorted(pair for pairs in rounds for pair in pairs) == [(n, (n + 1) % count) for n in range(count)]
+
+
+def test_the_verdict_tells_how_to_start_without_the_bad_node() -> None:
+    assert lines({}, ["n1", "n2"], slurm=True) == ["preflight: 2 nodes ready"]
+    told = lines({"n2": ["no GPU", "no disk"]}, ["n1", "n2"], slurm=True)
+    assert told[:3] == ["n2: no GPU", "n2: no disk", "preflight: 1 of 2 nodes failed: n2"]
+    assert "sbatch --exclude=n2" in told[3]
+    assert len(lines({"n2": ["no GPU"]}, ["n1", "n2"], slurm=False)) == 2
+
+
+def test_the_cluster_is_as_its_weakest_node(tmp_path: Path) -> None:
+    reports = [
+        report(
+            rank,
+            rates={"matmul_tflops": 700.0 - rank, "pcie_in_gb_s": 50.0, "pcie_out_gb_s": 51.0},
+            values={"gpu": "H100", "host_memory_gib": 2000.0 - rank, "nics_per_node": 8} if rank % 2 == 0 else {},
+            network={"world": 300.0 + rank, "intra": 350.0},
+            disk=(10**9, 1.0 + rank // 2, 0.5),
+        )
+        for rank in range(4)
+    ]
+    write_cluster(tmp_path / "cluster.yaml", cluster(reports, cuda=True))
+    read = read_cluster(tmp_path / "cluster.yaml")
+    assert (read.matmul_tflops, read.host_memory_gib, read.nics_per_node) == (697.0, 1998.0, 8)
+    assert (read.nccl_inter_node_gb_s, read.disk_write_gb_s, read.disk_read_gb_s) == (300.0, 1.0, 4.0)
+    assert "cpu_adam_gparams_s" in read.assumed
+    assert set(cluster(reports, cuda=False)) == {
+        "gpu", "host_memory_gib", "nics_per_node", "disk_write_gb_s", "disk_read_gb_s",
+    }  # fmt: skip
+
+
+GOOD = ["0", "NVIDIA H100 80GB HBM3", "580.95", "81559", "1", "0", "0x0000000000000000", "31"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        (4, "30000", "GPU 0: 30000 MiB in use by another process"),
+        (5, "3", "GPU 0: 3 uncorrected ECC errors"),
+        (6, "0x0000000000000048", "GPU 0: clock held down .hardware slowdown, too hot, 31 C."),
+    ],
+)
+def test_the_state_of_a_gpu(field: int, value: str, said: str) -> None:
+    good = [["00:1", "0", "0"]]
+    assert node.gpu_problems([GOOD], good, 1) == []
+    bad = [*GOOD[:field], value, *GOOD[field + 1 :]]
+    (problem,) = node.gpu_problems([bad], good, 1)
+    assert re.match(said, problem)
+    assert node.gpu_problems([GOOD], [["00:1", "0", "1"]], 1)[0].endswith("have the GPU replaced")
+    assert "fallen off the bus" in node.gpu_problems([GOOD], good, 8)[0]
+
+
+def test_nics_are_counted_where_they_are_up(tmp_path: Path) -> None:
+    ports = (("mlx5_0", "ACTIVE", 400), ("mlx5_1", "ACTIVE", 400), ("mlx5_2", "ACTIVE", 25), ("mlx5_3", "DOWN", 10))
+    for name, state, rate in ports:
+        port = tmp_path / name / "ports/1"
+        port.mkdir(parents=True)
+        (port / "state").write_text(state)
+        (port / "rate").write_text(f"{rate} Gb/sec (4X NDR)")
+    assert node.nics(tmp_path) == ([], {"nics_per_node": 2, "nic_gbit": 400})
+    for name in ("mlx5_0", "mlx5_1", "mlx5_2"):
+        (tmp_path / name / "ports/1/state").write_text("1: DOWN")
+    assert "no InfiniBand port is active (mlx5_0/1" in node.nics(tmp_path)[0][0]
+    assert node.nics(tmp_path / "none") == ([], {})
+
+
+def test_too_little_memory_is_said() -> None:
+    found, values = node.memory(1e6, cuda=False)
+    assert "the plan needs 1000000" in found[0] and values["host_memory_gib"] > 0
+    assert node.memory(0.1, cuda=False)[0] == []
+    limited = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY
+    assert any("ulimit -l unlimited" in text for text in node.memory(None, cuda=True, infiniband=True)[0]) == limited
+
+
+def test_a_lock_that_a_killed_build_left_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam/lock").touch()
+    made = (tmp_path / "cpu_adam/lock").stat().st_mtime
+    assert node.stale_builds(600, made + 599) == []
+    assert "cpu_adam/lock is 20 minutes old" in node.stale_builds(600, made + 1200)[0]
+
+
+def test_files_are_compared_by_size_and_header(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="holds no config.json and weights"):
+        files.weights(str(tmp_path), config_only=False)
+    header = b"{}      "
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+    before = files.weights(str(tmp_path), config_only=False)
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + b"{ }     " + b"1234")
+    after = files.weights(str(tmp_path), config_only=False)
+    assert before["config.json"] == after["config.json"] and before["model.safetensors"] != after["model.safetensors"]
+    assert set(files.weights(str(tmp_path), config_only=True)) == {"config.json"}
+    blocked = tmp_path / "file"
+    blocked.touch()
+    assert "data.cache_dir" in files.writable("data.cache_dir", str(blocked / "cache"))[0]
+    assert files.writable("data.cache_dir", str(tmp_path / "cache")) == []
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def _measure() -> tuple[dict[str, Any], list[int], float]:
+    ranks = Ranks.from_environment(os.environ | {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "1"})
+    meet(ranks, "gloo")
+    network = rates.network(ranks, torch.device("cpu"))
+    gather = dist.all_gather_into_tensor
+
+    def corrupted(received: Any, sent: Any, group: Any = None, async_op: bool = False) -> Any:
+        gather(received, sent, group=group)
+        received[len(sent) + 5] ^= 1  # a bit of rank 1's part
+
+    dist.all_gather_into_tensor = corrupted  # type: ignore[assignment]
+    _, wrong = rates.all_gather(None, torch.device("cpu"))
+    dist.destroy_process_group()
+    return network, wrong, ranks.nodes
+
+
+def test_all_gathers_over_pairs_and_over_all_nodes() -> None:
+    for rank, (network, wrong, nodes) in enumerate(run_distributed(_measure, 3)):
+        assert nodes == 3 and network["wrong"] == [] and wrong == [1]
+        assert set(network["pairs"]) == {0, 1, 2} - {rank} and network["world"] > 0
+
+
+def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    alone = Ranks(0, 4, 0, 2, "n0", "127.0.0.1", free_port())
+    with pytest.raises(Absent) as error:
+        meet(alone, "gloo", patience=0.3)
+    first, second = str(error.value).splitlines()
+    assert first.startswith("node number 0: ranks 1 did not come") and second.startswith(
+        "node number 1: ranks 2, 3 did"
+    )
+
+
+def test_the_launchers(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    scripts = ["scripts/slurm/common.sh", "scripts/slurm/fit.sbatch", "scripts/pdsh/fit.sh"]
+    subprocess.run(["shellcheck", "-x", *scripts], cwd=root, check=True)
+
+    def dry(*args: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "scripts/pdsh/fit.sh", "--dry-run", *args]
+        return subprocess.run(command, cwd=root, env=os.environ | more, capture_output=True, text=True)
+
+    printed = dry("configs/32n_sp4.yaml", "--model.pretrained=/a b", NODES="x,y", NETWORK_INTERFACE="bond0").stdout
+    commands = printed.splitlines()
+    assert [line.split()[5] for line in commands] == ["x", "y", "x", "y"]
+    for rank, line in enumerate(commands):
+        words = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True).stdout
+        assert f"--node_rank={rank % 2} " in words and "--nnodes=2 " in words and "--master_addr=x " in words
+        assert "NCCL_SOCKET_IFNAME=bond0 GLOO_SOCKET_IFNAME=bond0" in words and r"--model.pretrained=/a\ b" in words
+        assert f"src.cli {'preflight' if rank < 2 else 'fit'} --config configs/32n_sp4.yaml --ckpt_path auto" in words
+    assert "there is no config" in dry("configs/none.yaml", NODES="x").stderr
+    assert "usage: " in dry(NODES="x").stderr
