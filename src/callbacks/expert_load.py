@@ -1,13 +1,14 @@
-"""How evenly the routed experts of each MoE layer are used, as scalars and as a heat map in TensorBoard."""
+"""How evenly the routed experts of each MoE layer are used, as scalars and as a heat map."""
 
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from transformers import DeepseekV3Config
+
+from .loggers import log_image
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -39,7 +40,7 @@ class ExpertLoad(pl.Callback):
 
     Args:
         heat_map_every_n_steps: optimizer steps from one heat map to the next, the first after the first step; 0 draws
-            none. Only TensorBoard gets them.
+            none. Loggers that show pictures get them: TensorBoard, Weights & Biases.
 
     Raises:
         ValueError: heat_map_every_n_steps is negative.
@@ -71,9 +72,7 @@ class ExpertLoad(pl.Callback):
         # In step with the scalars, which Lightning writes at the number of steps before this one.
         before = self._step - 1
         if trainer.is_global_zero and self.heat_map_every_n_steps and before % self.heat_map_every_n_steps == 0:
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image("expert_load/heat_map", heat_map(load), before, dataformats="HWC")
+            log_image(trainer, "expert_load/heat_map", heat_map(load), before)
 
 
 def scalars(load: FloatArray, first_layer: int) -> dict[str, float]:

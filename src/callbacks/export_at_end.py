@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from src.checkpoints.export import check_target
 from src.checkpoints.output import Dtype
 
-from .run_record import RunRecord
+from .run_record import run_record
 
 
 class ExportingStrategy(Protocol):
@@ -43,16 +43,9 @@ class ExportAtEnd(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.out is not None and stage == "fit":
             check_target(self.out, self.max_shard_size)
-            self._record(trainer)
+            run_record(trainer, self)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.out is not None:
-            run_files = self._record(trainer).side_files(trainer)
+            run_files = run_record(trainer, self).side_files(trainer)
             cast(ExportingStrategy, trainer.strategy).export(run_files, self.out, self.dtype, self.max_shard_size)
-
-    @staticmethod
-    def _record(trainer: pl.Trainer) -> RunRecord:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RunRecord):
-                return callback
-        raise ValueError("ExportAtEnd needs the callback RunRecord, which knows the run's config.json and tokenizer")

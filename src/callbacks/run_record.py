@@ -52,7 +52,9 @@ class RunRecord(pl.Callback):
     """Puts files into each checkpoint: config.yaml and run.json of the run, `hf/` with what an export needs.
 
     run.json says where the weights came from and under which licence, the code's revision and the packages' versions,
-    the processes, the optimizer steps and the tokens trained on, and the newest losses with the step that each is of.
+    the data's hash, counts and mixture, the processes, the optimizer steps and the tokens trained on, and the newest
+    losses with the step that each is of. When training starts, what is known by then goes to every logger with the
+    configuration, as hyperparameters, and as text to those that take it (TensorBoard).
 
     Args:
         config: the run's whole configuration, as YAML.
@@ -73,18 +75,34 @@ class RunRecord(pl.Callback):
         self._losses: dict[str, dict[str, float]] = {}
         self._step = 0  # the optimizer step that was counted last
 
+    def _facts(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """What does not change while a run goes on."""
+        data = getattr(trainer.datamodule, "facts", None)  # type: ignore[attr-defined]
+        return self._origin | ({} if data is None else {"data": data()})
+
     def side_files(self, trainer: pl.Trainer) -> dict[str, Any]:
         """What `write_run_files` in src/checkpoints takes, as of now."""
         progress = {"world_size": trainer.world_size, "step": trainer.global_step, "tokens": self._tokens}
-        record = self._origin | progress | {"losses": self._losses}
+        record = self._facts(trainer) | progress | {"losses": self._losses}
         return {
             "files": {"config.yaml": self.config, "run.json": json.dumps(record, indent=2)},
             "model_directory": self.model_directory,
             "tokenizer_directory": self.tokenizer_directory,
         }
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero:  # the data is set up, and no logger has written its own yet
+            for logger in trainer.loggers:
+                logger.log_hyperparams({**self._facts(trainer), "config": yaml.safe_load(self.config)})
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
+        if trainer.is_global_zero:
+            text = yaml.safe_dump(self._facts(trainer), sort_keys=False)
+            for logger in trainer.loggers:
+                add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+                if add_text is not None:
+                    add_text("run", f"```yaml\n{text}```", global_step=trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -104,7 +122,9 @@ class RunRecord(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._note(trainer, "train/loss")
-        self._note(trainer, "val/loss")
+        for name in sorted(trainer.callback_metrics):  # of each named set too
+            if name.startswith("val/") and name.endswith("/loss"):
+                self._note(trainer, name)
 
     def _note(self, trainer: pl.Trainer, name: str) -> None:
         noted = self._losses.get(name, {}).get("step")
@@ -122,3 +142,17 @@ class RunRecord(pl.Callback):
     ) -> None:
         # The strategy writes them into the checkpoint's directory before it appears.
         checkpoint["side_files"] = self.side_files(trainer)
+
+
+def run_record(trainer: pl.Trainer, asked_by: pl.Callback) -> RunRecord:
+    """The trainer's RunRecord, which `asked_by` needs.
+
+    Raises:
+        ValueError: it has none.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RunRecord):
+            return callback
+    raise ValueError(
+        f"{type(asked_by).__name__} needs the callback RunRecord, which knows the run's config.json and tokenizer"
+    )

@@ -1,5 +1,6 @@
 """Checkpoints by optimizer step, the newest ones kept, `last.ckpt` a relative link to the newest."""
 
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class StepCheckpoint(Checkpoint):
         self.keep = keep
         self.async_save = async_save
         self._saved_step = 0
+        self._began = 0.0
+        self.save_seconds: float | None = None  # on rank 0: the longest save so far, from its begin to its last byte
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step  # a resumed run stands where its checkpoint does
@@ -64,6 +67,10 @@ class StepCheckpoint(Checkpoint):
                 self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save_and_wait(trainer)
+
+    def save_and_wait(self, trainer: pl.Trainer) -> None:
+        """Returns when the checkpoint of this step is complete; to be called by all ranks."""
         self._save(trainer)
         trainer.strategy.wait_for_checkpoint()  # type: ignore[attr-defined]
 
@@ -72,6 +79,7 @@ class StepCheckpoint(Checkpoint):
         if step == self._saved_step:  # nothing trained since, or in the middle of accumulation
             return
         self._saved_step = step
+        self._began = time.monotonic()
         trainer.save_checkpoint(
             checkpoint_folder(trainer.default_root_dir) / f"step={step}.ckpt",
             storage_options={"asynchronous": self.async_save, "then": self._make_last},
@@ -79,6 +87,7 @@ class StepCheckpoint(Checkpoint):
 
     def _make_last(self, checkpoint: Path) -> None:
         """On rank 0, once a checkpoint is complete; in this order, so that `last.ckpt` always leads to a whole one."""
+        self.save_seconds = max(self.save_seconds or 0.0, time.monotonic() - self._began)
         folder = checkpoint.parent
         point(folder / LAST, checkpoint.name)
         remove(sorted((p for p in folder.glob("step=*.ckpt") if step_of(p) >= 0), key=step_of)[: -self.keep])

@@ -1,31 +1,122 @@
-"""Tokens a second over the whole job, measured from one optimizer step's first micro-batch to its end."""
+"""How fast the job trains and what its steps are made of: tokens a second, MFU, time by phase, memory."""
 
-import time
-from typing import Any
+from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from .phases import PHASES, TRAINING, Phases
+
+GIB = 2**30
+# Dense bf16 operations a second, from NVIDIA's data sheets, by a part of the device's name; the first that fits.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 operations a second of the device; None where it is not known, a CPU among others."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+class CountedModel(Protocol):
+    """src.models.deepseek_v3.DeepseekV3ForCausalLM is one."""
+
+    def step_flops(self, tokens: int, squares: int, targets: int, mtp_targets: int) -> int: ...
 
 
 class Throughput(pl.Callback):
-    """Logs `train/tokens_per_second`: the step's unpadded tokens over all ranks by its wall time, validation and
-    checkpoints apart."""
+    """After each optimizer step, logs what it was like over all ranks:
+
+    - `train/tokens_per_second`: its unpadded tokens by its time. `train/step_seconds`: that time, of rank 0, without
+      validation, checkpoints and samples.
+    - `train/mfu`: its useful operations (forward and backward of the documents as long as they are; no padding, no
+      recomputation) of what the devices could do in that time in bf16. Absent on a device whose peak is not known.
+    - `time/PHASE`: its seconds in data (waiting for a batch), forward, backward, optimizer and other, the ranks' mean;
+      `time/data_slowest_rank`: the most that one rank waited, while the others stood in their forward. Checkpoint,
+      validation and samples are those since the step before.
+    - `memory/peak_gib`, `memory/reserved_gib`: the most that tensors, and PyTorch with its cache, took of a GPU in the
+      step, on the rank that had most.
+    """
 
     def __init__(self) -> None:
-        self._started: float | None = None
         self._step = 0
+        self._squares: Tensor | None = None  # sum of this step's squared document lengths, of this rank's rows
+        self._peak: float | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._phases = Phases.of(trainer)
+        self._peak = peak_flops(trainer.strategy.root_device)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step, self._squares = trainer.global_step, None
+        self._phases.take()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._started is None:
-            self._started = time.monotonic()
-            self._step = trainer.global_step
+        # Padding is a last document without a source. On the device, which nothing waits for.
+        lengths = batch["cu_seqlens"].diff()[: len(batch["sources"])].double()
+        squares = (lengths * lengths).sum()
+        if self._squares is None:  # the step's first micro-batch
+            self._squares = torch.zeros_like(squares)
+            if squares.is_cuda:
+                torch.cuda.reset_peak_memory_stats(squares.device)
+        self._squares += squares
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._phases.start("validation")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._phases.stop("validation")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step or self._started is None:
-            return
-        seconds = time.monotonic() - self._started
-        self._started = None
-        pl_module.log("train/tokens_per_second", batch["step_tokens"] / seconds, prog_bar=True)
+        if trainer.global_step == self._step:
+            return  # in the middle of accumulation
+        self._step = trainer.global_step
+        assert self._squares is not None
+        own = self._phases.take()
+        seconds = sum(own[phase] for phase in TRAINING)
+        values = [*(own[phase] for phase in PHASES), *_memory_peaks(trainer.strategy.root_device)]
+        ours = torch.cat([self._squares.view(1), self._squares.new_tensor(values)])
+        self._squares = None
+        every = trainer.strategy.all_gather(ours).view(-1, len(ours)).cpu()  # [ranks, values], the step's one exchange
+        mean, most = every.mean(0).tolist(), every.max(0).values.tolist()
+
+        pl_module.log("train/tokens_per_second", batch["step_tokens"] / seconds)
+        pl_module.log("train/step_seconds", seconds)
+        if self._peak is not None:
+            sp_size = getattr(trainer.strategy, "sequence_parallel_size", 1)  # ranks that have the same rows
+            squares = round(every[:, 0].sum().item() / sp_size)
+            model = cast(CountedModel, pl_module.model)
+            flops = model.step_flops(batch["step_tokens"], squares, batch["step_targets"], batch["step_mtp_targets"])
+            pl_module.log("train/mfu", flops / (seconds * self._peak * trainer.world_size))
+        for index, phase in enumerate(PHASES, start=1):
+            pl_module.log(f"time/{phase}", mean[index])
+        pl_module.log("time/data_slowest_rank", most[1 + PHASES.index("data")])
+        if trainer.strategy.root_device.type == "cuda":
+            pl_module.log("memory/peak_gib", most[-2] / GIB)
+            pl_module.log("memory/reserved_gib", most[-1] / GIB)
+
+
+def _memory_peaks(device: torch.device) -> tuple[float, float]:
+    """Bytes allocated and reserved at most since the step began."""
+    if device.type != "cuda":
+        return 0.0, 0.0
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)

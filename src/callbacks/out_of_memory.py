@@ -1,0 +1,105 @@
+"""An out-of-memory error that says what would help."""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from .phases import Phases
+
+GIB = 2**30
+STRATEGY = "--trainer.strategy.init_args."
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting that decides how much memory a GPU needs, as it is and as it would need less."""
+
+    option: str
+    now: Any
+    less: Any
+    cost: str
+
+
+def remedies(trainer: pl.Trainer, pl_module: Any) -> list[Setting]:
+    """What of this run's settings would change it, the cheapest first."""
+    strategy, data = trainer.strategy, getattr(trainer, "datamodule", None)
+    found = []
+    if not getattr(pl_module, "activation_checkpointing", True):
+        found.append(Setting("--model.activation_checkpointing", "false", "true", "a third more computation"))
+    if getattr(pl_module, "layer_input", None) == "keep":
+        found.append(Setting("--model.layer_input", "keep", "offload", "14 KiB a token and layer to host memory"))
+    if getattr(pl_module, "attention_output", None) == "keep":
+        found.append(Setting("--model.attention_output", "keep", "offload", "46 KiB a token and layer to host memory"))
+    if not getattr(strategy, "offloads_optimizer", True):
+        found.append(
+            Setting(f"{STRATEGY}offload_optimizer", "false", "true", "states to host memory, a slower optimizer step")
+        )
+    sp = getattr(strategy, "sequence_parallel_size", 0)
+    heads = getattr(getattr(pl_module, "config", None), "num_attention_heads", 0)
+    larger = [n for n in range(sp + 1, trainer.world_size + 1) if trainer.world_size % n == 0 and heads % n == 0]
+    if sp and larger:
+        more = f"{larger[0] / sp:g}"
+        cost = f"1/{more} of the tokens a GPU and micro-step, so {more} x accumulate_grad_batches for the same rows"
+        found.append(Setting(f"{STRATEGY}sequence_parallel_size", sp, larger[0], cost))
+    batch_size = getattr(data, "batch_size", 1)
+    if batch_size > 1:
+        cost = "half the tokens for the same exchange of weights"
+        found.append(Setting("--data.batch_size", batch_size, batch_size // 2, cost))
+    shard = _experts_per_shard(pl_module)
+    if shard > 1:
+        smaller = max(n for n in range(1, shard) if shard % n == 0)
+        found.append(Setting("--model.experts_per_shard", shard, smaller, "smaller products and exchanges"))
+    return found
+
+
+def _experts_per_shard(pl_module: Any) -> int:
+    experts = getattr(getattr(pl_module, "config", None), "n_routed_experts", 0)
+    shards = {len(m) for name, m in pl_module.named_modules() if name.endswith("mlp.experts")}
+    return experts // max(shards) if shards else 0
+
+
+def memory_figures() -> str:
+    """Of this process's GPU, as far as there is one, and of its host."""
+    figures = []
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        figures = [
+            f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB allocated at most in this step",
+            f"{torch.cuda.max_memory_reserved() / GIB:.1f} GiB reserved by PyTorch",
+            f"{(total - free) / GIB:.1f} of {total / GIB:.1f} GiB of the GPU in use",
+        ]
+    host = psutil.virtual_memory()
+    return ", ".join([*figures, f"{host.available / GIB:.0f} of {host.total / GIB:.0f} GiB of host memory available"])
+
+
+def plan_command(arguments: list[str], changes: list[Setting]) -> str:
+    """The plan of this run with some settings changed; `arguments` are those of `fit`."""
+    words = ["plan", *arguments, *(f"{change.option}={change.less}" for change in changes)]
+    return "python -m src.cli " + shlex.join(words)
+
+
+class OutOfMemory(pl.Callback):
+    """Adds to an out-of-memory error, on the rank that it happened on: the phase, the memory, what would help."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        Phases.of(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, torch.OutOfMemoryError):
+            return
+        found = remedies(trainer, pl_module)
+        lines = [
+            f"Rank {trainer.global_rank} ran out of GPU memory in step {trainer.global_step + 1}, phase "
+            f"{Phases.of(trainer).failed_in(exception)}: {memory_figures()}.",
+            "What would change it, the cheapest first:",
+            *(f"  {change.option}={change.less}  (now {change.now}): {change.cost}" for change in found),
+            "  a lower --data.max_length, or more nodes",
+            "The first of them as a plan, without a GPU:",
+            f"  {plan_command(sys.argv[2:], found[:1])}",
+        ]
+        exception.add_note("\n".join(lines))

@@ -1,0 +1,98 @@
+"""The weights alone, between checkpoints: Hugging Face directories that transformers and vLLM load as they are."""
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import cast
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+
+from src.checkpoints.durable import INCOMPLETE, remove
+from src.checkpoints.export import OtherRankFailed
+
+from .export_at_end import ExportingStrategy
+from .run_record import run_record
+
+log = logging.getLogger(__name__)
+
+FOLDER = "weights"
+MAX_SHARD_SIZE = "5GB"  # 274 files for DeepSeek-V3, so that 256 ranks have one each
+
+
+class WeightsCheckpoint(pl.Callback):
+    """Exports `<default_root_dir>/weights/step=N` in BF16 every `every_n_train_steps`, from the ranks' own partitions.
+
+    A directory of that name is whole. Training waits while it is written. A save that fails, for want of room say, is
+    logged and training goes on; the weights of the last step are the last checkpoint's, and `export.out`'s.
+
+    Args:
+        every_n_train_steps: optimizer steps between them; 0: none.
+        keep: newest directories kept; older ones are removed once a newer one is complete.
+    """
+
+    def __init__(self, every_n_train_steps: int = 0, keep: int = 2) -> None:
+        if every_n_train_steps < 0:
+            raise ValueError(f"weights.every_n_train_steps is {every_n_train_steps}; it must be 0 (none) or more.")
+        if keep < 1:
+            raise ValueError(f"weights.keep is {keep}; at least the newest weights are kept.")
+        self.every_n_train_steps = every_n_train_steps
+        self.keep = keep
+        self._saved_step = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.every_n_train_steps and stage == "fit":
+            run_record(trainer, self)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved_step = trainer.global_step  # nothing is trained since
+        if self.every_n_train_steps and trainer.is_global_zero:
+            _remove_leftovers(weights_folder(trainer.default_root_dir))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        step = trainer.global_step
+        # The same step comes again within accumulation.
+        if self.every_n_train_steps and step % self.every_n_train_steps == 0 and step != self._saved_step:
+            self._saved_step = step
+            self._save(trainer, weights_folder(trainer.default_root_dir).absolute() / f"step={step}")
+
+    def _save(self, trainer: pl.Trainer, out: Path) -> None:
+        error: str | None = None
+        try:
+            if trainer.is_global_zero and out.exists():  # of a session that was killed later, and resumed before
+                remove([out])
+            run_files = run_record(trainer, self).side_files(trainer)
+            cast(ExportingStrategy, trainer.strategy).export(run_files, out, "bf16", MAX_SHARD_SIZE)
+        except OtherRankFailed:
+            pass
+        except Exception as own:  # every rank has one of the two, so none is left waiting for the others
+            error = str(own)
+        errors: list[str | None] = [None] * trainer.world_size
+        dist.all_gather_object(errors, error)
+        if not trainer.is_global_zero:
+            return
+        found = list(dict.fromkeys(text for text in errors if text is not None))
+        if found:
+            log.error("%s was not saved, training goes on, and the next save tries again: %s", out, "; ".join(found))
+        else:
+            saved = sorted((p for p in out.parent.iterdir() if step_of(p) >= 0), key=step_of)
+            remove(saved[: -self.keep])
+        _remove_leftovers(out.parent)
+
+
+def weights_folder(root: str | Path) -> Path:
+    return Path(root) / FOLDER
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step of a directory `step=N`, -1 for any other name."""
+    found = re.fullmatch(r"step=([0-9]+)", path.name)
+    return int(found[1]) if found else -1
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What interrupted saves and removals have left."""
+    for suffix in (".partial", INCOMPLETE):
+        for left in folder.glob(f"step=*{suffix}"):
+            shutil.rmtree(left, ignore_errors=True)

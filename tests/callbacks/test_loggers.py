@@ -1,0 +1,73 @@
+"""Text and pictures reach the loggers that show them, and no callback needs TensorBoard."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.callbacks.expert_load import ExpertLoad
+from src.callbacks.loggers import log_image, log_texts
+
+from .test_expert_load import Stub
+from .test_expert_load import train as train_experts
+
+
+class Fake(Logger):
+    """What Weights & Biases' logger offers, with the same signatures."""
+
+    name, version = "fake", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[tuple[str, Any, int]] = []
+        self.texts: list[tuple[str, Any, Any, int]] = []
+        self.metrics: dict[int, dict[str, float]] = {}
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        self.metrics.setdefault(step, {}).update(metrics)
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        assert step is not None
+        self.images.append((key, images, step))
+
+    def log_text(self, key: str, columns: list[str], data: list[list[str]], step: int | None = None) -> None:
+        assert step is not None
+        self.texts.append((key, columns, data, step))
+
+
+def test_expert_load_with_another_logger() -> None:
+    logger = Fake()
+    train_experts(Stub(), ExpertLoad(heat_map_every_n_steps=2), logger)
+    assert [(key, step) for key, _, step in logger.images] == [("expert_load/heat_map", 0), ("expert_load/heat_map", 2)]
+    assert all(image.dtype == np.uint8 and image.ndim == 3 for _, (image,), _ in logger.images)
+    assert logger.metrics[1]["expert_load/max_over_mean_worst"] == 4
+
+
+def test_text_goes_where_it_is_shown(tmp_path: Path) -> None:
+    tensorboard, fake = TensorBoardLogger(tmp_path), Fake()
+    trainer: Any = SimpleNamespace(loggers=[tensorboard, CSVLogger(tmp_path), fake])
+    log_texts(trainer, "samples", {"Hi": "Hello\n# there", "Why?": ""}, 7)
+    log_image(trainer, "picture", np.zeros((2, 3, 3), dtype=np.uint8), 7)
+    assert fake.texts == [
+        ("samples", ["step", "prompt", "text"], [["7", "Hi", "Hello\n# there"], ["7", "Why?", ""]], 7)
+    ]
+    tensorboard.experiment.flush()
+    events = EventAccumulator(tensorboard.log_dir).Reload()
+    (event,) = events.Tensors("samples/0/text_summary")
+    assert event.step == 7 and event.tensor_proto.string_val == [b"    Hi\n    ---\n    Hello\n    # there"]
+    assert events.Tags()["images"] == ["picture"]
+
+
+@pytest.mark.parametrize("method", ["log_text", "log_image"])
+def test_the_fake_is_like_the_real_one(method: str) -> None:
+    import inspect
+
+    ours, real = (list(inspect.signature(getattr(c, method)).parameters) for c in (Fake, WandbLogger))
+    assert set(ours) <= set(real)

@@ -1,0 +1,75 @@
+"""An out-of-memory error says where it happened and what would change it."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from src.callbacks.out_of_memory import OutOfMemory, remedies
+
+from .stub import Stub, train
+
+ARGUMENTS = ["--config", "configs/32n_sp4.yaml", "--data.train_files=[a b.jsonl]"]
+
+
+class Full(Stub):
+    """Its third forward does not fit."""
+
+    layer_input, attention_output, activation_checkpointing = "keep", "recompute", True
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().training_step(batch, batch_idx)
+
+
+def test_it_says_where_and_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["src/cli.py", "fit", *ARGUMENTS])
+    with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 2\.00 GiB") as caught:
+        train(Full(), OutOfMemory())
+    (note,) = caught.value.__notes__
+    lines = note.splitlines()
+    assert lines[0].startswith("Rank 0 ran out of GPU memory in step 2, phase forward: ")
+    assert "of host memory available" in lines[0]
+    assert "  --model.layer_input=offload  (now keep): 14 KiB a token and layer to host memory" in lines
+    assert lines[-1] == (
+        "  python -m src.cli plan --config configs/32n_sp4.yaml '--data.train_files=[a b.jsonl]' "
+        "--model.layer_input=offload"
+    )
+
+
+def test_another_error_is_left_as_it_is() -> None:
+    class Broken(Stub):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            raise ValueError("no")
+
+    with pytest.raises(ValueError) as caught:
+        train(Broken(), OutOfMemory())
+    assert not hasattr(caught.value, "__notes__")
+
+
+def module(**settings: Any) -> Any:
+    experts = torch.nn.Module()
+    experts.mlp = torch.nn.Module()
+    experts.mlp.experts = torch.nn.ModuleList(torch.nn.Module() for _ in range(8))
+    config = SimpleNamespace(num_attention_heads=128, n_routed_experts=256)
+    return SimpleNamespace(config=config, named_modules=experts.named_modules, **settings)
+
+
+def test_remedies_come_by_cost_and_are_of_what_can_change() -> None:
+    strategy = SimpleNamespace(offloads_optimizer=False, sequence_parallel_size=4)
+    trainer: Any = SimpleNamespace(strategy=strategy, datamodule=SimpleNamespace(batch_size=2), world_size=256)
+    found = remedies(trainer, module(layer_input="keep", attention_output="keep", activation_checkpointing=True))
+    assert [(s.option.rpartition(".")[2], s.now, s.less) for s in found] == [
+        ("layer_input", "keep", "offload"),
+        ("attention_output", "keep", "offload"),
+        ("offload_optimizer", "false", "true"),
+        ("sequence_parallel_size", 4, 8),
+        ("batch_size", 2, 1),
+        ("experts_per_shard", 32, 16),
+    ]
+    strategy.offloads_optimizer, trainer.datamodule.batch_size, trainer.world_size = True, 1, 4
+    found = remedies(trainer, module(layer_input="offload", attention_output="offload", activation_checkpointing=True))
+    assert [s.option for s in found] == ["--model.experts_per_shard"]
