@@ -55,6 +55,14 @@ def test_all_that_is_wrong_is_listed_and_exits_with_1(tmp_path: Path) -> None:
         assert problem in result.stdout, problem
 
 
+def test_without_a_tokenizer_or_with_wrong_weights_there_is_one_error(tmp_path: Path) -> None:
+    result = run(tmp_path, f"--data.tokenizer={tmp_path}")
+    assert result.returncode == 1 and "Traceback" not in result.stderr and not result.stdout
+    assert result.stderr.strip().splitlines()[-1].startswith(f"check-data: tokenizer '{tmp_path}': no tokenizer.json")
+    result = run(tmp_path, "--data.train_weights=[1, 2]", "--data.val_sets={more: [data/demo/val.jsonl]}")
+    assert "check-data: data.train_weights has 2 values, data.train_files 1 entries" in result.stderr
+
+
 def test_help(tmp_path: Path) -> None:
     result = run(tmp_path, "--help")
     assert result.returncode == 0 and "--show" in result.stdout and "--data.max_length" in result.stdout

@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from src.checkpoints.disk_space import check_room
 from src.checkpoints.durable import publish
 from src.checkpoints.hf_reader import INDEX_FILE, HFDirectorySource
 from src.checkpoints.hf_writer import Shard, index, is_complete, parse_size, plan_shards, write_json, write_shard
@@ -38,6 +39,10 @@ log = logging.getLogger(__name__)
 _PLAN = ".export.json"
 _LIVE = "the end of fit"  # the run in the plan of an export that is no command's
 _PATIENCE = 120  # seconds for which a process waits for the plan of the one that made the directory
+
+
+class OtherRankFailed(RuntimeError):
+    """Another rank's part of a collective work failed; its own error is on that rank."""
 
 
 def export(
@@ -74,6 +79,7 @@ def export(
     check_manifest(ckpt, rank=rank, world_size=world_size)
     if rank >= len(job.shards):  # more processes than files
         return
+    job.check_room(target)
     plan = {"ckpt": str(Path(ckpt).resolve()), "dtype": dtype, "max_shard_size": max_shard_size, "base": job.base}
     partial = _join(target, plan, run, resume)
     if rank == 0 and not (partial / "config.json").is_file():
@@ -151,6 +157,12 @@ class Export:
                     update(shard.nbytes)
                 else:
                     write_shard(directory, shard, update)
+
+    def check_room(self, out: Path) -> None:
+        """Refuses an export to `out` whose files of weights, those that are not there yet, do not fit on its disk."""
+        partial = partial_of(out)
+        needed = sum(shard.nbytes for shard in self.shards if not is_complete(partial, shard))
+        check_room(out.parent, needed, f"the export to {out.name}")
 
     def missing(self, directory: Path) -> int:
         """How many files of weights are not in `directory`."""

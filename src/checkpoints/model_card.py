@@ -85,6 +85,7 @@ def _rows(facts: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, st
     for kind in ("train", "val"):
         if files := data.get(f"{kind}_files"):
             add(f"{kind} files", ", ".join(f"`{PurePath(file).name}`" for file in files))
+    add("hash of the train data", facts.get("data", {}).get("train", {}).get("hash"))
     add("optimizer steps", facts.get("step"))
     if "tokens" in facts:
         add("training tokens", facts["tokens"], f"{facts['tokens']:,}, prompts included, padding not")

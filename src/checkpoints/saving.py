@@ -30,10 +30,12 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
+from src.checkpoints.disk_space import Room
 from src.checkpoints.durable import INCOMPLETE, CheckedFile, make_folder, publish, seal
 from src.checkpoints.host_copy import HostMemory, host_copy, nbytes
 from src.checkpoints.manifest import MANIFEST, FileRecord, dump_manifest
 from src.checkpoints.run_files import write_run_files
+from src.checkpoints.save_problem import Problem, failure
 
 log = logging.getLogger(__name__)
 
@@ -43,22 +45,9 @@ TAG = "checkpoint"  # the folder of DeepSpeed's files, whose name the file `late
 PATIENCE, PATIENCE_AFTER_ERROR = 1800.0, 60.0
 _POLL = 0.02, 2.0  # seconds, growing from the first to the second
 
-_ROOM = "Make room there, keep fewer checkpoints (checkpoint.keep) or write to another disk (trainer.default_root_dir)."
-_REMEDIES = {
-    errno.ENOSPC: _ROOM,
-    errno.EDQUOT: f"A quota is used up. {_ROOM}",
-    errno.EFBIG: "Raise the limit of a file's size (`ulimit -f`, or the file system's own).",
-}
-
 
 class SaveFailed(RuntimeError):
     """Says which checkpoint was not saved, why, and what to do; the training and earlier checkpoints are unharmed."""
-
-
-@dataclass
-class _Problem:
-    text: str
-    errno: int | None
 
 
 @dataclass
@@ -69,8 +58,9 @@ class _Save:
     final: Path
     asynchronous: bool
     states: list[tuple[Path, Any]] = field(default_factory=list)
-    problem: _Problem | None = None  # of this rank, before anything is written
+    problem: Problem | None = None  # of this rank, before anything is written
     needed: int = 0  # bytes of all ranks
+    room: Room | None = None  # the least of all ranks', where it is too little
     side_files: dict[str, Any] | None = None
     then: Callable[[Path], None] | None = None
     begun: float = field(default_factory=time.monotonic)
@@ -122,7 +112,7 @@ class CheckpointSaver(CheckpointEngine):
                     shutil.rmtree(save.aside, ignore_errors=True)
                     (save.aside / TAG).mkdir(parents=True)
             except OSError as error:
-                save.problem = self._problem(save.aside / TAG, error)
+                save.problem = Problem.of(self._rank, save.aside / TAG, error)
         dist.broadcast_object_list(exists)
         if exists[0]:
             raise ValueError(
@@ -142,12 +132,18 @@ class CheckpointSaver(CheckpointEngine):
         assert save is not None
         save.side_files, save.then = side_files, then
         reports: list[Any] = [None] * self._world_size
-        free = shutil.disk_usage(save.aside).free if self._rank == 0 and save.problem is None else 0
-        dist.all_gather_object(reports, (save.problem, sum(nbytes(state) for _, state in save.states), free))
+        try:
+            room = Room.at(save.final.parent)
+        except OSError as error:  # raised here it would leave the other ranks waiting
+            room = Room("", "", 0)
+            save.problem = save.problem or Problem.of(self._rank, save.final.parent, error)
+        dist.all_gather_object(reports, (save.problem, sum(nbytes(state) for _, state in save.states), room))
         problems = [problem for problem, _, _ in reports if problem is not None]
         save.needed = sum(size for _, size, _ in reports)
-        if not problems and save.needed > reports[0][2]:
-            problems = [_Problem("The disk is too small for it", errno.ENOSPC)]
+        # Every rank's, so that a node that has not mounted the folder does not fill its own disk.
+        least = min((room for _, _, room in reports), key=lambda room: room.free)
+        if not problems and save.needed > least.free:
+            save.room, problems = least, [Problem("The disk is too small for it", errno.ENOSPC)]
         if problems:
             save.states.clear()
             if self._rank == 0:
@@ -197,7 +193,7 @@ class CheckpointSaver(CheckpointEngine):
             state = host_copy(state_dict, self._memory) if self._save.asynchronous else state_dict
             self._save.states.append((Path(path), state))
         except Exception as error:  # out of memory, say: raised here it would leave the other ranks waiting
-            self._save.problem = self._problem(Path(path), error)
+            self._save.problem = Problem.of(self._rank, Path(path), error)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         return torch.load(path, map_location=map_location, weights_only=False)  # the project's own files
@@ -213,7 +209,7 @@ class CheckpointSaver(CheckpointEngine):
 
     def _write(self, save: _Save) -> None:
         files: dict[str, list[Any]] = {}
-        problem: _Problem | None = None
+        problem: Problem | None = None
         while save.states and problem is None:
             path, state = save.states.pop(0)
             try:
@@ -221,7 +217,7 @@ class CheckpointSaver(CheckpointEngine):
                     torch.save(state, file)  # type: ignore[arg-type]  # it needs no more than write and flush
                 files[str(path.relative_to(save.aside))] = [file.bytes, file.crc32]
             except Exception as error:
-                problem = self._problem(path, error)
+                problem = Problem.of(self._rank, path, error)
         save.states.clear()
         report = {"files": files, "problem": None if problem is None else [problem.text, problem.errno]}
         self._store.set(_key(save, self._rank), json.dumps(report))
@@ -232,7 +228,7 @@ class CheckpointSaver(CheckpointEngine):
         """On rank 0: makes the folder a checkpoint once every rank has written its part of it."""
         try:
             reports = self._hear(save)
-            problems = [_Problem(*report["problem"]) for report in reports if report["problem"] is not None]
+            problems = [Problem(*report["problem"]) for report in reports if report["problem"] is not None]
             if problems:
                 return self._fail(save, problems)
             files = {
@@ -251,7 +247,7 @@ class CheckpointSaver(CheckpointEngine):
                 manifest.write(dump_manifest(files, self._world_size).encode())
             publish(save.aside, save.final)
         except Exception as error:
-            return self._fail(save, [self._problem(save.aside, error)])
+            return self._fail(save, [Problem.of(self._rank, save.aside, error)])
         size, seconds = sum(record.bytes for record in files.values()), time.monotonic() - save.begun
         held_up = save.held_up or seconds
         log.info("%s: %.3g GB in %.1f s, training stood still for %.2f s", save.final, size / 1e9, seconds, held_up)
@@ -280,26 +276,10 @@ class CheckpointSaver(CheckpointEngine):
 
     # -- failing --------------------------------------------------------------------------------------------------
 
-    def _problem(self, path: Path, error: Exception) -> _Problem:
-        """An error while writing `path`, or the file that the error names."""
-        if not isinstance(error, OSError):  # not the disk's fault, so where it comes from is of interest
-            log.error("rank %d, %s", self._rank, path, exc_info=error)
-            return _Problem(f"Rank {self._rank} could not write {path}: {error!r}", None)
-        reason = error.strerror or str(error)
-        return _Problem(f"Rank {self._rank} could not write {error.filename or path}: {reason}", error.errno)
-
-    def _fail(self, save: _Save, problems: list[_Problem]) -> None:
+    def _fail(self, save: _Save, problems: list[Problem]) -> None:
         """On rank 0: removes what there is of a checkpoint, and says why in one message."""
         shutil.rmtree(save.aside, ignore_errors=True)
-        folder = next(f for f in save.final.parents if f.exists())
-        texts = "; ".join(problem.text for problem in problems[:4])
-        more = f" and so for {len(problems) - 4} more ranks" if len(problems) > 4 else ""
-        remedy = next((_REMEDIES[p.errno] for p in problems if p.errno in _REMEDIES), "Look into that first.")
-        self._error = (
-            f"{save.final} was not saved. {texts}{more}. It takes {save.needed:,} bytes, and "
-            f"{shutil.disk_usage(folder).free:,} are free in {folder}. {remedy} "
-            "The training's state and earlier checkpoints are untouched, and the next save tries again."
-        )
+        self._error = failure(save.final, problems, save.needed, save.room or Room.at(save.final.parent))
         log.error(self._error)
 
 

@@ -25,6 +25,7 @@ from .sequence_shard import Document
 from .tokenization import Report, TokenizeOptions, tokenize_spans
 
 FORMAT_VERSION = 2  # raise it when rendering, masking, the columns or the report change
+WRITTEN_AT_ONCE = 64  # samples that a process holds before it writes them
 
 _FEATURES = Features(
     {
@@ -42,7 +43,8 @@ _FEATURES = Features(
 class TokenCache:
     """The samples of one cache directory, memory-mapped, and the report on their rows.
 
-    `lengths`, `targets`, `mtp_targets`: int32 [samples], tokens and labels of each sample.
+    `lengths`, `targets`, `mtp_targets`: int32 [samples], tokens and labels of each sample. `files`, `file_rows`: int32
+    and int64 [samples], the number of its path and its row there; the samples of a row stand together.
     """
 
     def __init__(self, directory: Path, paths: Sequence[str]) -> None:
@@ -57,8 +59,8 @@ class TokenCache:
         ]
         self._table = concatenate_datasets(parts).with_format("arrow")
         assert len(self._table) == self.statistics.samples
-        self.lengths, self.targets, self.mtp_targets = (
-            self._table.data.column(name).to_numpy() for name in ("length", "targets", "mtp_targets")
+        self.lengths, self.targets, self.mtp_targets, self.files, self.file_rows = (
+            self._table.data.column(name).to_numpy() for name in ("length", "targets", "mtp_targets", "file", "row")
         )
 
     def __len__(self) -> int:
@@ -69,8 +71,12 @@ class TokenCache:
         return Document(
             row["input_ids"][0].values.to_numpy(),
             row["target_spans"][0].values.to_numpy().reshape(-1, 2),
-            f"{self.paths[row['file'][0].as_py()]}:{row['row'][0].as_py()}",
+            self.source(index),
         )
+
+    def source(self, index: int) -> str:
+        """The row that a sample comes from, "file:row"."""
+        return f"{self.paths[self.files[index]]}:{self.file_rows[index]}"
 
 
 def default_cache_dir() -> Path:
@@ -247,6 +253,7 @@ def _tokenize(
             },
             num_proc=processes if processes > 1 else None,
             fingerprint=building.name,
+            writer_batch_size=WRITTEN_AT_ONCE,
         )
     except ValueError:  # datasets knows no empty dataset; the reports say why it is empty
         if _gather(reports).statistics.samples:

@@ -3,21 +3,19 @@
 It goes through the same reading, rendering, masking and packing as training, and leaves the cache that training opens.
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from .cache import TokenCache, default_cache_dir, nothing_to_train_on, open_or_check, remembered_scan
+from .copies import Conversations, first_samples, firsts
 from .findings import Findings
+from .packed_set import PackedSet
 from .reader import RowError, expand
 from .sequence_shard import Document
-from .sft import PackedSet, SFTDataModule
-
-DIGEST_BYTES = 16
+from .sft import SFTDataModule
 
 _LEAK = (
     "trains on the same tokens as {}; the validation loss then measures memory: remove the row from one of the files"
@@ -27,9 +25,9 @@ _COPY = "trains on the same tokens as {}; remove one, unless it is to count twic
 
 @dataclass
 class SetReport:
-    """Training's or validation's data."""
+    """The data of training, or of a validation set."""
 
-    name: Literal["train", "val"]
+    name: str  # train, val, or "val NAME"
     problems: list[str] = field(default_factory=list)  # of whole files
     errors: Findings = field(default_factory=Findings)  # of rows
     remarks: Findings = field(default_factory=Findings)
@@ -49,51 +47,77 @@ def check(data: SFTDataModule, replicas: int | None, accumulation: int, show: in
     Args:
         replicas: data-parallel size; None where it is not known.
         accumulation: micro-steps of an optimizer step.
-        show: conversations of each set to return as training sees them.
+        show: conversations of each set to return as training sees them, evenly spread over the set.
     """
-    seen: dict[bytes, str] = {}  # digest of a conversation -> the first row of the training data that has it
-    train, val = SetReport("train"), SetReport("val")
-    with_steps = None if replicas is None else (replicas, accumulation)
-    _check_files(train, data, data.train_files, show, seen, with_steps)
-    if not data.val_files:
-        return [train]
-    _check_files(val, data, data.val_files, show, seen, None)
-    return [train, val]
+    train = SetReport("train")
+    trained = _check_files(train, data, data.train_files, show, None)
+    if trained is not None and replicas is not None:
+        train.numbers.append(_steps(trained[1], data.batch_size, replicas, accumulation))
+    reports = [train]
+    sets = {"val": data.val_files or [], **{f"val {name}": files for name, files in data.val_sets.items()}}
+    for name, files in sets.items():
+        if files or name != "val":
+            reports.append(SetReport(name))
+            _check_files(reports[-1], data, files, show, None if trained is None else trained[0])
+    return reports
 
 
 def _check_files(
-    report: SetReport,
-    data: SFTDataModule,
-    files: Sequence[str],
-    show: int,
-    seen: dict[bytes, str],
-    with_steps: tuple[int, int] | None,
-) -> None:
+    report: SetReport, data: SFTDataModule, files: Sequence[str], show: int, train: Conversations | None
+) -> tuple[Conversations, int] | None:
+    """Returns the conversations, and how many packed rows an epoch has; None where there are none.
+
+    Args:
+        train: the training data's conversations, which those of a validation set should not be among.
+    """
     assert data.tokenizer is not None
     paths = _readable(files, data, report.problems)
     if not paths:
-        return
+        if not report.problems:
+            report.problems.append(f"{report.name}: no files; name at least one, or leave the set out")
+        return None
     with open_or_check(paths, data.tokenizer, data.options, data.cache_dir) as cache:
         report.errors, report.remarks = cache.report.errors, cache.report.remarks
         if not len(cache):
             report.problems.append(nothing_to_train_on(paths, cache.report, data.options))
-            return
-        copies = leaks = 0
-        own = {} if report.name == "val" else seen
-        for digest, source in _conversations(cache):
-            if report.name == "val" and digest in seen:
-                leaks += 1
-                report.remarks.add(RowError(source, "", _LEAK.format(seen[digest])))
-            if own.setdefault(digest, source) != source:
-                copies += 1
-                report.remarks.add(RowError(source, "", _COPY.format(own[digest])))
+            return None
+        found = Conversations.of(cache)
+        copies, leaks = _compare(report, found, train)
+        is_train, mixed = report.name == "train", []
         packed = data.pack(cache)
-        report.numbers = _numbers(data, packed, copies, None if report.name == "train" else leaks)
-        if with_steps is not None:
-            report.numbers.append(_steps(len(packed.rows), data.batch_size, *with_steps))
+        if is_train and data.train_weights is not None and not report.problems:
+            try:
+                packed = data.pack(cache, data.train_weights)
+                mixed = packed.mixture.lines() if packed.mixture is not None else []
+            except ValueError as error:
+                report.problems.append(str(error))
+        report.numbers = [*_numbers(data, packed, copies, None if is_train else leaks), *mixed]
         report.notes = cache.statistics.lines(data.options)[1:]
         report.lengths = _histogram(cache.lengths)
-        report.shown = _first(cache, show)
+        report.shown = _spread(cache, show)
+        return found, packed.rows_an_epoch
+
+
+def _compare(report: SetReport, found: Conversations, train: Conversations | None) -> tuple[int, int]:
+    """Remarks on conversations that are there twice, and on those of validation that are in the training data too."""
+    leaks = copies = 0
+    before = 0 if train is None else len(train.digests)
+    own = firsts(found.digests)
+    if train is not None:
+        of_both = firsts(np.concatenate([train.digests, found.digests]))[before:]
+        leaked = of_both < before
+    else:
+        of_both, leaked = own, np.zeros(len(own), dtype=bool)
+    copied = own != np.arange(len(own))
+    for index in np.flatnonzero(leaked | copied).tolist():
+        if leaked[index]:
+            assert train is not None
+            leaks += 1
+            report.remarks.add(RowError(found.source(index), "", _LEAK.format(train.source(int(of_both[index])))))
+        if copied[index]:
+            copies += 1
+            report.remarks.add(RowError(found.source(index), "", _COPY.format(found.source(int(own[index])))))
+    return copies, leaks
 
 
 def _readable(patterns: Sequence[str], data: SFTDataModule, problems: list[str]) -> list[str]:
@@ -114,31 +138,12 @@ def _readable(patterns: Sequence[str], data: SFTDataModule, problems: list[str])
     return readable
 
 
-def _conversations(cache: TokenCache) -> Iterator[tuple[bytes, str]]:
-    """Yields (digest of tokens and targets, source) of each row that has samples, which stand together."""
-    digest, source = hashlib.blake2b(digest_size=DIGEST_BYTES), ""
-    for index in range(len(cache)):
-        document = cache.document(index)
-        if source and document.source != source:
-            yield digest.digest(), source
-            digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-        source = document.source
-        digest.update(np.asarray([len(document.input_ids), len(document.target_spans)]).tobytes())
-        digest.update(document.input_ids.tobytes() + document.target_spans.tobytes())
-    yield digest.digest(), source
-
-
-def _first(cache: TokenCache, conversations: int) -> list[Document]:
-    """All samples of the first conversations."""
-    shown: list[Document] = []
-    sources: set[str] = set()
-    for index in range(len(cache)):
-        document = cache.document(index)
-        sources.add(document.source)
-        if len(sources) > conversations:
-            break
-        shown.append(document)
-    return shown
+def _spread(cache: TokenCache, conversations: int) -> list[Document]:
+    """All samples of some conversations, evenly spread from the first to the last."""
+    starts = first_samples(cache)
+    picked = np.unique(np.linspace(0, len(starts) - 1, min(conversations, len(starts))).round().astype(np.int64))
+    ends = np.append(starts[1:], len(cache))
+    return [cache.document(index) for place in picked for index in range(starts[place], ends[place])]
 
 
 def _numbers(data: SFTDataModule, packed: PackedSet, copies: int, leaks: int | None) -> list[tuple[str, str]]:

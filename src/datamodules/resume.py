@@ -1,4 +1,5 @@
-"""Lightning's loop progress, rewritten from the one number that no layout changes: the optimizer step."""
+"""Resuming: whether the data would continue, and Lightning's loop progress, rewritten from the optimizer step, the one
+number that no layout changes."""
 
 from typing import Any
 
@@ -44,3 +45,47 @@ def align_progress(
 
 def _counts(begun: int, processed: int, completed: int) -> dict[str, int]:
     return {"ready": begun, "started": begun, "processed": processed, "completed": completed}
+
+
+def check_identity(saved: dict[str, Any], now: dict[str, Any], batch_size: int, accumulate_grad_batches: int) -> None:
+    """Refuses a checkpoint whose data would not continue here; `saved`, `now`: see `SFTDataModule.state_dict`.
+
+    Raises:
+        ValueError: the data, its order, or the rows of a step are others than the checkpoint's.
+    """
+    for name in ("max_length", "packing", "seed", "train_weights"):
+        if saved.get(name) != now[name]:  # of earlier checkpoints none says train_weights
+            raise ValueError(
+                f"data.{name} is {now[name]}, but the checkpoint was trained with {saved.get(name)}, and the rows that "
+                f"it has yet to see would be others: set --data.{name} {str(saved.get(name)).replace('None', 'null')}"
+            )
+    if saved["fingerprint"] != now["fingerprint"] or saved["rows"] != now["rows"]:
+        raise ValueError(
+            f"the training data is not the checkpoint's: {now['rows']} rows ({now['fingerprint']}), but it was "
+            f"trained on {saved['rows']} ({saved['fingerprint']}); the files' bytes and order, the tokenizer with "
+            "its template, overlong and history_reasoning must be the same, with train_weights the entries of "
+            "train_files too. For other data start a new run from exported weights"
+        )
+    if saved["rows_per_step"] != now["rows_per_step"]:
+        raise ValueError(
+            _other_rows_per_step(saved["rows_per_step"], now["rows_per_step"], batch_size, accumulate_grad_batches)
+        )
+    if saved["steps_per_epoch"] != now["steps_per_epoch"]:
+        raise ValueError(
+            f"an epoch has {now['steps_per_epoch']} optimizer steps, but the checkpoint's had "
+            f"{saved['steps_per_epoch']}: set limit_train_batches as it was"
+        )
+
+
+def _other_rows_per_step(saved: int, now: int, batch_size: int, accumulation: int) -> str:
+    one_micro_step = now // accumulation
+    replicas = one_micro_step // batch_size
+    remedy = (
+        f"set --trainer.accumulate_grad_batches {saved // one_micro_step}"
+        if saved % one_micro_step == 0
+        else f"no accumulation gives {saved}: data-parallel size x batch_size must divide it"
+    )
+    return (
+        f"an optimizer step takes {now} rows (data-parallel size {replicas} x batch_size {batch_size} x "
+        f"accumulate_grad_batches {accumulation}), but the checkpoint's took {saved}; {remedy}"
+    )

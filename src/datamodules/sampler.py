@@ -8,6 +8,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DistributedSampler
 
+from .mixture import Mixture
+
 EMPTY_ROW = -1
 
 
@@ -35,6 +37,7 @@ class MicroBatchSampler(DistributedSampler[MicroBatch]):
     Args:
         row_tokens, row_targets, row_mtp_targets: [rows] tokens, labels and MTP labels of each row.
         shuffle: order of an epoch: a permutation seeded by seed + epoch, or the rows as they are.
+        mixture: which rows an epoch has, and how often; by default all of them once.
     """
 
     def __init__(
@@ -49,12 +52,14 @@ class MicroBatchSampler(DistributedSampler[MicroBatch]):
         rank: int = 0,
         shuffle: bool = True,
         seed: int = 0,
+        mixture: Mixture | None = None,
     ) -> None:
         super().__init__(range(len(row_targets)), num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         # [rows, 3]: what is summed over a step, in MicroBatch's order
         self.row_counts = np.stack([row_tokens, row_targets, row_mtp_targets], axis=1)
         self.batch_size = batch_size
         self.accumulate_grad_batches = accumulate_grad_batches
+        self.mixture = mixture
         self._start: tuple[int, int] | None = None
 
     @property
@@ -63,7 +68,8 @@ class MicroBatchSampler(DistributedSampler[MicroBatch]):
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.row_counts) // self.rows_per_step)
+        rows = len(self.row_counts) if self.mixture is None else len(self.mixture)
+        return -(-rows // self.rows_per_step)
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch, wherever it was resumed."""
@@ -95,8 +101,10 @@ class MicroBatchSampler(DistributedSampler[MicroBatch]):
                 yield MicroBatch(tuple(mine.tolist()), *counts)
 
     def _order(self) -> npt.NDArray[np.int64]:
+        rows = np.arange(len(self.row_counts), dtype=np.int64)
+        if self.mixture is not None:
+            rows = self.mixture.rows(self.epoch, self.seed)
         if not self.shuffle:
-            return np.arange(len(self.row_counts), dtype=np.int64)
+            return rows
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order: npt.NDArray[np.int64] = torch.randperm(len(self.row_counts), generator=generator).numpy()
-        return order
+        return rows[torch.randperm(len(rows), generator=generator).numpy()]

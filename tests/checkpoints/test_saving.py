@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from src.callbacks.step_checkpoint import LAST, StepCheckpoint, step_of
-from src.checkpoints import durable, saving
+from src.checkpoints import disk_space, durable, saving
 from src.checkpoints.durable import CheckedFile, remove_leftovers
 from src.checkpoints.manifest import check_manifest
 from src.checkpoints.saving import TAG, CheckpointSaver, SaveFailed
@@ -180,7 +180,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         (
             "model.pt",
             errno.ENOSPC,
-            r"No space left on device. It takes 4,004 bytes, and [\d,]+ are free in .* Make room there, keep fewer",
+            r"No space left on device. It takes 4,004 bytes, and [\d,]+ bytes are free in .* Make room there, keep",
         ),
         ("optim.pt", errno.EDQUOT, "A quota is used up"),
         ("model.pt", errno.EIO, "Input/output error.* Look into that first"),
@@ -216,15 +216,34 @@ def test_a_full_disk_is_one_error_and_the_next_save_works(
 def test_what_cannot_fit_is_not_begun(saver: CheckpointSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 4000  # the two files hold 4004 bytes
     usage = type("Usage", (), {"free": free})
-    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage)
     save(saver, tmp_path, 1, asynchronous=True)
-    with pytest.raises(SaveFailed, match="The disk is too small for it. It takes 4,004 bytes, and 4,000 are free"):
+    with pytest.raises(
+        SaveFailed,
+        match="The disk is too small for it. It takes 4,004 bytes, and 4,000 bytes are free in .* Make room there",
+    ):
         saver.wait()
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(usage, "free", 4004)
     save(saver, tmp_path, 1, asynchronous=True)
     saver.wait()
     assert whole(tmp_path) == [1]
+
+
+def test_a_node_whose_own_disk_is_too_small_is_named(
+    saver: CheckpointSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the folder is not mounted there: rank 0 sees room enough."""
+
+    def gather(found: list[Any], ours: Any) -> None:
+        found[:] = [ours, (None, 1000, disk_space.Room("node7", "/", 5000))]
+
+    monkeypatch.setattr(saver, "_world_size", 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    save(saver, tmp_path, 1, asynchronous=True)
+    with pytest.raises(SaveFailed, match="It takes 5,004 bytes, and 5,000 bytes are free in / on node7. Make room"):
+        saver.wait()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_copy_that_does_not_fit_into_memory_is_an_error_like_others(

@@ -8,9 +8,9 @@ import torch
 
 from src.checkpoints.key_map import PerExpert
 from src.checkpoints.zero_reader import ZeroCheckpointSource
-from tests.checkpoints.conftest import SETTINGS, Checkpoints
+from tests.checkpoints.conftest import Checkpoints
 from tests.checkpoints.tiny import CONFIG, our_shapes, ranges, stacked, stored
-from tests.checkpoints.workers import EXPERTS_PER_SHARD, FROZEN
+from tests.checkpoints.workers import EXPERTS_PER_SHARD, FROZEN, SETTINGS
 
 
 @pytest.mark.parametrize("label", SETTINGS)

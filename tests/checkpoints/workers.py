@@ -38,6 +38,16 @@ class Setting(NamedTuple):
         }
 
 
+SETTINGS = {
+    "stage 3": Setting(stage=3, freeze=True),
+    "stage 3 bf16": Setting(stage=3, bf16=True, offload=True),
+    "stage 2": Setting(stage=2, freeze=True, mtp=True),
+    "stage 1": Setting(stage=1, freeze=True),
+    "stage 1 bf16": Setting(stage=1, bf16=True),
+    "stage 0": Setting(stage=0),
+}
+
+
 def build(setting: Setting, experts_per_shard: int = EXPERTS_PER_SHARD) -> StandIn:
     import deepspeed
     import torch.distributed as dist

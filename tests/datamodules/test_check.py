@@ -16,6 +16,7 @@ from src.datamodules.chat_template import ChatTemplate
 from src.datamodules.check import SetReport, check
 from src.datamodules.check_html import page
 from src.datamodules.check_text import report_lines, show
+from src.datamodules.copies import firsts
 from src.datamodules.findings import Findings
 from src.datamodules.reader import RowError
 from src.datamodules.segments import segments
@@ -186,10 +187,10 @@ def test_fit_opens_what_the_check_built(
 
 
 def test_shown_is_what_is_trained(tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path) -> None:
-    rows = [question_answer("问🙂", "答🙂\x1b[31m", reasoning_content="r") * 2, GOOD, question_answer("not", "shown")]
+    rows = [question_answer("问🙂", "答🙂\x1b[31m", reasoning_content="r") * 2, question_answer("not", "shown"), GOOD]
     (report,) = check(datamodule(tokenizer, tmp_path, [write_jsonl("a.jsonl", *rows)]), 1, 1, show=2)
     template = ChatTemplate(tokenizer)
-    samples = [sample for row in rows[:2] for sample in template.render(row)]
+    samples = [sample for row in rows[::2] for sample in template.render(row)]
     assert len(report.shown) == len(samples) == 3
     for document, sample in zip(report.shown, samples, strict=True):
         trained = [tokenizer.decode(sample.input_ids[start:stop]) for start, stop in sample.target_spans]
@@ -201,6 +202,40 @@ def test_shown_is_what_is_trained(tokenizer: PreTrainedTokenizerFast, write_json
         assert "\x1b" not in plain and "\ufffd" not in plain
     coloured = show(report.shown[2], tokenizer, colour=True)
     assert "\x1b[7m<｜Assistant｜>\x1b[0m\x1b[32ma\x1b[0m\x1b[32m\x1b[7m<｜end▁of▁sentence｜>\x1b[0m" in coloured
+
+
+def test_what_is_shown_is_spread_over_the_set(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path
+) -> None:
+    path = write_jsonl("a.jsonl", *(question_answer("q", f"{row}") for row in range(9)))
+    for count, places in ((0, []), (1, [1]), (3, [1, 5, 9]), (20, list(range(1, 10)))):
+        (report,) = check(datamodule(tokenizer, tmp_path, [path]), 1, 1, show=count)
+        assert [document.source for document in report.shown] == [f"{path}:{place}" for place in places]
+
+
+def test_first_of_equal_digests() -> None:
+    digests = np.array([[5, 1], [7, 0], [5, 1], [5, 2], [0, 9], [7, 0], [5, 1]], dtype=np.uint64)
+    assert firsts(digests).tolist() == [0, 1, 0, 3, 4, 1, 0]
+
+
+def test_the_mixture_and_named_sets(tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path) -> None:
+    rows = [question_answer("q", f"a{row}") for row in range(6)]
+    train = [write_jsonl("a.jsonl", *rows[:2]), write_jsonl("b.jsonl", *rows[2:])]
+    sets = {"new": [write_jsonl("new.jsonl", GOOD, GOOD)], "leaky": [write_jsonl("leaky.jsonl", rows[3], GOOD)]}
+    more: dict[str, Any] = {"packing": False, "val_sets": sets}
+    reports = check(datamodule(tokenizer, tmp_path, train, train_weights=[3, 0.5], **more), 1, 1)
+    assert [report.name for report in reports] == ["train", "val new", "val leaky"]
+    assert all(report.wrong == 0 for report in reports)
+    numbers = dict(reports[0].numbers)
+    names = [f"…{path[-39:]}" for path in train]
+    assert numbers[f"3 x {names[0]}"].startswith("6 rows an epoch, of 2; 42 tokens (75.0%), 18 trained (75.0%)")
+    assert numbers[f"0.5 x {names[1]}"].startswith("2 rows an epoch, of 4; 14 tokens (25.0%)")
+    assert numbers["optimizer steps"].startswith("4 an epoch, of 2 packed rows")
+    assert [dict(report.numbers)["also in train"] for report in reports[1:]] == ["0 rows", "1 rows"]
+    assert [dict(report.numbers)["copies of another row"] for report in reports[1:]] == ["1 rows", "0 rows"]
+    assert f"3 x {names[0]}" in text(reports, tokenizer)
+    (train_report, *_) = check(datamodule(tokenizer, tmp_path, train, train_weights=[0.1, 1], **more), 1, 1)
+    assert train_report.wrong == 1 and "0.1 of the 2 packed rows" in train_report.problems[0]
 
 
 def test_a_character_that_is_cut_through_is_no_garbage(tokenizer: PreTrainedTokenizerFast) -> None:

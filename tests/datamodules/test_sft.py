@@ -226,7 +226,8 @@ def test_validation_sees_every_row_once_also_while_resuming(
     datamodule = make(**options)
     resumed = fit(tmp_path, datamodule, tmp_path / "step=4.ckpt", accumulate_grad_batches=1)
     assert resumed.validated == expected * 2
-    (first, second) = [datamodule.val_dataloader().dataset[micro] for micro in datamodule.val_dataloader().sampler]  # type: ignore[union-attr]
+    (loader,) = datamodule.val_dataloader()
+    (first, second) = [loader.dataset[micro] for micro in loader.sampler]
     assert first["sources"] + second["sources"] == expected
     trainer = Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False, accelerator="cpu")
     trainer.validate(module := Recorder(), datamodule=make(**options), ckpt_path=tmp_path / "step=4.ckpt",

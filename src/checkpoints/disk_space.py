@@ -1,0 +1,42 @@
+"""Whether what is about to be written fits on the disk: asked before, of every rank's own view of the folder."""
+
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a process sees free where a folder is, or is to be."""
+
+    host: str
+    folder: str  # the nearest one that is there
+    free: int  # bytes that this user may write
+
+    @classmethod
+    def at(cls, path: Path) -> "Room":
+        folder = next(f for f in (path, *path.absolute().parents) if f.exists())
+        return cls(socket.gethostname(), str(folder), shutil.disk_usage(folder).free)
+
+    def __str__(self) -> str:
+        return f"{self.free:,} bytes are free in {self.folder} on {self.host}"
+
+
+def check_room(path: Path, needed: int, what: str) -> None:
+    """Refuses to begin what cannot be ended.
+
+    Args:
+        needed: bytes that all processes together are about to write below `path`.
+        what: is to be written, for the error.
+
+    Raises:
+        ValueError: there is less room; with both numbers and what to do.
+    """
+    room = Room.at(path)
+    if needed > room.free:
+        raise ValueError(
+            f"{path}: {what} takes {needed:,} bytes, and only {room}. Make room there, or write to another disk; "
+            f"nothing was begun (df -h {os.fspath(room.folder)})"
+        )

@@ -1,0 +1,141 @@
+"""Training files mixed by weight: which packed rows an epoch has.
+
+Each entry of `train_files` is packed by itself. Of weight 2.3 all its rows are in every epoch twice, and three tenths
+of them once more: epoch e takes the e-th of equal parts of one seeded order, starting over at its end, so that all rows
+have their turn before any comes again. So every epoch has the same number of rows, and its steps are known beforehand.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .packing import PackedRows
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one entry of `train_files`, which stand together."""
+
+    entry: str
+    weight: float
+    rows: int  # of the entry, each counted once
+    tokens: int
+    targets: int
+
+    @property
+    def whole(self) -> int:
+        """How often each row is in an epoch at least."""
+        return math.floor(self.weight)
+
+    @property
+    def more(self) -> int:
+        """How many of the rows are in an epoch once more."""
+        return round((self.weight - self.whole) * self.rows)
+
+    @property
+    def rows_an_epoch(self) -> int:
+        return self.whole * self.rows + self.more
+
+    def an_epoch(self, count: int) -> int:
+        """What a count over the entry's rows comes to in an epoch; with a fraction the mean over epochs."""
+        return round(count * self.rows_an_epoch / max(self.rows, 1))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The parts in the order of their rows."""
+
+    parts: tuple[Part, ...]
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        return sum(part.rows_an_epoch for part in self.parts)
+
+    def rows(self, epoch: int, seed: int) -> npt.NDArray[np.int64]:
+        """The rows of an epoch, int64 [len(self)], each as often as it is in it, by entry."""
+        found, first = [], 0
+        for index, part in enumerate(self.parts):
+            every = np.arange(first, first + part.rows, dtype=np.int64)
+            found += [every] * part.whole
+            if part.more:
+                generator = torch.Generator().manual_seed(seed + index)
+                order = torch.randperm(part.rows, generator=generator).numpy()
+                places = (epoch * part.more + np.arange(part.more)) % part.rows
+                found.append(every[order[places]])
+            first += part.rows
+        return np.concatenate(found)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """(entry and weight, what it comes to in an epoch) of each part, for people."""
+        tokens, targets = (
+            max(sum(part.an_epoch(getattr(part, name)) for part in self.parts), 1) for name in ("tokens", "targets")
+        )
+        return [
+            (
+                f"{part.weight:g} x {part.entry if len(part.entry) <= 40 else '…' + part.entry[-39:]}",
+                f"{part.rows_an_epoch:,} rows an epoch, of {part.rows:,}; "
+                f"{part.an_epoch(part.tokens):,} tokens ({part.an_epoch(part.tokens) / tokens:.1%}), "
+                f"{part.an_epoch(part.targets):,} trained ({part.an_epoch(part.targets) / targets:.1%})",
+            )
+            for part in self.parts
+        ]
+
+
+def check_weights(weights: Sequence[float], entries: Sequence[str]) -> None:
+    """Refuses weights that are none.
+
+    Raises:
+        ValueError: not one for each entry, one that is negative or not finite, or all zero.
+    """
+    if len(weights) != len(entries):
+        raise ValueError(
+            f"data.train_weights has {len(weights)} values, data.train_files {len(entries)} entries; give one weight "
+            "for each entry (a glob is one entry)"
+        )
+    for weight, entry in zip(weights, entries, strict=True):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(
+                f"data.train_weights: {weight} for {entry!r}; a weight says how often the entry's conversations are in "
+                "an epoch: 0 (not at all) or more"
+            )
+    if not any(weights):
+        raise ValueError("data.train_weights are all 0: there is nothing to train on; give one entry more")
+
+
+def mix(
+    entries: Sequence[str],
+    weights: Sequence[float],
+    packed: Sequence[PackedRows],
+    tokens: npt.NDArray[np.int32],
+    targets: npt.NDArray[np.int32],
+) -> tuple[PackedRows, Mixture]:
+    """Puts the entries' rows together, those of weight 0 too.
+
+    Args:
+        packed: each entry's rows, of sample numbers that count over all entries.
+        tokens, targets: [samples] of all entries.
+
+    Raises:
+        ValueError: a weight above 0 comes to no row.
+    """
+    parts = []
+    for entry, weight, rows in zip(entries, weights, packed, strict=True):
+        sums = (int(values[rows.samples].sum(dtype=np.int64)) for values in (tokens, targets))
+        part = Part(entry, weight, len(rows), *sums)
+        if weight > 0 and part.rows and not part.rows_an_epoch:
+            raise ValueError(
+                f"data.train_weights: {weight:g} of the {part.rows} packed rows of {entry!r} is not one row; raise it "
+                f"to {1 / part.rows:.2g} or more, set it to 0, or lower data.max_length"
+            )
+        parts.append(part)
+    ends = np.cumsum([0, *(len(rows.samples) for rows in packed)])
+    offsets = [rows.offsets[1:] + end for rows, end in zip(packed, ends[:-1], strict=True)]
+    samples = np.concatenate([rows.samples for rows in packed])
+    mixture = Mixture(tuple(parts))
+    if not len(mixture):
+        raise ValueError("data.train_weights: the entries of a weight above 0 have no samples; give others more than 0")
+    return PackedRows(samples, np.concatenate([[0], *offsets]).astype(np.int64)), mixture

@@ -1,0 +1,87 @@
+"""The samples of some files and the rows that training or validation makes of them."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .cache import TokenCache
+from .mixture import Mixture, mix
+from .packing import PackedRows, one_sample_a_row, pack
+from .reader import expand
+from .tokenization import TokenizeOptions
+
+
+@dataclass(frozen=True)
+class PackedSet:
+    """Samples, rows, and where files are mixed by weight what an epoch has of the rows."""
+
+    cache: TokenCache
+    rows: PackedRows
+    mixture: Mixture | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the files' bytes, the tokenizer, the options, and the mixture."""
+        if self.mixture is None:
+            return self.cache.fingerprint
+        parts = [(part.weight, part.rows) for part in self.mixture.parts]
+        return hashlib.sha256(f"{self.cache.fingerprint} {parts}".encode()).hexdigest()[:32]
+
+    @property
+    def rows_an_epoch(self) -> int:
+        return len(self.rows) if self.mixture is None else len(self.mixture)
+
+    def fill(self, max_length: int) -> float:
+        """Tokens over the room that the rows have."""
+        return float(self.cache.lengths.sum(dtype="int64")) / (len(self.rows) * max_length)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint and a logger record of it; counts are of the files, a mixture's rows of an epoch."""
+        facts: dict[str, Any] = {
+            "hash": self.fingerprint,
+            "samples": len(self.cache),
+            "tokens": int(self.cache.lengths.sum(dtype="int64")),
+            "targets": int(self.cache.targets.sum(dtype="int64")),
+            "rows": len(self.rows),
+        }
+        if self.mixture is not None:
+            facts["mixture"] = {
+                part.entry: {"weight": part.weight, "rows": part.rows, "rows_an_epoch": part.rows_an_epoch}
+                for part in self.mixture.parts
+            }
+        return facts
+
+
+def pack_samples(cache: TokenCache, options: TokenizeOptions, packing: bool) -> PackedSet:
+    """The rows of all samples, packed together."""
+    rows = pack(cache.lengths, options.max_length) if packing else one_sample_a_row(len(cache))
+    return PackedSet(cache, rows)
+
+
+def mix_samples(
+    cache: TokenCache, options: TokenizeOptions, packing: bool, entries: Sequence[str], weights: Sequence[float]
+) -> PackedSet:
+    """The rows of each entry (a file or a glob), packed by itself, mixed by weight.
+
+    Raises:
+        ValueError: two entries match one file; as `mixture.mix`.
+    """
+    entry_of: dict[str, int] = {}
+    for index, entry in enumerate(entries):
+        for path in expand([entry]):
+            if entry_of.setdefault(path, index) != index:
+                raise ValueError(
+                    f"{path} is matched by {entries[entry_of[path]]!r} and by {entry!r}: with data.train_weights a "
+                    "file belongs to one entry of data.train_files"
+                )
+    # [samples] -> entry of each
+    owners = np.asarray([entry_of[path] for path in cache.paths])[cache.files]
+    packed = []
+    for index in range(len(entries)):
+        samples = np.flatnonzero(owners == index)
+        alone = pack(cache.lengths[samples], options.max_length) if packing else one_sample_a_row(len(samples))
+        packed.append(PackedRows(samples[alone.samples], alone.offsets))
+    return PackedSet(cache, *mix(entries, weights, packed, cache.lengths, cache.targets))
