@@ -9,9 +9,8 @@ import torch
 
 from src.checkpoints.export import export
 from src.checkpoints.side_files import copy_side_files
-from tests.checkpoints.conftest import SETTINGS
 from tests.checkpoints.tiny import oracle, save_mtp, save_oracle
-from tests.checkpoints.workers import DTYPES, live_export
+from tests.checkpoints.workers import DTYPES, SETTINGS, live_export
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from src.strategies.live_partitions import LivePartitions
-from tests.checkpoints.conftest import SETTINGS
-from tests.checkpoints.workers import Setting, load_partitions, save_checkpoints
+from tests.checkpoints.workers import SETTINGS, Setting, load_partitions, save_checkpoints
 
 
 def through_the_device(self: LivePartitions, name: str, start: int, stop: int) -> torch.Tensor:

@@ -1,0 +1,129 @@
+"""What the processes of benchmarks.node_scaling run: a callback that records steps, and SP's exchanges alone."""
+
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from benchmarks.common import BF16, median_ms, true_config
+from src.callbacks.step_checkpoint import StepCheckpoint
+
+
+class Recorder(pl.Callback):
+    """Writes `<out>`: seconds and loss of every optimizer step, and the largest memory of any rank.
+
+    Args:
+        out: a JSON file, written by rank 0.
+        keep_checkpoints: otherwise the run's final checkpoint, of which these runs have no use, is not written.
+        trace: where rank 0 writes one late step for Perfetto.
+    """
+
+    def __init__(self, out: str, keep_checkpoints: bool = False, trace: str | None = None) -> None:
+        self.out, self.keep_checkpoints, self.trace = Path(out), keep_checkpoints, trace
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.profiler: Any = None
+        self.began = 0.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not self.keep_checkpoints:
+            kept = [c for c in trainer.callbacks if not isinstance(c, StepCheckpoint)]  # type: ignore[attr-defined]
+            trainer.callbacks[:] = kept  # type: ignore[attr-defined]
+
+    def _read_loss(self, trainer: pl.Trainer) -> None:
+        if "train/loss" in trainer.callback_metrics:  # the module logs it after this callback's turn
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        if batch_idx:
+            self._read_loss(trainer)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            if len(self.seconds) == 1:  # without the first step's compilations
+                torch.cuda.reset_peak_memory_stats()
+        traced = self.trace and trainer.is_global_zero and len(self.seconds) == trainer.max_steps - 2
+        if traced:
+            self.profiler = torch.profiler.profile()
+            self.profiler.__enter__()
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.began)
+        if self.profiler is not None:
+            self.profiler.__exit__(None, None, None)
+            self.profiler.export_chrome_trace(self.trace)
+            self.profiler = None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._read_loss(trainer)
+        line: dict[str, Any] = {
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "step_s": statistics.median(self.seconds[1:]) if self.seconds[1:] else None,
+        }
+        if torch.cuda.is_available():
+            memory = torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]).cuda()
+            if trainer.world_size > 1:
+                dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+            line |= {"peak_gib": memory[0].item() / 2**30, "reserved_gib": memory[1].item() / 2**30}
+        if trainer.is_global_zero:
+            self.out.write_text(json.dumps(line))
+
+
+def exchanges(out: Path, tokens: int) -> None:
+    """Times one layer's forward exchanges of a row over all ranks: latents and outputs; q, k, v expanded."""
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    config = true_config()
+    heads, own = config.num_attention_heads, tokens // size
+    qk, v = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    latent = config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim
+    x = torch.randn(own, latent, device=device, dtype=BF16)
+    gathered = torch.empty(tokens, latent, device=device, dtype=BF16)
+    output = torch.randn(size, own, heads // size, v, device=device, dtype=BF16)
+    expanded = torch.randn(size, own, heads // size, 2 * qk + v, device=device, dtype=BF16)
+    received, received_expanded = torch.empty_like(output), torch.empty_like(expanded)
+
+    def ours() -> None:
+        dist.all_gather_into_tensor(gathered, x)
+        dist.all_to_all_single(received, output)
+
+    def ulysses() -> None:
+        dist.all_to_all_single(received_expanded, expanded)
+        dist.all_to_all_single(received, output)
+
+    others = (size - 1) / size
+    line = {
+        "sp": size,
+        "latents_ms": median_ms(ours, device, repeats=20),
+        "expanded_ms": median_ms(ulysses, device, repeats=20),
+        "latents_mib": (gathered.nbytes + output.nbytes) * others / 2**20,
+        "expanded_mib": (expanded.nbytes + output.nbytes) * others / 2**20,
+    }
+    if rank == 0:
+        out.write_text(json.dumps(line))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    exchanges(Path(sys.argv[1]), int(sys.argv[2]))
