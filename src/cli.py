@@ -1,10 +1,11 @@
-"""The commands: `python -m src.cli fit|validate|check-data|export|verify ...`. The wiring, nothing else."""
+"""The commands: `python -m src.cli fit|validate|plan|check-data|preflight|export|verify ...`. The wiring, no more."""
 
 import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 # Heavy libraries are imported by the command that needs them, so that --help answers at once.
@@ -13,7 +14,10 @@ USAGE = """usage: python -m src.cli COMMAND [--help] [arguments]
 
   fit         train, from a config file:  fit --config configs/tiny_cpu.yaml [--ckpt_path last]
   validate    loss on the validation data:  validate --config ... [--ckpt_path DIR]
+  plan        does it fit, how long, what does it wait for:  plan --config ... [--explain] [--json] [--search] [--scale]
+              [--cluster FILE] [--trace FILE] [--picture FILE]
   check-data  what is wrong with the data, and what it comes to:  check-data --config ... [--show N] [--html FILE]
+  preflight   each node looked at, and what the cluster measures:  srun ... preflight --config ... [--write FILE]
   export      a checkpoint to a Hugging Face directory:  export --ckpt CKPT --out DIR
   verify      our logits, loss and gradients against transformers':  verify --model DIR
               or its names, shapes, dtypes and files against the published layout:  verify --model DIR --layout-only
@@ -65,10 +69,19 @@ def main(args: Sequence[str] | None = None) -> None:
         from src.commands.training import TrainingCLI
 
         TrainingCLI([command, *rest] if args is not None else None)
+    elif command == "plan":
+        with redirect_stdout(sys.stderr):  # DeepSpeed's import writes, and --json is for programs
+            from src.commands.plan import PlanCLI
+
+        PlanCLI(rest)
     elif command == "check-data":
         from src.commands.check_data import CheckDataCLI
 
         CheckDataCLI(rest)
+    elif command == "preflight":
+        from src.commands.preflight import PreflightCLI
+
+        PreflightCLI(rest)
     elif command in FUNCTIONS:
         from jsonargparse import auto_cli
 

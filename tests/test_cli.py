@@ -124,6 +124,7 @@ def test_the_checkpoint_tells_what_made_it(trained: Path, inputs: Path) -> None:
     assert config["data"]["max_length"] == 256 and config["model"]["from_scratch"] is True
     record = json.loads((last / "run.json").read_text())
     assert record["base"] == str(inputs / "model") and record["versions"]["torch"] == torch.__version__
+    assert {name: len(facts["hash"]) for name, facts in record["data"].items()} == {"train": 32, "val": 32}
     curve, noted = scalars(trained, "train/loss"), record["losses"]["train/loss"]
     # A save in the middle of training comes before its own step's loss is logged; TensorBoard counts steps from 0.
     assert record["step"] == len(curve) and noted["step"] in (len(curve) - 1, len(curve))
@@ -173,11 +174,13 @@ def test_a_run_resumes_on_other_layouts(trained: Path, inputs: Path, tmp_path: P
 
 def test_validate_prints_the_loss_of_the_checkpoint(trained: Path, inputs: Path) -> None:
     no_training_data = "--data.train_files=[/nowhere.jsonl]"  # none is needed
-    args = ["validate", *fit_args(inputs, trained)[1:], no_training_data, "--ckpt_path=last"]
+    again = f"--data.val_sets={{again: [{inputs}/val.jsonl]}}"  # which leaves the mean of all as it was
+    args = ["validate", *fit_args(inputs, trained)[1:], no_training_data, again, "--ckpt_path=last"]
     result = run(*[a for a in args if not a.startswith("--trainer.accumulate")])
-    printed = float(result.stdout.split("val/loss ")[-1].split()[0])
+    (loss, of_all), (of_set, its_loss) = (line.split() for line in result.stdout.splitlines()[-2:])
+    assert (loss, of_set) == ("val/loss", "val/again/loss")
     recorded = scalars(trained, "val/loss")
-    assert printed == pytest.approx(recorded[max(recorded)], rel=1e-6)
+    assert [float(of_all), float(its_loss)] == pytest.approx([recorded[max(recorded)]] * 2, rel=1e-6)
 
 
 def test_export_loads_in_transformers(trained: Path, tmp_path: Path) -> None:

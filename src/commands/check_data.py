@@ -23,14 +23,16 @@ class CheckDataCLI(ConfigCommand):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--show", type=int, default=0, help="print the first N conversations of each set")
+        parser.add_argument("--show", type=int, default=0, help="print N conversations of each set, spread over it")
         parser.add_argument("--html", type=str | None, default=None, help="write the report to this file too")
 
     def run_command(self) -> None:
         settings = self.config
-        data = SFTDataModule(**settings.data.as_dict())
-        spec = settings.data.tokenizer or settings.model.pretrained
-        data.tokenizer = load_tokenizer(spec)
+        try:
+            data = SFTDataModule(**settings.data.as_dict())
+            data.tokenizer = load_tokenizer(settings.data.tokenizer or settings.model.pretrained)
+        except ValueError as error:  # nothing can be read without them
+            raise SystemExit(f"check-data: {error}") from None
         problems: list[str] = []
         pretrained, replicas = settings.model.pretrained, None
         if (Path(pretrained) / "config.json").is_file():  # the model may be on the cluster alone

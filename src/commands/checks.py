@@ -37,7 +37,7 @@ def check_data_fits_model(data: SFTDataModule, config: Any, pretrained: str) -> 
 
 def find_checkpoint(path: str, root: str) -> Path:
     # A run killed right after a checkpoint appeared has left the link at the one before.
-    found = (_newest(root) or checkpoint_folder(root) / LAST) if path == "last" else Path(path)
+    found = (newest_checkpoint(root) or checkpoint_folder(root) / LAST) if path == "last" else Path(path)
     if not found.is_dir():
         raise ValueError(
             f"--ckpt_path {path}: there is no checkpoint {found}. "
@@ -54,13 +54,13 @@ def check_weights(directory: str) -> None:
         )
 
 
-def _newest(root: str) -> Path | None:
+def newest_checkpoint(root: str) -> Path | None:
     checkpoints = [p for p in checkpoint_folder(root).glob("step=*.ckpt") if step_of(p) >= 0]
     return max(checkpoints, key=step_of, default=None)
 
 
 def refuse_older(checkpoint: Path, root: str) -> None:
-    newest = _newest(root)
+    newest = newest_checkpoint(root)
     if newest is not None and checkpoint.parent == newest.parent.resolve() and step_of(checkpoint) < step_of(newest):
         raise ValueError(
             f"--ckpt_path {checkpoint} is older than {newest.name} beside it, which the run would come to write again. "
@@ -69,7 +69,7 @@ def refuse_older(checkpoint: Path, root: str) -> None:
 
 
 def refuse_other_run(root: str) -> None:
-    newest = _newest(root)
+    newest = newest_checkpoint(root)
     if newest is not None:
         raise ValueError(
             f"{newest.parent} holds checkpoints of an earlier run, the newest {newest.name}. "

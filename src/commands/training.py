@@ -13,13 +13,20 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.export_at_end import ExportAtEnd
 from src.callbacks.loss_spike import LossSpike
+from src.callbacks.out_of_memory import OutOfMemory
+from src.callbacks.progress import Progress
 from src.callbacks.run_record import RunRecord
+from src.callbacks.samples import Samples
 from src.callbacks.step_checkpoint import StepCheckpoint
+from src.callbacks.stop import Stop
 from src.callbacks.throughput import Throughput
+from src.callbacks.watchdog import Watchdog
+from src.callbacks.weights_checkpoint import WeightsCheckpoint
 from src.commands.checks import (
     check_data_fits_model,
     check_weights,
     find_checkpoint,
+    newest_checkpoint,
     refuse_older,
     refuse_other_run,
 )
@@ -54,16 +61,23 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(WeightsCheckpoint, "weights")
         parser.add_lightning_class_args(ExportAtEnd, "export")
+        parser.add_lightning_class_args(Stop, "stop")
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
 
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]
         if settings.data.tokenizer is None:  # not a link, which could not be set by hand
             settings.data.tokenizer = settings.model.pretrained
         root = settings.trainer.default_root_dir or "."
+        if settings.ckpt_path == "auto":
+            settings.ckpt_path = "last" if newest_checkpoint(root) else None
         if settings.ckpt_path is None and not settings.model.from_scratch:
             check_weights(settings.model.pretrained)
-        for files in (settings.data.train_files if self.subcommand == "fit" else None, settings.data.val_files):
+        val_sets = (settings.data.val_files, *(settings.data.val_sets or {}).values())
+        for files in (settings.data.train_files if self.subcommand == "fit" else None, *val_sets):
             if files:
                 expand(files)  # refuses a pattern that matches nothing
         if settings.ckpt_path is not None:
@@ -80,17 +94,23 @@ class TrainingCLI(LightningCLI):
         self._dump_config()
         config = yaml.safe_dump(self.config_dump, sort_keys=False)
         record = RunRecord(config, settings.model.pretrained, self.datamodule.tokenizer.name_or_path)
-        self.trainer_defaults["callbacks"] = [Throughput(), ExpertLoad(), LossSpike(), record]
+        self.trainer_defaults["callbacks"] = [Throughput(), ExpertLoad(), LossSpike(), OutOfMemory(), record]
+        own_bar = any("ProgressBar" in callback.class_path for callback in settings.trainer.callbacks or [])
+        if settings.trainer.enable_progress_bar is not False and not own_bar:
+            self.trainer_defaults["callbacks"].append(Progress())
         if settings.trainer.logger in (None, True):
             # One folder for all of a run's sessions: no version_N.
             kwargs["logger"] = TensorBoardLogger(
-                settings.trainer.default_root_dir or ".", name="tensorboard", version=""
+                settings.trainer.default_root_dir or ".", name="tensorboard", version="", default_hp_metric=False
             )
         if settings.trainer.logger is not False:
             self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
         trainer = super().instantiate_trainer(**kwargs)
+        if hasattr(trainer.strategy, "wait_at_least"):
+            trainer.strategy.wait_at_least(self._get(self.config_init, "watchdog").collective_minutes)
         # After the last checkpoint, which an export that fails must not cost.
-        trainer.callbacks.sort(key=lambda callback: isinstance(callback, ExportAtEnd))  # type: ignore[attr-defined]
+        # And a run stops when all others have seen the step before.
+        trainer.callbacks.sort(key=lambda callback: isinstance(callback, (ExportAtEnd, Stop)))  # type: ignore[attr-defined]
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -101,5 +121,6 @@ class TrainingCLI(LightningCLI):
 
     def after_validate(self) -> None:
         if self.trainer.is_global_zero:
-            loss = float(self.trainer.callback_metrics["val/loss"])
-            print(f"val/loss {loss:.8f}")
+            for name in ("val", *(f"val/{name}" for name in self.datamodule.val_sets)):
+                loss = float(self.trainer.callback_metrics[f"{name}/loss"])
+                print(f"{name}/loss {loss:.8f}")

@@ -29,3 +29,31 @@ class MeanByTarget(Metric):
     def compute(self) -> Tensor:
         """fp64 scalar; NaN before any target."""
         return self.total / self.targets
+
+
+class ValidationMetrics:
+    """Loss, perplexity and accuracy by target token of all validation sets, and of each that has a name."""
+
+    def __init__(self) -> None:
+        self._means: dict[str, tuple[MeanByTarget, MeanByTarget]] = {}  # "val", "val/NAME" -> loss, accuracy
+
+    def update(self, name: str | None, loss: Tensor, correct: Tensor, targets: Tensor) -> None:
+        """Adds this rank's part of a batch of the set `name`; every rank has the same sets, in the same order.
+
+        loss, correct: sums over the targets, scalars; targets: their number, an int64 scalar.
+        """
+        for key in ("val",) if name is None else ("val", f"val/{name}"):
+            if key not in self._means:
+                self._means[key] = MeanByTarget().to(loss.device), MeanByTarget().to(loss.device)
+            mean_loss, accuracy = self._means[key]
+            mean_loss.update(loss, targets)
+            accuracy.update(correct, targets)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics by the name that they are logged under, over all ranks; counting starts anew. Collective."""
+        found: dict[str, Tensor] = {}
+        for key, (mean_loss, accuracy) in self._means.items():
+            loss = mean_loss.compute()
+            found |= {f"{key}/loss": loss, f"{key}/perplexity": loss.exp(), f"{key}/accuracy": accuracy.compute()}
+        self._means.clear()
+        return found

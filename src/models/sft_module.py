@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from .deepseek_v3 import DeepseekV3ForCausalLM, Losses, LossWeights, load_config
 from .kernels import ATTENTION
 from .loss import IGNORE_INDEX
-from .metrics import MeanByTarget
+from .metrics import MeanByTarget, ValidationMetrics
 from .schedule import warmup_cosine
 from .strategy import ModelStrategy
 
@@ -122,8 +122,7 @@ class SFTModule(pl.LightningModule):
         self.train_accuracy = MeanByTarget()
         self.train_mtp_loss = MeanByTarget()
         self.train_balance = MeanByTarget()
-        self.val_loss = MeanByTarget()
-        self.val_accuracy = MeanByTarget()
+        self.validation = ValidationMetrics()
 
     # -- building -------------------------------------------------------------------------------------------------
 
@@ -208,10 +207,15 @@ class SFTModule(pl.LightningModule):
         # This micro-batch's share of the step's means; Lightning divides by the accumulation, which is in them already.
         return losses.loss * self.trainer.accumulate_grad_batches
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         losses = self._forward(batch, LossWeights())
-        self.val_loss.update(losses.cross_entropy, _targets(batch["labels"]))
-        self.val_accuracy.update(losses.correct, _targets(batch["labels"]))
+        targets = _targets(batch["labels"])
+        self.validation.update(batch.get("val_set"), losses.cross_entropy, losses.correct, targets)
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Logits, as `DeepseekV3ForCausalLM.logits` has them; under ZeRO-3 for all ranks to call together."""
+        assert self.model is not None
+        return self.model.logits(input_ids, cu_seqlens, max_seqlen)
 
     def _forward(self, batch: Batch, weights: LossWeights) -> Losses:
         assert self.model is not None
@@ -296,12 +300,8 @@ class SFTModule(pl.LightningModule):
             self.log("train/grad_norm", gradient_norm)
 
     def on_validation_epoch_end(self) -> None:
-        loss = self.val_loss.compute()
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
-        self.log("val/perplexity", loss.exp(), sync_dist=True)
-        self.log("val/accuracy", self.val_accuracy.compute(), sync_dist=True)
-        self.val_loss.reset()
-        self.val_accuracy.reset()
+        for name, value in self.validation.compute().items():
+            self.log(name, value, prog_bar=name == "val/loss", sync_dist=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # The only hook that sees a checkpoint before the trainer's loops do.

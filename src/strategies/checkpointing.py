@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +36,8 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         """Writes the weights as they stand as a Hugging Face directory; see `export_live`."""
         assert self.lightning_module is not None
         model: Any = self.lightning_module.model
-        export_live(self.deepspeed_engine, model, self.root_device, run_files, out, dtype, max_shard_size)
+        with self._timed_as_checkpoint():
+            export_live(self.deepspeed_engine, model, self.root_device, run_files, out, dtype, max_shard_size)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """A directory that appears whole or not at all (`src.checkpoints.saving`).
@@ -63,7 +65,14 @@ class CheckpointingStrategy(DeepSpeedStrategy):
     def wait_for_checkpoint(self) -> None:
         """Returns when the last save has ended. Raises SaveFailed where it failed; called by all ranks."""
         if self._saver is not None:
-            self._saver.wait()
+            with self._timed_as_checkpoint():
+                self._saver.wait()
+
+    def _timed_as_checkpoint(self) -> AbstractContextManager[str]:
+        """Tells the profiler what Lightning does of a save, and whoever watches how long a phase may be."""
+        assert self.lightning_module is not None
+        profiler: Any = self.lightning_module.trainer.profiler  # type: ignore[attr-defined]
+        return cast(AbstractContextManager[str], profiler.profile("save_checkpoint"))
 
     def teardown(self) -> None:
         if self._saver is not None:

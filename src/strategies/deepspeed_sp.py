@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies.ddp import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -98,6 +100,11 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         # Past DeepSpeedStrategy's own, which refuses every accelerator but CUDA.
         DDPStrategy.setup_environment(self)
 
+    def wait_at_least(self, minutes: float) -> None:
+        """Collectives fail no sooner, so that a watchdog of `minutes` finds first what they wait for; before they are
+        set up. A longer `timeout` stays."""
+        self._timeout = max(self._timeout or timedelta(), timedelta(minutes=minutes))
+
     def setup_distributed(self) -> None:
         device = "cpu" if self.root_device.type == "cpu" else "cuda"
         if get_accelerator().device_name() != device:
@@ -106,18 +113,19 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
                 f"set the environment variable DS_ACCELERATOR={device}."
             )
         self._check_compiler()
+        self._check_threads()
         reset_seed()
         self.set_world_ranks()
         self.dims = ParallelDims(self.world_size, self.sequence_parallel_size, self.global_rank)
         self._init_deepspeed_distributed()
         if self.dims.sp > 1:
-            group, _ = dist.new_subgroups_by_enumeration(self.dims.sp_groups)
+            group, _ = dist.new_subgroups_by_enumeration(self.dims.sp_groups, timeout=self._timeout)
             assert group is not None
             self.sp_group = ProcessGroupSP(group)
 
     def _check_compiler(self) -> None:
         """DeepSpeed builds its shared-memory collectives on CPU, and its CPU Adam, the first time they are used."""
-        if self.root_device.type != "cpu" and not self._offloads_optimizer:
+        if self.root_device.type != "cpu" and not self.offloads_optimizer:
             return
         wanted = os.environ.get("CXX", "c++")
         found = next((name for name in (wanted, "g++", "clang++") if shutil.which(name)), None)
@@ -128,13 +136,22 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
             )
         os.environ["CXX"] = found  # PyTorch's builder asks for c++ where nothing is said
 
+    def _check_threads(self) -> None:
+        """DeepSpeedCPUAdam works with OpenMP's threads; torchrun gives each process one unless told otherwise."""
+        cores = len(os.sched_getaffinity(0)) // max(1, self.num_processes)
+        if self.offloads_optimizer and self.root_device.type != "cpu" and torch.get_num_threads() == 1 < cores:
+            rank_zero_warn(
+                f"the optimizer in host memory has one thread a process, and {cores} cores: its steps take "
+                f"{cores} times as long. Set the environment variable OMP_NUM_THREADS={cores}."
+            )
+
     @property
     def _zero(self) -> dict[str, Any]:
         assert isinstance(self.config, dict)
         return self.config.setdefault("zero_optimization", {"stage": 0})
 
     @property
-    def _offloads_optimizer(self) -> bool:
+    def offloads_optimizer(self) -> bool:
         return "offload_optimizer" in self._zero
 
     @property
@@ -203,7 +220,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
 
         settings: lr, betas, eps, weight_decay.
         """
-        if self._offloads_optimizer:
+        if self.offloads_optimizer:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from src.checkpoints.export import Export, partial_of, start_live
+from src.checkpoints.export import Export, OtherRankFailed, partial_of, start_live
 from src.checkpoints.key_map import PerExpert
 from src.checkpoints.load import partition_range, persistent
 from src.checkpoints.output import Dtype
@@ -28,10 +28,6 @@ from src.checkpoints.run_files import write_run_files
 from .zero_parts import part_of
 
 _NOTHING, _FAILED = -1, -2  # said in place of a tensor's index
-
-
-class OtherRankFailed(RuntimeError):
-    """Another rank's part of a collective work failed; its own error is on that rank."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +169,7 @@ def export_live(
         out: directory that appears when all ranks have written their files.
 
     Raises:
-        ValueError: `out` is there, or the weights are not those of config.json.
+        ValueError: `out` is there, the weights are not those of config.json, or the disk has no room for them.
         OtherRankFailed: another rank failed.
     """
     partitions = LivePartitions(engine, model, device)
@@ -181,12 +177,15 @@ def export_live(
     with partitions.sharing():
         if rank == 0:
             start_live(out)
-    with partitions.sharing(), tempfile.TemporaryDirectory() as folder:
-        write_run_files(Path(folder), **run_files)
-        job = Export.plan(Path(folder), PerExpert(partitions), dtype, max_shard_size)
-        if rank == 0:
-            job.write_side_files(partial)
-        job.write_shards(partial, rank, world_size)
+    with tempfile.TemporaryDirectory() as folder:
+        with partitions.sharing():
+            write_run_files(Path(folder), **run_files)
+            job = Export.plan(Path(folder), PerExpert(partitions), dtype, max_shard_size)
+            job.check_room(out)  # before any rank writes
+        with partitions.sharing():
+            if rank == 0:
+                job.write_side_files(partial)
+            job.write_shards(partial, rank, world_size)
     with partitions.sharing():
         if rank == 0:
             job.finish(partial, out)

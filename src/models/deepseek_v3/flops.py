@@ -31,8 +31,12 @@ def layer_weights(config: DeepseekV3Config, dense: bool) -> int:
 
 def attention_flops(config: DeepseekV3Config, lengths: Iterable[int]) -> int:
     """Of one layer's scores and values, forward, over documents of these lengths."""
+    return _attention_flops(config, sum(n * n for n in lengths))
+
+
+def _attention_flops(config: DeepseekV3Config, squares: int) -> int:
     width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    return int(sum(n * n for n in lengths) * config.num_attention_heads * width)
+    return int(squares * config.num_attention_heads * width)
 
 
 def step_flops(config: DeepseekV3Config, lengths: Iterable[int], targets: int, mtp: bool = False) -> int:
@@ -42,14 +46,19 @@ def step_flops(config: DeepseekV3Config, lengths: Iterable[int], targets: int, m
         mtp: with the multi-token-prediction block, whose targets count in `targets`.
     """
     lengths = list(lengths)
-    tokens, layers = sum(lengths), config.num_hidden_layers
+    return packed_flops(config, sum(lengths), sum(n * n for n in lengths), targets, mtp)
+
+
+def packed_flops(config: DeepseekV3Config, tokens: int, squares: int, targets: int, mtp: bool = False) -> int:
+    """`step_flops` of documents whose lengths add up to `tokens` and their squares to `squares`."""
+    layers = config.num_hidden_layers
     dense = min(config.first_k_dense_replace, layers)
     weights = dense * layer_weights(config, True) + (layers - dense) * layer_weights(config, False)
     if mtp:
         weights += layer_weights(config, layers < config.first_k_dense_replace) + 2 * config.hidden_size**2
     forward = (
         2 * tokens * weights
-        + (layers + mtp) * attention_flops(config, lengths)
+        + (layers + mtp) * _attention_flops(config, squares)
         + 2 * targets * config.hidden_size * config.vocab_size
     )
     return FORWARD_AND_BACKWARD * int(forward)

@@ -20,6 +20,7 @@ from transformers import DeepseekV3Config
 from ..loss import linear_cross_entropy
 from ..offload import HostStack
 from .attention import Attention, RMSNorm, RowGeometry
+from .flops import packed_flops
 from .layers import DecoderLayer, MTPLayer
 from .moe import MoE, Router
 from .recompute import Kept
@@ -178,6 +179,16 @@ class DeepseekV3ForCausalLM(nn.Module):
             x, layer_balance = self._layer(layer, x, row)
             balance = balance + layer_balance
         return self.model.norm(x), balance
+
+    def step_flops(self, tokens: int, squares: int, targets: int, mtp_targets: int) -> int:
+        """Useful operations of a step's forward and backward, over all ranks, for MFU.
+
+        Args:
+            tokens, squares: the sums of its documents' lengths and of their squares.
+            targets, mtp_targets: the tokens that go through the head; the latter where the block is built.
+        """
+        mtp = len(self.model.layers) > self.config.num_hidden_layers
+        return packed_flops(self.config, tokens, squares, targets + mtp * mtp_targets, mtp)
 
     def logits(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """input_ids int64 [T/SP], cu_seqlens int32 [D+1] and max_seqlen of the whole row -> logits [T/SP, V]."""
