@@ -1,6 +1,10 @@
-"""Every shipped YAML goes through the real CLI; they differ in values alone; their models are the architecture's."""
+"""Every shipped YAML goes through the real CLI; they differ in values alone; their models are the architecture's.
+
+Each says in its head how it is launched and what `plan` says of it; both are kept true here.
+"""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +15,38 @@ import torch
 import yaml
 
 from src.checkpoints.key_map import hf_shapes
+from src.commands.config_command import ConfigCommand
+from src.commands.plan import verdict
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, load_config
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name != "base.yaml")
+PARTS = ("base.yaml", "671b.yaml")  # of the other files, no runs of their own
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name not in PARTS)
+GUIDE = {  # nodes, SP, optimizer on the host, rows a DP rank: the guide's table
+    "16n_sp8": (16, 8, True, 2),
+    "32n_sp8_bs1": (32, 8, True, 1),
+    "32n_sp4_bs1": (32, 4, True, 1),
+    "32n_sp1_bs1": (32, 1, True, 1),
+    "32n_sp4": (32, 4, True, 2),
+    "32n_sp1": (32, 1, True, 2),
+    "32n_sp4_zero3": (32, 4, False, 1),
+    "32n_sp1_zero3": (32, 1, False, 1),
+}
+OTHERS = ["1gpu_small", "1n_moonlight", "2gpu_sp2", "32n_32k", "32n_4k", "tiny_cpu"]
 MODELS = sorted((ROOT / "configs/models").rglob("config.json"))
 
 
+class Parse(ConfigCommand):
+    """The CLI's own parser, which `fit` has too, in this process."""
+
+    name = "parse"
+
+    def run_command(self) -> None:
+        pass
+
+
 def parsed(path: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "src.cli", "fit", "--config", str(path), "--print_config"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-2000:]
-    config: dict[str, Any] = yaml.safe_load(result.stdout)
+    config: dict[str, Any] = Parse(["--config", str(path)]).config.as_dict()
     return config
 
 
@@ -33,8 +57,16 @@ def keys(config: Any, prefix: str = "") -> set[str]:
 
 
 def test_none_is_missed() -> None:
-    assert [p.stem for p in CONFIGS] == ["1gpu_small", "32n_sp4", "tiny_cpu"]
-    assert [p.parent.name for p in MODELS] == ["deepseek-v3", "small", "tiny"]
+    assert [p.stem for p in CONFIGS] == sorted([*GUIDE, *OTHERS])
+    assert [p.parent.name for p in MODELS] == ["deepseek-v3", "deepseek-v3-slim", "moonlight-16b", "small", "tiny"]
+
+
+def test_fit_takes_a_file_and_prints_all_of_it() -> None:
+    command = [sys.executable, "-m", "src.cli", "fit", "--config", "configs/32n_sp4.yaml", "--print_config"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    options = yaml.safe_load(result.stdout)["trainer"]["strategy"]["init_args"]
+    assert options["sequence_parallel_size"] == 4 and options["offload_optimizer"] is True
 
 
 def test_all_parse_and_differ_in_values_alone() -> None:
@@ -42,9 +74,22 @@ def test_all_parse_and_differ_in_values_alone() -> None:
     shape = keys(configs["tiny_cpu"])
     for name, config in configs.items():
         assert keys(config) == shape, name
-    strategy = configs["32n_sp4"]["trainer"]["strategy"]
-    assert strategy["class_path"] == "src.strategies.DeepSpeedSPStrategy"
-    assert strategy["init_args"]["sequence_parallel_size"] == 4 and configs["32n_sp4"]["trainer"]["num_nodes"] == 32
+        assert config["trainer"]["default_root_dir"] == f"runs/{name}"
+    for name, row in GUIDE.items():
+        trainer, data = configs[name]["trainer"], configs[name]["data"]
+        options = trainer["strategy"]["init_args"]
+        found = trainer["num_nodes"], options["sequence_parallel_size"], options["offload_optimizer"]
+        assert (*found, data["batch_size"]) == row, name
+        assert (data["max_length"], trainer["accumulate_grad_batches"], trainer["devices"]) == (32768, 4, 8)
+        assert trainer["gradient_clip_val"] == 1.0 and configs[name]["model"]["betas"] == [0.9, 0.999]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_head_says_how_to_launch_it_and_what_plan_says(path: Path) -> None:
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"configs/{path.name}" in line and re.match(r"#   (sbatch|torchrun|python) ", line) for line in head)
+    (said,) = [line.removeprefix("# plan: ") for line in head if line.startswith("# plan: ")]
+    assert said == verdict(path)
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda p: p.parent.name)
@@ -64,5 +109,5 @@ def test_models_build_without_memory_and_have_the_published_number_of_parameters
         model = DeepseekV3ForCausalLM(config)
     found = sum(p.numel() for p in model.parameters()) + sum(r.e_score_correction_bias.numel() for r in model.routers)
     assert found == sum(torch.Size(shape).numel() for shape in hf_shapes(config, mtp=False).values())
-    if path.parent.name == "deepseek-v3":
-        assert found == 671_026_419_200
+    published = {"deepseek-v3": 671_026_419_200, "moonlight-16b": 15_960_111_936}
+    assert found == published.get(path.parent.name, found)

@@ -10,7 +10,8 @@ from src.planner.zero import GRADIENTS, SHARDS
 # Assumed, since nothing here has measured them on many nodes: what the driver takes for a process, NCCL's channels and
 # buffers for the world's group and for the SP group, and the part of what is allocated that lies between blocks.
 CONTEXT, NCCL_WORLD, NCCL_SP, FRAGMENTATION = 0.6 * GIB, 1.2 * GIB, 0.5 * GIB, 0.05
-PROCESS, WORKER = 6 * GIB, 0.8 * GIB  # plain host memory of a rank with its libraries, and of a loader's process
+# Plain host memory of a rank with its libraries, with CUDA's and without, and of a loader's process.
+PROCESS, CPU_PROCESS, WORKER = 6 * GIB, 0.7 * GIB, 0.8 * GIB
 DISK_HEADERS = 1.001
 
 
@@ -140,8 +141,9 @@ def host(settings: Settings, work: Work) -> list[Line]:
         each = 12 if s.param_bytes == 2 else 8 + s.param_bytes
         why = f"{ranks} ranks x {_g(trained)} x {each} bytes, from the first save on"
         lines.append(Line("copy that a save writes, plain", ranks * each * trained, why))
-    why = f"{ranks} ranks x ({PROCESS / GIB:.0f} GiB + {s.num_workers} workers x {WORKER / GIB} GiB), assumed"
-    lines.append(Line("processes and loaders", ranks * (PROCESS + s.num_workers * WORKER), why))
+    process = CPU_PROCESS if s.cpu else PROCESS
+    why = f"{ranks} ranks x ({process / GIB:.1f} GiB + {s.num_workers} workers x {WORKER / GIB} GiB), assumed"
+    lines.append(Line("processes and loaders", ranks * (process + s.num_workers * WORKER), why))
     return lines
 
 

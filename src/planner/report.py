@@ -88,7 +88,7 @@ def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
         (
             "a stop's lead (--stop.lead)",
             f"{stop_lead(plan):.0f} s",
-            f"{plan.slowest:.0f} + 2 x {write_seconds(s, c):.0f} + 60: the slowest step, a save under way, the last save",
+            f"{plan.slowest:.0f} + 2 x {write_seconds(s, c):.0f} + 60: the slowest step, the save under way, its own",
         ),
         (
             "weights are read in",
@@ -110,6 +110,10 @@ def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
     return [(what, much, why) for what, much, why in lines if not (s.sp == 1 and "SP exch" in what)]
 
 
+def _count(number: float) -> str:
+    return f"{number / 1e9:.1f}e9" if number >= 1e8 else f"{number / 1e6:.1f}e6"
+
+
 def stop_lead(plan: Plan) -> float:
     """Seconds before the end of a job's time in which `src.callbacks.stop` has to begin."""
     return plan.slowest + 2 * write_seconds(plan.settings, plan.cluster) + 60
@@ -117,8 +121,10 @@ def stop_lead(plan: Plan) -> float:
 
 def text(plan: Plan, explain: bool = False) -> str:
     s, out = plan.settings, []
+    place = "process" if s.cpu else "GPU"
+    many = "processes" if s.cpu else "GPUs"
     head = (
-        f"{s.sizes.parameters / 1e9:.1f}e9 parameters on {s.world} GPUs ({s.nodes} x {s.gpus}): DP {s.dp} x SP {s.sp}, "
+        f"{_count(s.sizes.parameters)} parameters on {s.world} {many} ({s.nodes} x {s.gpus}): DP {s.dp} x SP {s.sp}, "
     )
     out += [head + f"{s.rows_per_step} rows of {s.max_length:,} a step", f"data: {plan.data.source}", ""]
 
@@ -135,9 +141,10 @@ def text(plan: Plan, explain: bool = False) -> str:
         out.append("")
 
     room = None if s.cpu else plan.device_room
-    section(f"A GPU's memory, fullest at: {plan.moment}", [*plan.device, *plan.overhead], room, GIB, "GiB")
+    section(f"A {place}'s memory, fullest at: {plan.moment}", [*plan.device, *plan.overhead], room, GIB, "GiB")
     section("Host memory of a node", plan.host, plan.host_room, GIB, "GiB")
-    section("Disk", plan.disk, None, 1e12, "TB")
+    large = plan.disk[0].nbytes > 1e11
+    section("Disk", plan.disk, None, 1e12 if large else 1e9, "TB" if large else "GB")
     if not s.cpu:
         out.append("Time")
         for what, much, why in time_lines(plan):

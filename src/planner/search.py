@@ -10,6 +10,8 @@ from src.planner.plan import Data, Plan, make_plan
 from src.planner.settings import GIB, Settings
 from src.planner.work import Work
 
+TOKENS = (8192, 16384, 32768, 65536)  # a GPU and micro-step, that --search tries
+
 Change = tuple[str, dict[str, object]]
 Progress = Callable[[list[Settings]], Iterable[Settings]]
 
@@ -84,25 +86,25 @@ def candidates(settings: Settings) -> list[Settings]:
     s, rows = settings, settings.rows_per_step
     nodes = sorted({max(1, s.nodes // 2), s.nodes, 2 * s.nodes})
     offloads = ((False, False), (True, False))
-    kept = (("recompute", "keep"), ("offload", "keep"), ("offload", "offload"), ("keep", "keep"))
+    kept = (
+        ("recompute", "keep"), ("recompute", "offload"), ("offload", "keep"), ("offload", "offload"), ("keep", "keep"),
+    )  # fmt: skip
+    # Batches by the tokens they give a GPU, which is what a step's time and memory depend on.
+    batches = {sp: sorted({max(1, tokens * sp // s.max_length) for tokens in TOKENS}) for sp in (1, 2, 4, 8)}
     found = []
-    for n, sp, batch, (optimizer, parameters), (output, layer) in product(
-        nodes, (1, 2, 4, 8), (1, 2, 4, 8), offloads, kept
-    ):
-        if batch > 2 * sp:
-            continue  # more rows than a GPU could hold
-        base = _possible(s, nodes=n, sp=sp, batch_size=batch, accumulate=1)
-        if base is None:
-            continue
-        accumulate = max(1, round(rows / (base.dp * batch)))
-        changed = base.but(
-            accumulate=accumulate,
-            offload_optimizer=optimizer,
-            offload_parameters=parameters,
-            attention_output=output,
-            layer_input=layer,
-        )
-        found.append(changed)
+    for n, sp, (optimizer, parameters), (output, layer) in product(nodes, batches, offloads, kept):
+        for batch in batches[sp]:
+            base = _possible(s, nodes=n, sp=sp, batch_size=batch, accumulate=1)
+            if base is not None:
+                found.append(
+                    base.but(
+                        accumulate=max(1, round(rows / base.rows_per_step)),
+                        offload_optimizer=optimizer,
+                        offload_parameters=parameters,
+                        attention_output=output,
+                        layer_input=layer,
+                    )
+                )
     return found
 
 
