@@ -191,7 +191,7 @@ class Bench:
             trace = {"trace": str(self.out / f"{layout.name}.trace.json")} if traced else {}
             line = self.fit(layout.name, layout, *arguments, **trace)
             plan = self.plan(arguments)
-            predicted = plan.get("step_seconds"), plan.get("peak_allocated_gib")
+            predicted = (plan["time"]["step_s"], plan["device"]["allocated"] / 2**30) if plan else ()
             first = first or line
             line |= {"kind": "layout", "dp": layout.dp, "sp": layout.sp, "offload": layout.offload, "gpus": n}
             line["tokens_per_s_gpu"] = o.tokens * o.gpus / line["step_s"] / n
@@ -213,7 +213,7 @@ class Bench:
                     memory,
                     f"{line['losses'][0]:.4f} to {line['losses'][-1]:.4f}",
                     f"{line['loss_difference']:.1e}",
-                    " s, ".join(f"{x:.2f}" for x in predicted if x is not None),
+                    " s, ".join(f"{x:.2f}" for x in predicted),
                 ]
             )
             print(cells[-1], flush=True)

@@ -1,4 +1,5 @@
-"""Our prediction beside each row that the public guide reports: writes the tables of docs/planning.md anew.
+"""Our prediction beside each row that the public guide reports: writes the tables of docs/planning.md anew, and
+the one of measured runs in benchmarks/RESULTS.md.
 
     python -m benchmarks.plan_guide
 
@@ -75,7 +76,7 @@ def guide_table() -> list[str]:
 
 
 # Published figures at 4k tokens: Megatron Core and NeMo, DeepSeek-V3 on H100, tokens/s/GPU (docs/planning.md).
-AT_4K = [(32, 1, 4), (32, 1, 8), (128, 1, 4), (128, 1, 8)]
+AT_4K = [(32, 1, 4), (32, 1, 8), (32, 1, 16), (128, 1, 4), (128, 1, 8), (128, 1, 16)]
 
 
 def table_4k() -> list[str]:
@@ -94,18 +95,24 @@ def table_4k() -> list[str]:
     return lines
 
 
-PAGE = Path("docs/planning.md")
+PAGES = [Path("docs/planning.md"), Path("benchmarks/RESULTS.md")]
 
 
-def with_tables(page: str) -> str:
-    """The page with its tables written anew."""
-    tables = {"guide": guide_table(), "4k": table_4k(), "measured": plan_check.table(plan_check.read_lines(LINES))}
-    for mark, table in tables.items():
-        before, rest = page.split(f"<!-- {mark} -->\n")
-        after = rest.split(f"<!-- /{mark} -->")[1]
-        page = f"{before}<!-- {mark} -->\n" + "\n".join(table) + f"\n<!-- /{mark} -->{after}"
+def tables() -> dict[str, list[str]]:
+    return {"guide": guide_table(), "4k": table_4k(), "measured": plan_check.table(plan_check.read_lines(LINES))}
+
+
+def with_tables(page: str, new: dict[str, list[str]]) -> str:
+    """The page with those of the tables that it has written anew."""
+    for mark, table in new.items():
+        if f"<!-- {mark} -->\n" in page:
+            before, rest = page.split(f"<!-- {mark} -->\n")
+            after = rest.split(f"<!-- /{mark} -->")[1]
+            page = f"{before}<!-- {mark} -->\n" + "\n".join(table) + f"\n<!-- /{mark} -->{after}"
     return page
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    written = tables()
+    for path in PAGES:
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), written), encoding="utf-8")

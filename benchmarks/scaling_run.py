@@ -34,8 +34,9 @@ class Recorder(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not self.keep_checkpoints:
-            kept = [c for c in trainer.callbacks if not isinstance(c, StepCheckpoint)]  # type: ignore[attr-defined]
-            trainer.callbacks[:] = kept  # type: ignore[attr-defined]
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, StepCheckpoint):
+                    callback._save = lambda trainer: None  # type: ignore[method-assign]
 
     def _read_loss(self, trainer: pl.Trainer) -> None:
         if "train/loss" in trainer.callback_metrics:  # the module logs it after this callback's turn

@@ -104,7 +104,8 @@ class Stop(pl.Callback):
         self.on_validation_start(trainer, pl_module)
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
-        checkpoint = next(c for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint))
+        # Not `next`: Lightning takes a StopIteration for the end of the data.
+        (checkpoint,) = (c for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint))
         why = self._why(checkpoint, is_rank_zero=trainer.is_global_zero)
         if self._finished or not trainer.strategy.reduce_boolean_decision(why is not None, all=False):
             return

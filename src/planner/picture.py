@@ -1,6 +1,7 @@
 """The simulated micro-step for Perfetto, and drawn."""
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def draw(path: str | Path, spans: Sequence[Span], title: str) -> None:
         axes.invert_yaxis()
         axes.set_xlim(begin, end)
         axes.spines[["top", "right"]].set_visible(False)
-    plots[0].set_title(title, loc="left", fontsize=10)
+    plots[0].set_title(textwrap.fill(title, 130), loc="left", fontsize=10)
     plots[1].set_xlabel("s")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
