@@ -4,8 +4,10 @@ import inspect
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 # Heavy libraries are imported by the command that needs them, so that --help answers at once.
@@ -94,5 +96,16 @@ def main(args: Sequence[str] | None = None) -> None:
             raise SystemExit(f"error: unknown command {command!r}")
 
 
+def _refused(error: ValueError) -> bool:
+    """Whether it is one of ours, a message for the user, and not a library's or a mistake of the program."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(__file__).parent)
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        if not _refused(error):
+            raise
+        raise SystemExit(f"error: {error}") from None

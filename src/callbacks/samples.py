@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from .loggers import log_texts
+from .loggers import log_texts, spare_the_run
 from .phases import Phases
 
 log = logging.getLogger(__name__)
@@ -105,11 +105,14 @@ class Samples(pl.Callback):
         texts = [self._tokenizer.decode([i for i in ids if i not in self._ends]) for ids in answers]
         told = dict(zip(self.prompts, texts, strict=True))
         root = Path(trainer.default_root_dir)
-        root.mkdir(parents=True, exist_ok=True)
-        with open(root / FILE, "a", encoding="utf-8") as file:
-            for (prompt, text), ids in zip(told.items(), answers, strict=True):
-                row = {"step": step, "prompt": prompt, "text": text, "tokens": len(ids)}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = [
+            {"step": step, "prompt": prompt, "text": text, "tokens": len(ids)}
+            for (prompt, text), ids in zip(told.items(), answers, strict=True)
+        ]
+        with spare_the_run("the samples were"):
+            root.mkdir(parents=True, exist_ok=True)
+            with open(root / FILE, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         log_texts(trainer, "samples", told, step)
 
     def _answers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,6 @@ class StepCheckpoint(Checkpoint):
         self.keep = keep
         self.async_save = async_save
         self._saved_step = 0
-        self._began = 0.0
         self.save_seconds: float | None = None  # on rank 0: the longest save so far, from its begin to its last byte
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -79,15 +79,15 @@ class StepCheckpoint(Checkpoint):
         if step == self._saved_step:  # nothing trained since, or in the middle of accumulation
             return
         self._saved_step = step
-        self._began = time.monotonic()
+        began = time.monotonic()  # an earlier save may still be on its way: each has its own
         trainer.save_checkpoint(
             checkpoint_folder(trainer.default_root_dir) / f"step={step}.ckpt",
-            storage_options={"asynchronous": self.async_save, "then": self._make_last},
+            storage_options={"asynchronous": self.async_save, "then": partial(self._make_last, began)},
         )
 
-    def _make_last(self, checkpoint: Path) -> None:
+    def _make_last(self, began: float, checkpoint: Path) -> None:
         """On rank 0, once a checkpoint is complete; in this order, so that `last.ckpt` always leads to a whole one."""
-        self.save_seconds = max(self.save_seconds or 0.0, time.monotonic() - self._began)
+        self.save_seconds = max(self.save_seconds or 0.0, time.monotonic() - began)
         folder = checkpoint.parent
         point(folder / LAST, checkpoint.name)
         remove(sorted((p for p in folder.glob("step=*.ckpt") if step_of(p) >= 0), key=step_of)[: -self.keep])

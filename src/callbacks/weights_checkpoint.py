@@ -58,27 +58,41 @@ class WeightsCheckpoint(pl.Callback):
             self._save(trainer, weights_folder(trainer.default_root_dir).absolute() / f"step={step}")
 
     def _save(self, trainer: pl.Trainer, out: Path) -> None:
+        # What fails on one rank alone must not leave the others in the export's collectives.
         error: str | None = None
         try:
             if trainer.is_global_zero and out.exists():  # of a session that was killed later, and resumed before
                 remove([out])
             run_files = run_record(trainer, self).side_files(trainer)
-            cast(ExportingStrategy, trainer.strategy).export(run_files, out, "bf16", MAX_SHARD_SIZE)
-        except OtherRankFailed:
-            pass
-        except Exception as own:  # every rank has one of the two, so none is left waiting for the others
+        except Exception as own:
             error = str(own)
-        errors: list[str | None] = [None] * trainer.world_size
-        dist.all_gather_object(errors, error)
+        found = _of_all_ranks(trainer, error)
+        if not found:
+            try:
+                cast(ExportingStrategy, trainer.strategy).export(run_files, out, "bf16", MAX_SHARD_SIZE)
+            except OtherRankFailed:
+                pass
+            except Exception as own:  # every rank has one of the two, so none is left waiting for the others
+                error = str(own)
+            found = _of_all_ranks(trainer, error)
         if not trainer.is_global_zero:
             return
-        found = list(dict.fromkeys(text for text in errors if text is not None))
         if found:
             log.error("%s was not saved, training goes on, and the next save tries again: %s", out, "; ".join(found))
-        else:
-            saved = sorted((p for p in out.parent.iterdir() if step_of(p) >= 0), key=step_of)
-            remove(saved[: -self.keep])
-        _remove_leftovers(out.parent)
+        try:
+            if not found:
+                saved = sorted((p for p in out.parent.iterdir() if step_of(p) >= 0), key=step_of)
+                remove(saved[: -self.keep])
+            _remove_leftovers(out.parent)
+        except OSError as own:
+            log.error("older weights in %s were not removed: %s", out.parent, own)
+
+
+def _of_all_ranks(trainer: pl.Trainer, error: str | None) -> list[str]:
+    """The ranks' different errors; to be called by all of them."""
+    errors: list[str | None] = [None] * trainer.world_size
+    dist.all_gather_object(errors, error)
+    return list(dict.fromkeys(text for text in errors if text is not None))
 
 
 def weights_folder(root: str | Path) -> Path:

@@ -8,10 +8,10 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.export_at_end import ExportAtEnd
+from src.callbacks.loggers import RunLogger
 from src.callbacks.loss_spike import LossSpike
 from src.callbacks.out_of_memory import OutOfMemory
 from src.callbacks.progress import Progress
@@ -100,7 +100,7 @@ class TrainingCLI(LightningCLI):
             self.trainer_defaults["callbacks"].append(Progress())
         if settings.trainer.logger in (None, True):
             # One folder for all of a run's sessions: no version_N.
-            kwargs["logger"] = TensorBoardLogger(
+            kwargs["logger"] = RunLogger(
                 settings.trainer.default_root_dir or ".", name="tensorboard", version="", default_hp_metric=False
             )
         if settings.trainer.logger is not False:

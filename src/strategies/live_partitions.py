@@ -9,7 +9,7 @@ whose own files are written goes on giving until nobody wants anything.
 
 import tempfile
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,10 +177,11 @@ def export_live(
     with partitions.sharing():
         if rank == 0:
             start_live(out)
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
         with partitions.sharing():
-            write_run_files(Path(folder), **run_files)
-            job = Export.plan(Path(folder), PerExpert(partitions), dtype, max_shard_size)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            write_run_files(folder, **run_files)
+            job = Export.plan(folder, PerExpert(partitions), dtype, max_shard_size)
             job.check_room(out)  # before any rank writes
         with partitions.sharing():
             if rank == 0:

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.callbacks.expert_load import ExpertLoad
-from src.callbacks.loggers import log_image, log_texts
+from src.callbacks.loggers import RunLogger, log_image, log_texts
 
 from .test_expert_load import Stub
 from .test_expert_load import train as train_experts
@@ -71,3 +71,17 @@ def test_the_fake_is_like_the_real_one(method: str) -> None:
 
     ours, real = (list(inspect.signature(getattr(c, method)).parameters) for c in (Fake, WandbLogger))
     assert set(ours) <= set(real)
+
+
+def test_a_full_disk_costs_curves_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = RunLogger(tmp_path, name="tensorboard", version="")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    logger.experiment.add_scalar = full
+    logger.log_metrics({"train/loss": 1.0}, 1)
+    logger.experiment.flush = full
+    logger.save()
+    logger.finalize("success")
+    assert caplog.text.count("training goes on") == 3 and "No space left" in caplog.text

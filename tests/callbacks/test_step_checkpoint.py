@@ -26,7 +26,7 @@ def test_the_newest_are_kept_by_step_and_not_by_name(tmp_path: Path) -> None:
     folder = checkpoint_folder(tmp_path)
     for name in ("step=8.ckpt", "step=9.ckpt", "step=10.ckpt", "step=7.ckpt.incomplete", "best.ckpt"):
         (folder / name / "checkpoint").mkdir(parents=True)
-    StepCheckpoint(keep=2)._make_last(folder / "step=10.ckpt")
+    StepCheckpoint(keep=2)._make_last(0.0, folder / "step=10.ckpt")
     assert {p.name for p in folder.iterdir()} == {LAST, "step=10.ckpt", "step=9.ckpt", "best.ckpt"}
     assert (folder / LAST).resolve() == folder / "step=10.ckpt"
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def save(saver: CheckpointSaver, folder: Path, step: int, asynchronous: bool = F
     for name in FILES:
         saver.save(state(step, size if name == "optim.pt" else 1), str(aside / TAG / name))
     side_files = {"files": {"run.json": "{}"}, "model_directory": str(folder), "tokenizer_directory": None}
-    saver.start(side_files, StepCheckpoint(keep=1)._make_last)
+    saver.start(side_files, partial(StepCheckpoint(keep=1)._make_last, 0.0))
 
 
 def loaded(checkpoint: Path) -> int:
