@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from src.commands import preflight
+from src.commands.config_command import ConfigCommand
 from src.planner.cluster import read_cluster, write_cluster
 from src.preflight import files, node, rates
 from src.preflight.ranks import Absent, Ranks, meet
@@ -173,6 +175,40 @@ def test_files_are_compared_by_size_and_header(tmp_path: Path) -> None:
     assert "data.cache_dir" in files.writable("data.cache_dir", str(blocked / "cache"))[0]
     assert files.writable("data.cache_dir", str(tmp_path / "cache")) == []
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+class Parse(ConfigCommand):
+    name = "parse"
+
+    def run_command(self) -> None:
+        pass
+
+
+def test_validation_sets_are_looked_at_and_a_run_that_goes_on_needs_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--config", "configs/tiny_cpu.yaml", "--trainer.default_root_dir", str(tmp_path)]
+    more = ["--model.from_scratch", "false", "--data.val_sets", "{math: [none.jsonl]}", "--ckpt_path", "auto"]
+    config = Parse([*arguments, *more]).config
+
+    def planned(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(preflight, "settings_of", planned)
+    first, then = report(0), report(0)
+    preflight._look(first, config, cuda=False)
+    (tmp_path / "checkpoints/step=1.ckpt").mkdir(parents=True)
+    preflight._look(then, config, cuda=False)
+    assert any(problem.startswith("weights: ") for problem in first.problems)
+    assert not any(problem.startswith("weights: ") for problem in then.problems)
+    assert any(problem.startswith("data: ") and "none.jsonl" in problem for problem in then.problems)
+
+
+def test_the_disks_room_is_for_checkpoints_weights_and_export() -> None:
+    more = ["--weights.every_n_train_steps", "5", "--export.out", "x"]
+    _, alone = preflight._planned(Parse(["--config", "configs/32n_sp4.yaml"]).config)
+    _, disk = preflight._planned(Parse(["--config", "configs/32n_sp4.yaml", *more]).config)
+    assert alone and disk and disk - alone == pytest.approx(4 * 2 * 682.6e9, rel=1e-3)
 
 
 def _measure() -> tuple[dict[str, Any], list[int], float]:

@@ -9,6 +9,7 @@ from src.commands.plan import PlanCLI, verdict
 from src.planner.cluster import Cluster
 from src.planner.plan import make_plan
 from src.planner.search import nearest, pays_until, scale, search
+from src.planner.sizes import read_sizes
 from tests.planner.settings import ROWS, guide, sizes
 
 CONFIG = "configs/32n_sp4.yaml"
@@ -87,6 +88,12 @@ def test_data_that_is_there_is_counted(tmp_path: Path) -> None:
         (["--trainer.strategy.init_args.sequence_parallel_size", "3"], "no multiple of sequence_parallel_size 3"),
         (["--model.experts_per_shard", "24"], "experts_per_shard 24 does not divide the 256 experts"),
         (["--model.pretrained", "configs"], "configs/config.json does not exist"),
+        (["--data.batch_size", "0"], "data.batch_size is 0; a number from 1 on"),
+        (["--trainer.accumulate_grad_batches", "-1"], "trainer.accumulate_grad_batches is -1"),
+        (["--trainer.strategy.init_args.sequence_parallel_size", "0"], "sequence_parallel_size is 0"),
+        (["--document_length", "0"], "document_length is 0"),
+        (["--trace", "nowhere/t.json"], "--trace nowhere/t.json cannot be written"),
+        (["--picture", "picture.xyz"], "no suffix of a picture"),
     ],
 )
 def test_a_wrong_question_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +129,45 @@ def test_the_grid_keeps_the_rows_of_a_step_and_is_valid() -> None:
     assert len(set(grid)) == len(grid) > 100
     assert {settings.sp for settings in grid} == {1, 2, 4, 8}
     assert all(256 <= settings.rows_per_step <= 1024 for settings in grid)
+
+
+def test_data_without_a_tokenizer_is_estimated_and_says_why() -> None:
+    plan = PlanCLI([*FITS, "--data.train_files", "[data/demo/train.jsonl]"]).plan
+    source = plan.data.source
+    assert "no tokenizer.json in configs/models/deepseek-v3" in source and "one document each" in source
+    size = Path("data/demo/train.jsonl").stat().st_size
+    assert plan.data.tokens == int(size / 4.2) and plan.settings.document == 32768
+
+
+def test_max_steps_alone_ends_a_run_of_unbounded_epochs() -> None:
+    for epochs in ("null", "-1"):
+        plan = PlanCLI([*FITS, "--trainer.max_steps", "5000", "--trainer.max_epochs", epochs]).plan
+        assert plan.steps == 5000  # an epoch has 196
+
+
+def test_weights_and_export_take_disk_and_what_is_not_counted_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--weights.every_n_train_steps", "10", "--weights.keep", "3", "--export.out", "x"]
+    plan = PlanCLI([*FITS, *more, "--data.val_files", "[v.jsonl]"]).plan
+    exported = 2 * plan.settings.sizes.parameters
+    assert [line.nbytes for line in plan.disk[1:]] == [4 * exported, exported]
+    assert "not counted in the run's time: validation, weights saves, the export" in capsys.readouterr().out
+    assert len(PlanCLI(FITS).plan.disk) == 1
+
+
+def test_the_nearest_keeps_the_rows_of_a_step_and_takes_the_fewest_nodes() -> None:
+    full = guide(nodes=8, sp=8, batch_size=2, attention_output="offload", num_workers=4)
+    found = nearest(full, Cluster(), ROWS)
+    assert found is not None and found[0] == "--trainer.num_nodes 16 --trainer.accumulate_grad_batches 2"
+    assert found[1].settings.rows_per_step == full.rows_per_step
+    # A node that is too small for the copy that a save writes.
+    found = nearest(guide(), Cluster(host_memory_gib=600), ROWS)
+    assert found is not None and found[0] == "--checkpoint.async_save false"
+
+
+def test_a_config_json_that_is_a_list_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json holds no fields"):
+        read_sizes(tmp_path, None, False)
 
 
 def test_no_nearest_where_nothing_near_fits() -> None:
