@@ -45,7 +45,7 @@ class Stop(pl.Callback):
         SystemExit: 0 where it is to be continued; 1 where no step was trained, which would only repeat itself.
     """
 
-    def __init__(self, lead: float = 900.0, time_limit: str | None = None, marker: str | None = None) -> None:
+    def __init__(self, lead: float = 1800.0, time_limit: str | None = None, marker: str | None = None) -> None:
         if lead <= 0:
             raise ValueError(f"stop.lead is {lead}; it must be positive: the seconds of one step and one save.")
         self.lead = lead

@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from src.commands.checks import check_data_fits_model, data_parallel_size
 from src.commands.config_command import ConfigCommand
+from src.commands.outputs import check_output
 from src.datamodules import SFTDataModule
 from src.datamodules.check import check
 from src.datamodules.check_html import page
@@ -29,6 +30,7 @@ class CheckDataCLI(ConfigCommand):
     def run_command(self) -> None:
         settings = self.config
         try:
+            check_output("--html", settings.html)
             data = SFTDataModule(**settings.data.as_dict())
             data.tokenizer = load_tokenizer(settings.data.tokenizer or settings.model.pretrained)
         except ValueError as error:  # nothing can be read without them

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from tqdm import tqdm
 
 from src.commands.config_command import ConfigCommand
+from src.commands.outputs import PICTURES, check_output
 from src.datamodules import SFTDataModule
 from src.datamodules.reader import expand
+from src.datamodules.tokenizer import load_tokenizer
 from src.planner.cluster import Cluster, read_cluster
 from src.planner.picture import draw, write_trace
 from src.planner.plan import Data, Plan, make_plan
@@ -55,6 +58,10 @@ class PlanCLI(ConfigCommand):
     def run_command(self) -> None:
         config = self.config
         try:
+            check_output("--trace", config.trace)
+            check_output("--picture", config.picture, PICTURES)
+            if config.picture and find_spec("matplotlib") is None:
+                raise ValueError("--picture needs matplotlib: pip install matplotlib, or the extra `demo`.")
             cluster = read_cluster(config.cluster) if config.cluster else Cluster()
             self.plan = plan_of(config, cluster)
         except ValueError as error:
@@ -81,7 +88,9 @@ class PlanCLI(ConfigCommand):
             if found:
                 print(f"The nearest that fits: {found[0]}\n  {found[1].verdict}")
             elif not self.plan.fits:
-                print("No three changes of offload, batch, SP, shards or up to four times the nodes make it fit.")
+                print(
+                    "No three changes of offload, batch, SP, shards, saves or up to four times the nodes make it fit."
+                )
             for answered in (best is not None and search_text(best), sizes is not None and scale_text(sizes)):
                 if answered:
                     print(f"\n{answered}")
@@ -97,7 +106,7 @@ def plan_of(config: Namespace, cluster: Cluster) -> Plan:
     """The plan of parsed arguments. Raises ValueError where they contradict each other or a file is not there."""
     settings = settings_of(config, cluster)
     data, document = data_of(config, settings)
-    if getattr(config, "document_length", None):
+    if getattr(config, "document_length", None) is not None:
         document = config.document_length
     return make_plan(replace(settings, document=document), cluster, data)
 
@@ -145,6 +154,9 @@ def settings_of(config: Namespace, cluster: Cluster) -> Settings:
         checkpoint_every=config.checkpoint.every_n_train_steps,
         keep=config.checkpoint.keep,
         async_save=config.checkpoint.async_save,
+        weights_kept=config.weights.keep if config.weights.every_n_train_steps else 0,
+        export=config.export.out is not None,
+        uncounted=_uncounted(config),
         cpu=trainer.accelerator == "cpu",
     )
 
@@ -152,30 +164,64 @@ def settings_of(config: Namespace, cluster: Cluster) -> Settings:
 def _devices(devices: Any, cluster: Cluster) -> int:
     if isinstance(devices, list):
         return len(devices)
-    return int(devices) if str(devices).isdecimal() and int(devices) > 0 else cluster.gpus_per_node
+    return int(devices) if str(devices).isdecimal() else cluster.gpus_per_node
+
+
+def _uncounted(config: Namespace) -> tuple[str, ...]:
+    """What the run does besides, whose time no plan counts."""
+    does = {
+        "validation": bool(config.data.val_files or config.data.val_sets),
+        "samples": bool(config.samples.every_n_steps),
+        "weights saves": bool(config.weights.every_n_train_steps),
+        "the export at the end": config.export.out is not None,
+    }
+    return tuple(what for what, is_on in does.items() if is_on)
 
 
 def data_of(config: Namespace, settings: Settings) -> tuple[Data, float]:
     """The rows and tokens of an epoch, and a document's length as a token sees it on average."""
-    epochs = max(1, config.trainer.max_epochs or 1)
     steps = config.trainer.max_steps if config.trainer.max_steps > 0 else None
+    epochs: int | None = config.trainer.max_epochs
+    no_end = ""
+    if epochs is None or epochs < 0:
+        epochs = None if steps else 1
+        no_end = "" if steps else "; no trainer.max_epochs, one epoch is counted"
+    rows, tokens, source, document = _counted(config, settings)
+    return Data(rows, tokens, epochs, source + no_end, steps), document
+
+
+def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, float]:
+    """Rows and tokens of an epoch, where the numbers are from, and a document's length."""
     length = settings.max_length
     files = _present(config.data.train_files)
     if files is None:
         rows = ASSUMED_ROWS
         source = f"{', '.join(config.data.train_files)} not here; assumed: {rows:,} full rows, one document each"
-        return Data(rows, rows * length, epochs, source, steps), length
+        return rows, rows * length, source, length
     size = sum(os.path.getsize(file) for file in files)
+    values = config.data.as_dict()
+    values["tokenizer"] = values["tokenizer"] or config.model.pretrained
+    reason = None
     if size > TOKENISED_HERE:
+        reason = f"more than {TOKENISED_HERE >> 20} MiB"
+    else:
+        try:
+            load_tokenizer(values["tokenizer"])
+        except (ValueError, OSError) as error:
+            reason = str(error).splitlines()[0].split("; ")[0]
+    if reason is not None:
         tokens = int(size / BYTES_A_TOKEN)
         rows = max(1, -(-tokens // length))
-        source = (
-            f"{size / 1e9:.1f} GB of files, about {BYTES_A_TOKEN} bytes a token, full rows (`check-data` counts them)"
+        many = f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
+        rough = (
+            " (a rough guess for Parquet, which is compressed)" if any(f.endswith(".parquet") for f in files) else ""
         )
-        return Data(rows, tokens, epochs, source, steps), length
-    values = config.data.as_dict()
+        source = (
+            f"{many} of files, not tokenised: {reason}; estimated: {BYTES_A_TOKEN} bytes a token{rough}, full rows, "
+            "one document each (give --document_length; `check-data` counts)"
+        )
+        return rows, tokens, source, length
     values["val_files"] = values["val_sets"] = None
-    values["tokenizer"] = values["tokenizer"] or config.model.pretrained
     module = SFTDataModule(**values)
     module.setup("fit")
     assert module.train_set is not None
@@ -187,7 +233,7 @@ def data_of(config: Namespace, settings: Settings) -> tuple[Data, float]:
         f"{len(lengths):,} samples, {lengths.sum():,} tokens, {rows:,} rows an epoch, documents of {document:,.0f} "
         "tokens (the mean over tokens)"
     )
-    return Data(rows, tokens, epochs, source, steps), document
+    return rows, tokens, source, document
 
 
 def _present(patterns: list[str]) -> list[str] | None:

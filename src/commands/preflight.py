@@ -13,7 +13,10 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from src.callbacks.step_checkpoint import checkpoint_folder
+from src.callbacks.weights_checkpoint import weights_folder
+from src.commands.checks import newest_checkpoint
 from src.commands.config_command import ConfigCommand
+from src.commands.outputs import check_output
 from src.commands.plan import settings_of
 from src.planner import account
 from src.planner.cluster import Cluster, write_cluster
@@ -47,6 +50,15 @@ class PreflightCLI(ConfigCommand):
         }
         if settings.trainer.accelerator not in ("cpu", "auto") and not cuda:
             report.problems.append("no GPU can be used; look at nvidia-smi, and whether this PyTorch is a CUDA build")
+        write = settings.write
+        if ranks.rank == 0:
+            try:
+                check_output("--write", write)
+            except ValueError as error:
+                if ranks.world_size == 1:
+                    self.parser.error(str(error))
+                report.problems.append(str(error))  # the others are not left waiting
+                write = None
         if ranks.leads_node:
             _look(report, settings, cuda)
         try:
@@ -67,8 +79,8 @@ class PreflightCLI(ConfigCommand):
             measured = cluster(reports, cuda)
             print(_summary(ranks, reports, measured))
             print("\n".join(lines(found, names, "SLURM_JOB_ID" in os.environ)), flush=True)
-            if settings.write:
-                write_cluster(settings.write, measured)
+            if write:
+                write_cluster(write, measured)
         dist.barrier()
         dist.destroy_process_group()
         if found:
@@ -89,13 +101,15 @@ def _look(report: Report, settings: Namespace, cuda: bool) -> None:
     """Once a node, before CUDA is used."""
     trainer, data, model = settings.trainer, settings.data, settings.model
     root = trainer.default_root_dir or "."
-    config_only = bool(model.from_scratch or settings.ckpt_path not in (None, "auto"))
+    resumes = settings.ckpt_path not in (None, "auto") or (settings.ckpt_path == "auto" and newest_checkpoint(root))
+    config_only = bool(model.from_scratch or resumes)  # as `fit` demands
     same = report.same
     same["code"] = _try(report, "code", node.code, {})
     same["packages"] = _try(report, "packages", node.packages, {})
     same["environment"] = node.settings()
     same["weights"] = _try(report, "weights", lambda: files.weights(model.pretrained, config_only), {})
-    patterns = [*(data.train_files or []), *(data.val_files or [])]
+    val_sets = (file for files_of in (data.val_sets or {}).values() for file in files_of)
+    patterns = [*(data.train_files or []), *(data.val_files or []), *val_sets]
     same["data"] = _try(report, "data", lambda: files.data(patterns), {})
     for name, folder in (("trainer.default_root_dir", root), ("data.cache_dir", data.cache_dir)):
         if folder:
@@ -122,23 +136,23 @@ def _look(report: Report, settings: Namespace, cuda: bool) -> None:
 
 
 def _planned(settings: Namespace) -> tuple[float | None, float | None]:
-    """GiB of a node's host memory and bytes of checkpoints by plan's account; None where it has none."""
+    """GiB of a node's host memory and bytes on the disk by plan's account; None where it has none."""
     try:
         planned = settings_of(settings, Cluster())
-        checkpoints, *_ = account.disk(planned)
         host = sum(line.nbytes for line in account.host(planned, Work(planned, Cluster())))
-        return host / 2**30, checkpoints.nbytes
-    except (ValueError, OSError):  # `plan` says why
+        return host / 2**30, sum(line.nbytes for line in account.disk(planned))
+    except Exception:  # `plan` says why; here it must not leave the other ranks waiting
         return None, None
 
 
 def _check_room(report: Report, root: str, needed: float) -> None:
-    there = sum(f.stat().st_size for f in checkpoint_folder(root).rglob("*") if f.is_file())
+    folders = (checkpoint_folder(root), weights_folder(root))
+    there = sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file())
     free = _try(report, "disk", lambda: files.free_gb(root))
     if free is not None and free + there / 1e9 < needed / 1e9:
         report.problems.append(
-            f"{free:,.0f} GB are free in {root}, its checkpoints come to {needed / 1e9:,.0f}: make room, keep fewer "
-            "(checkpoint.keep), or write elsewhere (trainer.default_root_dir)"
+            f"{free:,.0f} GB are free in {root}, its checkpoints, weights and export come to {needed / 1e9:,.0f}: make "
+            "room, keep fewer (checkpoint.keep, weights.keep), or write elsewhere (trainer.default_root_dir)"
         )
 
 

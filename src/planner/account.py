@@ -157,11 +157,18 @@ def disk(settings: Settings) -> list[Line]:
     one = checkpoint_bytes(settings)
     kept = settings.keep + 1
     export = 2 * settings.sizes.parameters
-    return [
+    lines = [
         Line(
             f"checkpoints: {settings.keep} kept and the one being written",
             kept * one,
             f"{kept} x {one / 1e12:.3f} TB, {_g(settings.sizes.parameters * settings.trained)} trained x 12 bytes",
         ),
-        Line("export, BF16", export, f"{_g(settings.sizes.parameters)} x 2 bytes"),
     ]
+    if settings.weights_kept:
+        many = settings.weights_kept + 1
+        why = f"{many} x {export / 1e12:.3f} TB, {_g(settings.sizes.parameters)} x 2 bytes"
+        name = f"weights, BF16: {settings.weights_kept} kept and the one being written"
+        lines.append(Line(name, many * export, why))
+    if settings.export:
+        lines.append(Line("export at the end, BF16", export, f"{_g(settings.sizes.parameters)} x 2 bytes"))
+    return lines

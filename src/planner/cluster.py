@@ -22,7 +22,8 @@ class Cluster:
     nccl_inter_node_gb_s, nccl_intra_node_gb_s: bus bandwidth a GPU of an all-gather over all nodes, within one node.
     pcie_in_gb_s, pcie_out_gb_s: pinned copy to and from a GPU while all GPUs of the node copy.
     cpu_adam_gparams_s: 1e9 parameters a second that DeepSpeedCPUAdam updates on a node, all its ranks together.
-    disk_write_gb_s, disk_read_gb_s: the run's file system from one node while all nodes use it.
+    disk_write_gb_s, disk_read_gb_s: the run's file system from one node while all nodes use it; by default 20 GB/s for
+        the guide's 32 nodes together (docs/checkpoints.md), 0.625 each.
     measured: the fields that a file gave; the others are assumed.
     """
 
@@ -39,8 +40,8 @@ class Cluster:
     pcie_in_gb_s: float = 49.0
     pcie_out_gb_s: float = 53.0
     cpu_adam_gparams_s: float = 16.0
-    disk_write_gb_s: float = 3.0
-    disk_read_gb_s: float = 3.0
+    disk_write_gb_s: float = 0.625
+    disk_read_gb_s: float = 0.625
     measured: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:

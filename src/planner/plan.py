@@ -38,11 +38,11 @@ RATES = (
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on. source says where the numbers are from. steps: of the whole run, where max_steps says."""
+    """What is trained on. epochs: None where max_steps alone ends the run. source says where the numbers are from."""
 
     rows: int
     tokens: int
-    epochs: int
+    epochs: int | None
     source: str
     max_steps: int | None = None
 
@@ -103,7 +103,9 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        whole = math.ceil(self.data.rows / self.settings.rows_per_step) * self.data.epochs
+        if self.data.epochs is None and self.data.max_steps is not None:
+            return self.data.max_steps
+        whole = math.ceil(self.data.rows / self.settings.rows_per_step) * (self.data.epochs or 1)
         return whole if self.data.max_steps is None else min(whole, self.data.max_steps)
 
     @property

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from src.planner.account import Line
-from src.planner.plan import ASSUMED, MEASURED, Plan, optimizer_why, step_flops
+from src.planner.plan import ASSUMED, MEASURED, Plan, optimizer_why, shifted, step_flops
 from src.planner.search import pays_until
 from src.planner.settings import GIB
 from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, SP, TO_HOST
@@ -88,7 +88,8 @@ def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
         (
             "a stop's lead (--stop.lead)",
             f"{stop_lead(plan):.0f} s",
-            f"{plan.slowest:.0f} + 2 x {write_seconds(s, c):.0f} + 60: the slowest step, the save under way, its own",
+            f"{plan.slowest:.0f} + 2 x {write_seconds(s, shifted(c, True)):.0f} + 60: the slowest step, the save under "
+            "way, its own, at the slowest disk",
         ),
         (
             "weights are read in",
@@ -104,7 +105,9 @@ def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
             "the run",
             f"{plan.steps:,} steps, {duration(plan.wall())} ({duration(plan.wall(plan.fastest))} to "
             f"{duration(plan.wall(plan.slowest))})",
-            f"{plan.data.rows:,} rows / {s.rows_per_step} a step x {plan.data.epochs} epochs, {plan.saves} saves",
+            f"{plan.data.rows:,} rows / {s.rows_per_step} a step x {plan.data.epochs} epochs, {plan.saves} saves"
+            if plan.data.epochs
+            else f"trainer.max_steps, epochs unbounded, {plan.saves} saves",
         ),
     ]
     return [(what, much, why) for what, much, why in lines if not (s.sp == 1 and "SP exch" in what)]
@@ -116,7 +119,7 @@ def _count(number: float) -> str:
 
 def stop_lead(plan: Plan) -> float:
     """Seconds before the end of a job's time in which `src.callbacks.stop` has to begin."""
-    return plan.slowest + 2 * write_seconds(plan.settings, plan.cluster) + 60
+    return plan.slowest + 2 * write_seconds(plan.settings, shifted(plan.cluster, True)) + 60
 
 
 def text(plan: Plan, explain: bool = False) -> str:
@@ -151,6 +154,8 @@ def text(plan: Plan, explain: bool = False) -> str:
             out.append(f"  {what:<30} {much}")
             if explain and why:
                 out.append(f"      = {why}")
+        if s.uncounted:
+            out.append(f"  not counted in the run's time: {', '.join(s.uncounted)}")
         assumed = [f"{name} {getattr(plan.cluster, name)}" for name in plan.cluster.assumed]
         if assumed:
             out += ["", f"Assumed (measure with `preflight --write F`, give with --cluster F): {', '.join(assumed)}"]
@@ -216,13 +221,13 @@ def search_text(plans: list[Plan]) -> str:
 
 def scale_text(plans: list[Plan]) -> str:
     """What each size costs; where more rows a step than asked are needed to use all GPUs, that is said."""
-    out = ["  GPUs  fits  GPU GiB  rows a step   step s  tokens/s/GPU  GPU-hours a 1e9 tokens  the run"]
+    out = ["  GPUs  fits  GPU GiB  host GiB  rows a step   step s  tokens/s/GPU  GPU-hours a 1e9 tokens  the run"]
     for p in plans:
         hours = 1e9 / p.rate() / 3600
         out.append(
             f"{p.settings.world:>6}  {'yes' if p.fits else 'no':>4}  {p.device_total / GIB:>7.1f}  "
-            f"{p.settings.rows_per_step:>11,}  {p.time.step:>7.1f}  {p.rate():>12.0f}  {hours:>22.0f}  "
-            f"{duration(p.wall())}"
+            f"{p.host_total / GIB:>8,.0f}  {p.settings.rows_per_step:>11,}  {p.time.step:>7.1f}  "
+            f"{p.rate():>12.0f}  {hours:>22.0f}  {duration(p.wall())}"
         )
     best = pays_until(plans)
     if best is None:

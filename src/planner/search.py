@@ -36,7 +36,7 @@ def _possible(settings: Settings, **changes: object) -> Settings | None:
     return changed
 
 
-def _changes(settings: Settings) -> Iterator[Change]:
+def _changes(settings: Settings, host_is_full: bool) -> Iterator[Change]:
     """Single steps away from `settings`, each as its command-line argument and what it sets."""
     s = settings
     if s.stage != 3:
@@ -50,10 +50,10 @@ def _changes(settings: Settings) -> Iterator[Change]:
     yield f"--model.layer_input {other}", {"layer_input": other}
     if not s.offload_optimizer:
         yield "--trainer.strategy.init_args.offload_optimizer true", {"offload_optimizer": True}
+    if s.async_save and host_is_full:
+        yield "--checkpoint.async_save false", {"async_save": False}
     if s.batch_size > 1:
-        batch, times = s.batch_size // 2, s.accumulate * 2
-        what = f"--data.batch_size {batch} --trainer.accumulate_grad_batches {times}"
-        yield what, {"batch_size": batch, "accumulate": times}
+        yield f"--data.batch_size {s.batch_size // 2}", {"batch_size": s.batch_size // 2}
     yield f"--trainer.strategy.init_args.sequence_parallel_size {2 * s.sp}", {"sp": 2 * s.sp}
     half = s.sizes.experts_per_shard // 2
     if half:
@@ -62,9 +62,19 @@ def _changes(settings: Settings) -> Iterator[Change]:
         yield f"--trainer.num_nodes {factor * s.nodes}", {"nodes": factor * s.nodes}
 
 
+def _same_rows(changed: Settings, rows: int) -> Settings | None:
+    """With the accumulation that gives `rows` a step; None where there is none."""
+    once = changed.but(accumulate=1).rows_per_step
+    return None if rows % once else changed.but(accumulate=rows // once)
+
+
 def nearest(settings: Settings, cluster: Cluster, data: Data) -> tuple[str, Plan] | None:
-    """The fewest changes that make it fit, the fastest of them a GPU, and its plan; None where three do not suffice."""
-    steps = list(_changes(settings))
+    """The fewest changes that make it fit, and its plan; None where three do not suffice.
+
+    Among as many, those on the fewest nodes, then the fastest a GPU. Accumulation follows, so that the rows of a step
+    stay; it counts as no change of its own.
+    """
+    steps = list(_changes(settings, _host_bytes(settings, cluster) > cluster.host_memory_gib * GIB))
     for count in (1, 2, 3):
         found = []
         for chosen in combinations(steps, count):
@@ -72,12 +82,16 @@ def nearest(settings: Settings, cluster: Cluster, data: Data) -> tuple[str, Plan
             if len(names) != len(set(names)):
                 continue  # two values of one setting
             changed = _possible(settings, **{k: v for _, values in chosen for k, v in values.items()})
+            changed = changed and _same_rows(changed, settings.rows_per_step)
             if changed and _may_fit(changed, cluster):
                 plan = make_plan(changed, cluster, data, quick=True)
                 if plan.fits:
-                    found.append((" ".join(text for text, _ in chosen), plan))
+                    arguments = [text for text, _ in chosen]
+                    if changed.accumulate != settings.accumulate:
+                        arguments.append(f"--trainer.accumulate_grad_batches {changed.accumulate}")
+                    found.append((" ".join(arguments), plan))
         if found:
-            return max(found, key=lambda item: item[1].rate())
+            return min(found, key=lambda item: (item[1].settings.nodes, -item[1].rate()))
     return None
 
 
@@ -108,11 +122,14 @@ def candidates(settings: Settings) -> list[Settings]:
     return found
 
 
+def _host_bytes(settings: Settings, cluster: Cluster) -> float:
+    return sum(line.nbytes for line in host(settings, Work(settings, cluster)))
+
+
 def _may_fit(settings: Settings, cluster: Cluster) -> bool:
     """By the states of the device and by host memory, for which no schedule is needed."""
     held = sum(line.nbytes for line in states(settings))
-    used = sum(line.nbytes for line in host(settings, Work(settings, cluster)))
-    return held < cluster.gpu_memory_gib * GIB and used <= cluster.host_memory_gib * GIB
+    return held < cluster.gpu_memory_gib * GIB and _host_bytes(settings, cluster) <= cluster.host_memory_gib * GIB
 
 
 def search(settings: Settings, cluster: Cluster, data: Data, progress: Progress = iter, best: int = 10) -> list[Plan]:

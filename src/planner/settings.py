@@ -8,6 +8,17 @@ from src.planner.sizes import Sizes
 GIB = 2**30
 
 
+_POSITIVE = {  # field: its name in the config
+    "sp": "trainer.strategy.init_args.sequence_parallel_size",
+    "batch_size": "data.batch_size",
+    "accumulate": "trainer.accumulate_grad_batches",
+    "nodes": "trainer.num_nodes",
+    "gpus": "trainer.devices",
+    "max_length": "data.max_length",
+    "document": "document_length",
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """One training run; names as in the config where it has them.
@@ -16,7 +27,11 @@ class Settings:
     document: tokens of a document, as far as attention's time goes. param_bytes: 2 in bf16, 4 in fp32.
     prefetch, max_live: ZeRO-3's limits in elements; None as strategies/parallelize.py sets them.
     trained: part of the parameters that `freeze` leaves to be trained.
-    checkpoint_every: optimizer steps, 0 at the end only.
+    checkpoint_every: optimizer steps, 0 at the end only. weights_kept: `weights.keep`, 0 where none are saved.
+    export: whether the end exports. uncounted: what the run spends time on that no plan counts.
+
+    Raises:
+        ValueError: a number is not positive, or numbers do not divide.
     """
 
     sizes: Sizes
@@ -43,9 +58,17 @@ class Settings:
     checkpoint_every: int = 100
     keep: int = 2
     async_save: bool = True
+    weights_kept: int = 0
+    export: bool = False
+    uncounted: tuple[str, ...] = ()
     cpu: bool = False
 
     def __post_init__(self) -> None:
+        for field, option in _POSITIVE.items():
+            value = getattr(self, field)
+            whole = isinstance(value, int) or field == "document"
+            if not whole or isinstance(value, bool) or not value > 0:
+                raise ValueError(f"{option} is {value!r}; a number from 1 on is wanted.")
         if self.world % self.sp:
             raise ValueError(f"{self.world} processes are no multiple of sequence_parallel_size {self.sp}.")
         if self.sizes.heads % self.sp:

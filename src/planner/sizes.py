@@ -136,14 +136,20 @@ def read_sizes(directory: str | Path, experts_per_shard: int | None, mtp: bool) 
     """Of the config.json in `directory`; `experts_per_shard` None chooses as the model does.
 
     Raises:
-        ValueError: there is none, it lacks a number, or experts_per_shard does not divide the experts.
+        ValueError: there is none, it is no JSON object, it lacks a number, or experts_per_shard does not divide the
+            experts.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist; give the model's directory, or only its config.json, with --model.pretrained."
         )
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; copy it again from where the weights are.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds no fields; take the config.json that came with the weights.")
     try:
         return sizes_of(fields, experts_per_shard, mtp)
     except KeyError as error:
