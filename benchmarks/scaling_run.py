@@ -29,6 +29,7 @@ class Recorder(pl.Callback):
         self.out, self.keep_checkpoints, self.trace = Path(out), keep_checkpoints, trace
         self.seconds: list[float] = []
         self.losses: list[float] = []
+        self.memory = [0, 0]  # bytes allocated and reserved at most, after the first step and its compilations
         self.profiler: Any = None
         self.began = 0.0
 
@@ -49,8 +50,6 @@ class Recorder(pl.Callback):
             self._read_loss(trainer)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            if len(self.seconds) == 1:  # without the first step's compilations
-                torch.cuda.reset_peak_memory_stats()
         traced = self.trace and trainer.is_global_zero and len(self.seconds) == trainer.max_steps - 2
         if traced:
             self.profiler = torch.profiler.profile()
@@ -64,6 +63,9 @@ class Recorder(pl.Callback):
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+            if self.seconds:  # each step's own: the Throughput callback resets the peak
+                peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+                self.memory = [max(pair) for pair in zip(self.memory, peaks, strict=True)]
         self.seconds.append(time.perf_counter() - self.began)
         if self.profiler is not None:
             self.profiler.__exit__(None, None, None)
@@ -78,7 +80,7 @@ class Recorder(pl.Callback):
             "step_s": statistics.median(self.seconds[1:]) if self.seconds[1:] else None,
         }
         if torch.cuda.is_available():
-            memory = torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]).cuda()
+            memory = torch.tensor(self.memory).cuda()
             if trainer.world_size > 1:
                 dist.all_reduce(memory, op=dist.ReduceOp.MAX)
             line |= {"peak_gib": memory[0].item() / 2**30, "reserved_gib": memory[1].item() / 2**30}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
 PATIENCE = 300.0  # seconds: hundreds of processes import PyTorch from one file system
 
@@ -40,7 +41,7 @@ class Ranks:
             local_rank=local_rank,
             ranks_per_node=int(environment.get(names[3], "1")),
             node=environment.get("SLURMD_NODENAME") or socket.gethostname(),
-            address=environment.get("MASTER_ADDR", "127.0.0.1"),
+            address=environment.get("MASTER_ADDR") or _first_node(environment),
             port=int(environment.get("MASTER_PORT", "29500")),
         )
 
@@ -116,3 +117,10 @@ def _await_all(store: dist.Store, ranks: Ranks, patience: float) -> None:
                 )
             raise Absent("\n".join(lines))
         time.sleep(0.1)
+
+
+def _first_node(environment: Mapping[str, str]) -> str:
+    """Where rank 0 is, as Slurm tells a step that no launch script has told."""
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    several = nodes is not None and int(environment.get("SLURM_NNODES", "1")) > 1
+    return SLURMEnvironment.resolve_root_node_address(nodes) if nodes and several else "127.0.0.1"

@@ -263,3 +263,12 @@ def test_the_launchers(tmp_path: Path) -> None:
         assert f"src.cli {'preflight' if rank < 2 else 'fit'} --config configs/32n_sp4.yaml --ckpt_path auto" in words
     assert "there is no config" in dry("configs/none.yaml", NODES="x").stderr
     assert "usage: " in dry(NODES="x").stderr
+
+
+def test_srun_alone_meets_at_the_jobs_first_node() -> None:
+    names = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "8"}
+    slurm = names | {"SLURM_STEP_ID": "0", "SLURM_NNODES": "2", "SLURM_STEP_NODELIST": "node[07-08]"}
+    ranks = Ranks.from_environment(slurm)
+    assert (ranks.address, ranks.nodes, ranks.rank) == ("node07", 2, 9)
+    assert Ranks.from_environment(slurm | {"MASTER_ADDR": "here"}).address == "here"
+    assert Ranks.from_environment(names | {"SLURM_STEP_ID": "0"}).address == "127.0.0.1"
