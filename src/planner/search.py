@@ -99,7 +99,7 @@ def candidates(settings: Settings) -> list[Settings]:
     """The grid of --search around `settings`, whose rows a step stay as near as the numbers allow."""
     s, rows = settings, settings.rows_per_step
     nodes = sorted({max(1, s.nodes // 2), s.nodes, 2 * s.nodes})
-    offloads = ((False, False), (True, False))
+    offloads = ((False, False), (True, False), (True, True))
     kept = (
         ("recompute", "keep"), ("recompute", "offload"), ("offload", "keep"), ("offload", "offload"), ("keep", "keep"),
     )  # fmt: skip
