@@ -1,40 +1,13 @@
 """What a checkpoint carries beside ZeRO's shards, so that it can be understood and exported alone."""
 
 import json
-import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import yaml
 
-PACKAGES = ("torch", "deepspeed", "lightning", "transformers", "datasets", "flash-attn-4", "triton")
-
-
-def _git_revision() -> str | None:
-    """Of the code that runs, with "+changes" where the tree is not clean; None outside a checkout."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+from src.checkpoints.provenance import git_revision, package_versions
 
 
 def _license(directory: Path) -> str | None:
@@ -70,7 +43,7 @@ class RunRecord(pl.Callback):
         self._origin: dict[str, Any] = {"base": str(base)}
         if (license_name := _license(base)) is not None:
             self._origin["license"] = license_name
-        self._origin |= {"git_revision": _git_revision(), "versions": _versions()}
+        self._origin |= {"git_revision": git_revision(), "versions": package_versions()}
         self._tokens = 0
         self._losses: dict[str, dict[str, float]] = {}
         self._step = 0  # the optimizer step that was counted last

@@ -49,7 +49,7 @@ def states(settings: Settings) -> list[Line]:
         lines.append(Line(what, master * trained, f"{of} x {master} bytes"))
         lines.append(Line("accumulated gradient, fp32", 4 * trained, f"{of} x 4 bytes"))
     if s.stage == 3:
-        kept = s.param_bytes * (len(range(s.sizes.layers)) * s.sizes.norms + s.sizes.hidden)
+        kept = s.param_bytes * (s.sizes.layers * s.sizes.norms + s.sizes.hidden)
         lines.append(Line("norms, whole", kept, f"{s.sizes.layers} layers x {s.sizes.norms:,} x {s.param_bytes} bytes"))
     if s.stage:
         why = f"reduce_bucket_size {s.reduce_bucket:,} x 4 bytes"

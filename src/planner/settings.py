@@ -25,7 +25,6 @@ class Settings:
 
     gpus: of a node. rows: micro-batch of a data-parallel rank, batch_size packed rows of max_length tokens.
     document: tokens of a document, as far as attention's time goes. param_bytes: 2 in bf16, 4 in fp32.
-    prefetch, max_live: ZeRO-3's limits in elements; None as strategies/parallelize.py sets them.
     trained: part of the parameters that `freeze` leaves to be trained.
     checkpoint_every: optimizer steps, 0 at the end only. weights_kept: `weights.keep`, 0 where none are saved.
     export: whether the end exports. uncounted: what the run spends time on that no plan counts.
@@ -52,8 +51,6 @@ class Settings:
     param_bytes: int = 2
     trained: float = 1.0
     reduce_bucket: int = 200_000_000
-    prefetch: int | None = None
-    max_live: int | None = None
     num_workers: int = 2
     checkpoint_every: int = 100
     keep: int = 2

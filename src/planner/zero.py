@@ -84,8 +84,9 @@ class Zero:
         shard = sum(self.settings.sizes.shard) if self.settings.sizes.layers > self.settings.sizes.dense else 0
         shard = shard or self.settings.sizes.embedding
         given = self.settings
-        self.prefetch = given.prefetch if given.prefetch is not None else shard + shard // 8
-        self.max_live = given.max_live if given.max_live is not None else 2 * shard + shard // 2
+        # As strategies/parallelize.py sets them, which a test compares.
+        self.prefetch = shard + shard // 8
+        self.max_live = 2 * shard + shard // 2
         self._queue = deque((name, size, i) for i, visit in enumerate(self.order) for name, size in visit.params)
         self._alone = given.world == 1
         self._aliased = (self._alone and not given.offload_parameters) or given.stage < 3

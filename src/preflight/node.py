@@ -2,20 +2,22 @@
 
 import hashlib
 import os
-import platform
 import resource
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from src.checkpoints.provenance import git_revision, package_versions
+
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("torch", "deepspeed", "lightning", "transformers", "datasets", "numpy", "flash-attn-4", "triton")
-SETTINGS = ("NCCL_", "GLOO_", "TORCH_NCCL_", "OMP_NUM_THREADS", "CUDA_DEVICE", "PYTORCH_ALLOC_CONF", "DS_ACCELERATOR")
+SETTINGS = (
+    "NCCL_", "GLOO_", "TORCH_NCCL_", "OMP_NUM_THREADS", "CUDA_DEVICE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+    "DS_ACCELERATOR",
+)  # fmt: skip
 
 _GPU_FIELDS = (
     "index,name,driver_version,memory.total,memory.used,ecc.errors.uncorrected.volatile.total,{},temperature.gpu"
@@ -33,17 +35,11 @@ def code() -> dict[str, str]:
     digest = hashlib.sha256()
     for file in sorted((ROOT / "src").rglob("*.py")):
         digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {"revision": git.stdout.strip() or "none", "src/": digest.hexdigest()[:12]}
+    return {"revision": git_revision() or "none", "src/": digest.hexdigest()[:12]}
 
 
 def packages() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
+    found = package_versions()
     if torch.cuda.is_available():
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found

@@ -3,16 +3,21 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from src.models.deepseek_v3 import DeepseekV3ForCausalLM, load_config
 from src.planner.cluster import Cluster
+from src.planner.ledger import Ledger
 from src.planner.rates import MEMORY
 from src.planner.schedule import micro_step
 from src.planner.settings import Settings
 from src.planner.streams import CAST, COMPUTE, GATHER, HOST, SP, STREAMS, Op, busy, makespan, play
 from src.planner.timing import step_time
-from tests.planner.settings import guide, sizes
+from src.planner.zero import Zero
+from src.strategies.parallelize import zero3_settings
+from tests.planner.settings import MODEL, guide, sizes
 
 OPS = st.lists(
     st.tuples(st.sampled_from(STREAMS), st.floats(0, 10), st.lists(st.integers(0, 100), max_size=3)), max_size=30
@@ -121,3 +126,12 @@ def test_the_host_waits_for_the_route_of_each_layer() -> None:
     routes = [i for i, op in enumerate(ops) if op.name.endswith("router, shared")]
     assert len(routes) == 58
     assert all(ops[i + 1].stream == HOST and ops[i + 1].after == (i,) for i in routes)
+
+
+def test_zeros_limits_are_the_strategys() -> None:
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(load_config(MODEL))
+    found = zero3_settings(model)
+    zero = Zero(guide(), Cluster(), [], [], Ledger())
+    assert found["stage3_prefetch_bucket_size"] == zero.prefetch
+    assert found["stage3_max_live_parameters"] == zero.max_live
