@@ -8,13 +8,14 @@ Every layout trains the same global batches of `gpus` rows of --tokens tokens, o
 micro-batch is SP rows, so that each GPU has as many tokens whatever SP is, and fewer GPUs accumulate. Shown are losses
 beside those of one GPU, tokens/s a GPU, memory, what `plan` says of the same arguments, SP's exchanges by themselves,
 what NCCL's kernels cost and hide, and a checkpoint that half the GPUs resume and that is exported from the running job
-and from the files.
+and from the files. With many experts the states of one GPU no longer fit: name the layouts that do by --only.
 Everything is written below --out; FOLDER/results.jsonl has one line a row.
 """
 
 import argparse
 import gzip
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -29,6 +30,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.common import PEAK, TRUE_CONFIG, head, table
+from benchmarks.scaling_run import host_in_use
+from benchmarks.timeline import analyse, lines, read
 from src.checkpoints.key_map import hf_shapes
 from src.models.deepseek_v3 import load_config
 from src.models.deepseek_v3.flops import step_flops
@@ -115,19 +118,20 @@ class Bench:
         with (self.out / "results.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def run(self, command: list[str]) -> float:
-        """Seconds of a command that must succeed; its output goes to the log."""
+    def run(self, command: list[str], shown: bool = False, **environment: str) -> float:
+        """Seconds of a command that must succeed; its output goes to the log, or is shown."""
         began = time.perf_counter()
         self.log.write(f"\n$ {' '.join(command)}\n")
         self.log.flush()
-        result = subprocess.run(command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT)
+        out, env = None if shown else self.log, os.environ | environment
+        result = subprocess.run(command, cwd=ROOT, stdout=out, stderr=self.log, env=env)
         if result.returncode:
             raise SystemExit(f"failed, see {self.log.name}: {' '.join(command)}")
         return time.perf_counter() - began
 
-    def torchrun(self, processes: int, *command: str) -> float:
+    def torchrun(self, processes: int, *command: str, shown: bool = False, **environment: str) -> float:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        return self.run([*launch, *command])
+        return self.run([*launch, *command], shown, **environment)
 
     def arguments(self, layout: Layout, model: str = "model", tokens: int | None = None) -> list[str]:
         o = self.options
@@ -153,7 +157,7 @@ class Bench:
             "data.batch_size": layout.sp,
             "data.cache_dir": str(self.out / "cache"),
         }
-        return [f"--{name}={value}" for name, value in values.items()]
+        return [*(f"--{name}={value}" for name, value in values.items()), *(f"--{text}" for text in o.more)]
 
     def fit(self, name: str, layout: Layout, *more: str, **recorder: str) -> dict[str, Any]:
         record = self.out / f"{name}.json"
@@ -167,8 +171,11 @@ class Bench:
         return json.loads(record.read_text()) | {"name": name, "whole_s": seconds}
 
     def plan(self, arguments: list[str]) -> dict[str, Any]:
-        """What `plan --json` says of the same arguments; empty where it has no rates for the device."""
-        command = [sys.executable, "-m", "src.cli", "plan", *arguments, "--json"]
+        """What `plan --json` says of the same arguments; empty where it has none for the device."""
+        if self.options.no_plan:
+            return {}
+        cluster = [f"--cluster={self.options.cluster}"] if self.options.cluster else []
+        command = [sys.executable, "-m", "src.cli", "plan", *arguments, *cluster, "--json"]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         try:
             return json.loads(result.stdout[result.stdout.index("{") :])
@@ -187,11 +194,16 @@ class Bench:
                 continue
             arguments = self.arguments(layout)
             n = layout.dp * layout.sp
-            traced = n == o.gpus > 1 and o.device == "cuda" and not layout.offload
+            traced = n == o.gpus > 1 and o.device == "cuda"
             trace = {"trace": str(self.out / f"{layout.name}.trace.json")} if traced else {}
+            before = host_in_use() / 2**30
             line = self.fit(layout.name, layout, *arguments, **trace)
+            line["host_gib"] -= before
             plan = self.plan(arguments)
-            predicted = (plan["time"]["step_s"], plan["device"]["allocated"] / 2**30) if plan else ()
+            predicted = []
+            if plan:  # these runs save nothing
+                host = sum(line["bytes"] for line in plan["host"]["lines"] if "save" not in line["name"])
+                predicted = [plan["time"]["step_s"], plan["device"]["allocated"] / 2**30, host / 2**30]
             first = first or line
             line |= {"kind": "layout", "dp": layout.dp, "sp": layout.sp, "offload": layout.offload, "gpus": n}
             line["tokens_per_s_gpu"] = o.tokens * o.gpus / line["step_s"] / n
@@ -199,7 +211,7 @@ class Bench:
             line["loss_difference"] = max(abs(a - b) for a, b in zip(line["losses"], first["losses"], strict=True))
             line["plan"] = predicted
             if trace:
-                line["nccl"] = analyse(Path(trace["trace"]))
+                line["nccl"] = analyse(read(packed(Path(trace["trace"]))))
             self.add(line)
             ratio = line["tokens_per_s_gpu"] / first["tokens_per_s_gpu"]
             memory = f"{line['peak_gib']:.1f} ({line['reserved_gib']:.1f})" if "peak_gib" in line else ""
@@ -211,22 +223,23 @@ class Bench:
                     f"{ratio:.3f}",
                     f"{line['mfu']:.1%}",
                     memory,
+                    f"{line['host_gib']:.1f}",
                     f"{line['losses'][0]:.4f} to {line['losses'][-1]:.4f}",
                     f"{line['loss_difference']:.1e}",
-                    " s, ".join(f"{x:.2f}" for x in predicted),
+                    ", ".join(f"{x:.2f}" for x in predicted),
                 ]
             )
             print(cells[-1], flush=True)
         print()
         columns = (
-            "layout|step s|tokens/s a GPU|to the first|MFU|peak (reserved) GiB|loss|largest difference|plan: s, GiB"
+            "layout|step s|tokens/s a GPU|to the first|MFU|peak (reserved) GiB|host GiB|loss|largest difference|"
+            "plan: s, GiB, host GiB"
         )
         table(columns.split("|"), cells)
         for line in self.lines:
             if "nccl" in line:
                 print(f"\n{line['name']}, one step of rank 0:")
-                for key, value in line["nccl"].items():
-                    print(f"- {key}: {value}")
+                print("\n".join(f"- {text}" for text in lines(line["nccl"])))
 
     def exchanges(self) -> None:
         """SP's collectives of one layer, by themselves."""
@@ -243,10 +256,20 @@ class Bench:
         print(f"\nOne layer's exchanges of a row of {self.options.tokens} tokens, forward\n")
         table(["SP", "latents MiB", "ms", "expanded MiB", "ms", "ratio of times"], cells)
 
+    def beside(self) -> None:
+        """NCCL's kernels beside computation, as many thread blocks as NCCL takes, and few."""
+        if self.options.device == "cpu":
+            return
+        print(flush=True)
+        for few in ("", "8"):
+            limit = {"NCCL_MAX_CTAS": few} if few else {}
+            out = f"--out={self.out / 'results.jsonl'}"
+            self.torchrun(self.options.gpus, "-m", "benchmarks.nccl_beside", out, shown=True, **limit)
+
     def resume(self) -> None:
-        """A checkpoint of all GPUs in the middle, taken up by half of them; its export, from the job and from files."""
+        """A checkpoint of one SP group in the middle, taken up by half the ranks without SP; its two exports."""
         o = self.options
-        whole, half = Layout(1, o.gpus), Layout(1, max(1, o.gpus // 2))
+        whole, half = Layout(1, o.gpus), Layout(max(1, o.gpus // 2), 1)
         small = argparse.Namespace(**vars(o))
         small.model, small.layers, small.experts = str(ROOT / "configs/models/small"), 2, 16
         if o.device == "cpu":
@@ -268,68 +291,27 @@ class Bench:
         names = sorted(p.name for p in files.glob("*.safetensors"))
         equal = all((files / name).read_bytes() == (live / name).read_bytes() for name in names)
         difference = max(abs(x - y) for x, y in zip(a["losses"][middle:], b["losses"], strict=True))
-        line = {"kind": "resume", "from": o.gpus, "to": half.sp, "difference": difference, "live_export_equal": equal}
+        line = {
+            "kind": "resume",
+            "from": whole.name,
+            "to": half.name,
+            "difference": difference,
+            "live_export_equal": equal,
+        }
         self.add(line | {"losses": a["losses"], "resumed": b["losses"]})
         print(
-            f"\nResumed at step {middle} by {half.sp} of {o.gpus} ranks: {o.steps - middle} losses differ by at most "
+            f"\n{whole.name} resumed at step {middle} as {half.name}: {o.steps - middle} losses differ by at most "
             f"{difference:.1e}; the running job's export {'equals' if equal else 'DIFFERS from'} that of its files."
         )
 
 
-def analyse(trace: Path) -> dict[str, str]:
-    """How much of NCCL's time nothing else hides, and what it costs the products that run beside it."""
-    events = json.loads(trace.read_text())["traceEvents"]
-    with gzip.open(f"{trace}.gz", "wt") as file:
-        file.write(trace.read_text())
+def packed(trace: Path) -> Path:
+    """The trace compressed, in its place."""
+    target = Path(f"{trace}.gz")
+    with trace.open("rb") as source, gzip.open(target, "wb", 4) as file:
+        shutil.copyfileobj(source, file)
     trace.unlink()
-    device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and e.get("dur", 0) > 0]
-    spans = lambda chosen: sorted((e["ts"], e["ts"] + e["dur"]) for e in chosen)  # noqa: E731
-    nccl = [e for e in device if "nccl" in e["name"].lower()]
-    compute = [e for e in device if e["cat"] == "kernel" and "nccl" not in e["name"].lower()]
-    busy, talking = merged(spans(compute)), merged(spans(nccl))
-    total = sum(b - a for a, b in talking)
-    hidden = overlap(talking, busy)
-    whole = max(e["ts"] + e["dur"] for e in device) - min(e["ts"] for e in device)
-    beside: dict[tuple[str, str], list[list[float]]] = {}
-    for event in compute:
-        if "gemm" not in event["name"].lower() and "nvjet" not in event["name"].lower():
-            continue
-        shared = overlap([(event["ts"], event["ts"] + event["dur"])], talking) / event["dur"]
-        key = event["name"], str(event["args"].get("grid"))  # one shape's product
-        if shared > 0.9 or shared == 0:
-            beside.setdefault(key, [[], []])[shared > 0.9].append(event["dur"])
-    both = [(sum(a) / len(a), sum(b) / len(b), len(b)) for a, b in beside.values() if a and b]
-    slower = sum(b / a * n for a, b, n in both) / max(1, sum(n for *_, n in both))
-    gathers = [e for e in nccl if "allgather" in e["name"].lower()]
-    products = sum(n for *_, n in both)
-    return {
-        "on the device": f"{whole / 1e3:.0f} ms, compute kernels in {sum(b - a for a, b in busy) / 1e3:.0f} of them",
-        "NCCL": f"{total / 1e3:.1f} ms in {len(nccl)} kernels, {(total - hidden) / 1e3:.1f} ms beside no other kernel",
-        "all-gathers": f"{sum(e['dur'] for e in gathers) / 1e3:.1f} ms in {len(gathers)}",
-        "products beside NCCL": f"{slower:.2f} x their time alone ({products} products)" if both else "none",
-    }
-
-
-def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    out: list[tuple[float, float]] = []
-    for start, stop in spans:
-        if out and start <= out[-1][1]:
-            out[-1] = out[-1][0], max(stop, out[-1][1])
-        else:
-            out.append((start, stop))
-    return out
-
-
-def overlap(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
-    """Time in which both run, of spans each merged and in order."""
-    total, i, j = 0.0, 0, 0
-    while i < len(a) and j < len(b):
-        total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
-        if a[i][1] < b[j][1]:
-            i += 1
-        else:
-            j += 1
-    return total
+    return target
 
 
 def main() -> None:
@@ -346,7 +328,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="layouts by name, e.g. dp1_sp1 dp1_sp2")
-    parser.add_argument("--parts", nargs="*", default=["scaling", "exchanges", "resume"])
+    parser.add_argument("--no-plan", action="store_true")
+    parser.add_argument("--cluster", help="what `preflight --write` has measured here, for plan")
+    parser.add_argument("--more", nargs="*", default=[], help="arguments of fit and plan, NAME=VALUE")
+    parser.add_argument("--parts", nargs="*", default=["scaling", "exchanges", "beside", "resume"])
     options = parser.parse_args()
     options.gpus = options.gpus or torch.cuda.device_count()
     if options.gpus < 1 or options.gpus & (options.gpus - 1):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import psutil  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
 
@@ -16,8 +17,14 @@ from benchmarks.common import BF16, median_ms, true_config
 from src.callbacks.step_checkpoint import StepCheckpoint
 
 
+def host_in_use() -> int:
+    """Bytes of this machine's memory that no process could have for the asking; caches of files do not count."""
+    memory = psutil.virtual_memory()
+    return int(memory.total - memory.available)
+
+
 class Recorder(pl.Callback):
-    """Writes `<out>`: seconds and loss of every optimizer step, and the largest memory of any rank.
+    """Writes `<out>`: seconds and loss of every optimizer step, the largest memory of any rank, and the host's.
 
     Args:
         out: a JSON file, written by rank 0.
@@ -30,6 +37,7 @@ class Recorder(pl.Callback):
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.memory = [0, 0]  # bytes allocated and reserved at most, after the first step and its compilations
+        self.host = 0  # bytes of the machine in use, at most, after a step
         self.profiler: Any = None
         self.began = 0.0
 
@@ -52,7 +60,7 @@ class Recorder(pl.Callback):
             torch.cuda.synchronize()
         traced = self.trace and trainer.is_global_zero and len(self.seconds) == trainer.max_steps - 2
         if traced:
-            self.profiler = torch.profiler.profile()
+            self.profiler = torch.profiler.profile(record_shapes=True)
             self.profiler.__enter__()
         self.began = time.perf_counter()
 
@@ -67,6 +75,7 @@ class Recorder(pl.Callback):
                 peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
                 self.memory = [max(pair) for pair in zip(self.memory, peaks, strict=True)]
         self.seconds.append(time.perf_counter() - self.began)
+        self.host = max(self.host, host_in_use())
         if self.profiler is not None:
             self.profiler.__exit__(None, None, None)
             self.profiler.export_chrome_trace(self.trace)
@@ -78,6 +87,7 @@ class Recorder(pl.Callback):
             "seconds": self.seconds,
             "losses": self.losses,
             "step_s": statistics.median(self.seconds[1:]) if self.seconds[1:] else None,
+            "host_gib": self.host / 2**30,
         }
         if torch.cuda.is_available():
             memory = torch.tensor(self.memory).cuda()

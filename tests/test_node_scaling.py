@@ -1,13 +1,13 @@
 """The benchmark of one node's GPUs runs whole on CPU: it is meant for a machine that is lent for minutes."""
 
-import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.node_scaling import analyse, layouts, merged, overlap
+from benchmarks.node_scaling import layouts, packed
+from benchmarks.timeline import analyse, lines, merged, overlap, read
 from tests.distributed.spawn import run_distributed  # noqa: F401  # spawns too: one at a time (conftest.py)
 
 ROOT = Path(__file__).parents[1]
@@ -30,23 +30,39 @@ def test_overlap() -> None:
 
 
 def test_a_trace_is_read(tmp_path: Path) -> None:
-    def kernel(name: str, ts: float, dur: float) -> dict[str, Any]:
-        return {"cat": "kernel", "name": name, "ts": ts, "dur": dur, "args": {"grid": [1, 1, 1]}}
+    def kernel(name: str, ts: float, dur: float, launch: int, **args: Any) -> dict[str, Any]:
+        return {
+            "cat": "kernel",
+            "name": name,
+            "ts": ts,
+            "dur": dur,
+            "args": {"External id": launch, "stream": 7} | args,
+        }
 
+    def launched(launch: int, **args: Any) -> dict[str, Any]:
+        return {"cat": "cpu_op", "name": "gemm", "ts": 0, "dur": 9000, "args": {"External id": launch} | args}
+
+    gather = {"Collective name": "_allgather_base", "In msg nelems": 250_000, "Out msg nelems": 500_000}
     events = [
-        kernel("gemm", 0, 1000),
-        kernel("gemm", 2000, 1500),
-        kernel("ncclDevKernel_AllGather", 1900, 2000),
-        {"cat": "cpu_op", "name": "gemm", "ts": 0, "dur": 9000},
+        kernel("gemm", 0, 1000, 1),
+        kernel("gemm", 2000, 1500, 2),
+        kernel("gemm", 4000, 500, 3),  # of another shape
+        kernel(
+            "ncclDevKernel_AllGather_RING", 1900, 2000, 4, stream=20, dtype="BFloat16", **{"Group size": 2}, **gather
+        ),
+        *(launched(launch, **{"Input Dims": [[8, 8], [8, 8]]}) for launch in (1, 2)),
+        launched(3, **{"Input Dims": [[4, 4], [4, 4]]}),
     ]
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"traceEvents": events}))
-    found = analyse(path)
-    assert found["on the device"] == "4 ms, compute kernels in 2 of them"
-    assert found["NCCL"] == "2.0 ms in 1 kernels, 0.5 ms beside no other kernel"
-    assert found["products beside NCCL"].startswith("1.50 x")
-    with gzip.open(f"{path}.gz") as file:
-        assert json.load(file)["traceEvents"] == events
+    found = analyse(read(packed(path)))
+    assert (found["device_ms"], found["compute_ms"]) == (4.5, 3.0)
+    assert (found["nccl_ms"], found["nccl_alone_ms"]) == (2.0, 0.5)
+    assert found["collectives"] == [
+        {"name": "_allgather_base over 2", "stream": "20", "kernels": 1, "gb": 1e-3, "ms": 2.0, "alone_ms": 0.5}
+    ]
+    assert (found["products_beside"], found["products"]) == (1.5, 1)
+    assert not path.exists() and any("1.50 x their time alone, 1 of them" in text for text in lines(found))
 
 
 def test_four_processes(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from src.commands.outputs import check_output
 from src.commands.plan import settings_of
 from src.planner import account
 from src.planner.cluster import Cluster, write_cluster
+from src.planner.settings import Settings
 from src.planner.work import Work
 from src.preflight import files, node, rates
 from src.preflight.ranks import Absent, Ranks, meet
@@ -127,7 +128,7 @@ def _look(report: Report, settings: Namespace, cuda: bool) -> None:
     report.problems += broken
     same["NICs"] = {name: str(value) for name, value in ports.items()}
     report.values |= ports
-    host, disk = _planned(settings)
+    host, disk = _needs(settings)
     broken, has = node.memory(host if cuda else None, cuda, infiniband=bool(ports))
     report.problems += broken + _try(report, "operators", lambda: node.stale_builds(_STALE, time.time()), [])
     report.values |= has
@@ -135,14 +136,20 @@ def _look(report: Report, settings: Namespace, cuda: bool) -> None:
         _check_room(report, root, disk)
 
 
-def _planned(settings: Namespace) -> tuple[float | None, float | None]:
-    """GiB of a node's host memory and bytes on the disk by plan's account; None where it has none."""
+def _planned(settings: Namespace) -> Settings | None:
+    """The config as `plan` sees it; None where it has no account of it."""
     try:
-        planned = settings_of(settings, Cluster())
-        host = sum(line.nbytes for line in account.host(planned, Work(planned, Cluster())))
-        return host / 2**30, sum(line.nbytes for line in account.disk(planned))
+        return settings_of(settings, Cluster())
     except Exception:  # `plan` says why; here it must not leave the other ranks waiting
+        return None
+
+
+def _needs(settings: Namespace) -> tuple[float | None, float | None]:
+    """GiB of a node's host memory and bytes on the disk by plan's account."""
+    if (planned := _planned(settings)) is None:
         return None, None
+    host = sum(line.nbytes for line in account.host(planned, Work(planned, Cluster())))
+    return host / 2**30, sum(line.nbytes for line in account.disk(planned))
 
 
 def _check_room(report: Report, root: str, needed: float) -> None:
@@ -179,11 +186,20 @@ def _look_together(report: Report, ranks: Ranks, settings: Namespace, cuda: bool
         if cuda:
             report.rates["pcie_in_gb_s"], report.rates["pcie_out_gb_s"] = rates.copies(device, dist.barrier)
         report.network = rates.network(ranks, device)
+    planned = _planned(settings)
+    if planned is not None and planned.offload_optimizer:
+        _measure_host_optimizer(report, device)
     size = _WRITTEN[device.type]
     if _all_agree(os.access(root, os.W_OK)):
         report.disk = (size, *files.disk_seconds(root, size, dist.barrier))
     dist.barrier()
     report.time = time.time()
+
+
+def _measure_host_optimizer(report: Report, device: torch.device) -> None:
+    measure = _try(report, "the optimizer on the host (DeepSpeedCPUAdam)", lambda: rates.host_optimizer(device))
+    if _all_agree(measure is not None):
+        report.adam = measure()
 
 
 def _all_agree(here: str | bool) -> bool:

@@ -1,4 +1,4 @@
-"""What the ranks measure together: arithmetic, copies and all-gathers, on GPUs; on CPU, that gathers arrive."""
+"""What the ranks measure together: arithmetic, copies, all-gathers and the optimizer on the host."""
 
 import time
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from .ranks import Ranks
 _GATHERED = 2 << 30  # bytes that an all-gather gives to each rank: about an expert shard of DeepSeek-V3
 _COPIED = 1 << 30
 _SIZE = 8192  # of the square matrices whose product is timed
+_STEPPED = {"cuda": 1 << 26, "cpu": 1 << 20}  # parameters a rank; 16 bytes each, far more than caches hold
 
 
 def _seconds(function: Callable[[], object], device: torch.device, count: int) -> float:
@@ -49,6 +50,18 @@ def copies(device: torch.device, barrier: Callable[[], None]) -> tuple[float, fl
     barrier()
     to_host = _seconds(lambda: host.copy_(there, non_blocking=True), device, 10)
     return _COPIED / to_device / 1e9, _COPIED / to_host / 1e9
+
+
+def host_optimizer(device: torch.device) -> Callable[[], float]:
+    """Builds DeepSpeedCPUAdam, compiling it where that was never done, and returns what measures it: 1e9 parameters
+    a second of this rank, to be called on all ranks at once."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    parameter = torch.nn.Parameter(torch.zeros(_STEPPED[device.type]))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = DeepSpeedCPUAdam([parameter], adamw_mode=True)
+    optimizer.step()  # makes the moments
+    return lambda: parameter.numel() / _seconds(optimizer.step, torch.device("cpu"), 5) / 1e9
 
 
 def all_gather(group: dist.ProcessGroup | None, device: torch.device) -> tuple[float, list[int]]:

@@ -34,6 +34,7 @@ class Report:
     values: dict[str, Any] = field(default_factory=dict)  # for the cluster file
     network: dict[str, Any] = field(default_factory=dict)
     disk: tuple[int, float, float] | None = None  # bytes, seconds to write, to read
+    adam: float | None = None  # 1e9 parameters a second that the optimizer on the host updates for this rank
     time: float = 0.0  # of the clock, when all ranks looked at it
 
 
@@ -97,6 +98,16 @@ def _slow(reports: list[Report]) -> list[tuple[Report, str]]:
             if rate < SLOW * usual:
                 text = f"GPU {report.local_rank}: {name} {rate:.0f}, the median is {usual:.0f}; drain the node"
                 found.append((report, text))
+    nodes = host_optimizers(reports)
+    for report in reports:
+        if report.node in nodes and nodes[report.node] < SLOW * (usual := median(nodes.values())):
+            found.append(
+                (
+                    report,
+                    f"the optimizer on the host (DeepSpeedCPUAdam) {nodes[report.node]:.3g}e9 parameters/s, the median "
+                    f"is {usual:.3g}e9; look at OMP_NUM_THREADS, --cpus-per-task and what else runs there",
+                )
+            )
     pairs = [rate for report in reports for rate in report.network.get("pairs", {}).values()]
     for report in reports:
         # A node is slow where it is slow with both its neighbours.
@@ -105,6 +116,14 @@ def _slow(reports: list[Report]) -> list[tuple[Report, str]]:
             text = f"all-gathers with its neighbours {best:.0f} GB/s, the median is {usual:.0f}; look at its NICs"
             found.append((report, text))
     return found
+
+
+def host_optimizers(reports: list[Report]) -> dict[str, float]:
+    """Node -> 1e9 parameters a second of all its ranks, where all of them have measured it."""
+    nodes: dict[str, list[float | None]] = {}
+    for report in reports:
+        nodes.setdefault(report.node, []).append(report.adam)
+    return {node: sum(r for r in rates if r) for node, rates in nodes.items() if all(rates)}
 
 
 def cluster(reports: list[Report], cuda: bool) -> dict[str, Any]:
@@ -122,6 +141,8 @@ def cluster(reports: list[Report], cuda: bool) -> dict[str, Any]:
             rates = [report.network[key] for report in reports if key in report.network]
             if rates:
                 found[name] = round(min(rates), 1)
+    if cuda and (hosts := host_optimizers(reports)):
+        found["cpu_adam_gparams_s"] = float(f"{min(hosts.values()):.3g}")
     for index, name in ((1, "disk_write_gb_s"), (2, "disk_read_gb_s")):
         nodes: dict[str, list[tuple[int, float]]] = {}
         for report in reports:

@@ -69,6 +69,14 @@ def test_a_node_is_slow_where_it_is_so_with_both_neighbours() -> None:
     assert list(problems(reports, cuda=True)) == ["n2"]
 
 
+def test_a_node_whose_optimizer_is_slow_is_named() -> None:
+    reports = [report(rank, adam=0.2 if rank in (2, 3) else 1.5) for rank in range(6)]
+    found = problems(reports, cuda=True)
+    assert list(found) == ["n1"] and found["n1"][0].startswith(
+        "the optimizer on the host (DeepSpeedCPUAdam) 0.4e9 parameters/s, the median is 3e9; look at OMP_NUM_THREADS"
+    )
+
+
 @pytest.mark.parametrize("count", [3, 4, 5, 8])
 def test_each_node_meets_both_neighbours_and_one_at_a_time(count: int) -> None:
     rounds = rates.ring(count)
@@ -94,6 +102,7 @@ def test_the_cluster_is_as_its_weakest_node(tmp_path: Path) -> None:
             values={"gpu": "H100", "host_memory_gib": 2000.0 - rank, "nics_per_node": 8} if rank % 2 == 0 else {},
             network={"world": 300.0 + rank, "intra": 350.0},
             disk=(10**9, 1.0 + rank // 2, 0.5),
+            adam=2.0 + rank,
         )
         for rank in range(4)
     ]
@@ -101,7 +110,10 @@ def test_the_cluster_is_as_its_weakest_node(tmp_path: Path) -> None:
     read = read_cluster(tmp_path / "cluster.yaml")
     assert (read.matmul_tflops, read.host_memory_gib, read.nics_per_node) == (697.0, 1998.0, 8)
     assert (read.nccl_inter_node_gb_s, read.disk_write_gb_s, read.disk_read_gb_s) == (300.0, 1.0, 4.0)
-    assert "cpu_adam_gparams_s" in read.assumed
+    assert read.cpu_adam_gparams_s == 5.0  # a node's ranks together
+    reports[2].adam = None
+    assert cluster(reports, cuda=True)["cpu_adam_gparams_s"] == 5.0
+    assert "nccl_inter_node_gb_s" not in read.assumed and "cpu_cores" in read.assumed
     assert set(cluster(reports, cuda=False)) == {
         "gpu", "host_memory_gib", "nics_per_node", "disk_write_gb_s", "disk_read_gb_s",
     }  # fmt: skip
@@ -206,12 +218,12 @@ def test_validation_sets_are_looked_at_and_a_run_that_goes_on_needs_no_weights(
 
 def test_the_disks_room_is_for_checkpoints_weights_and_export() -> None:
     more = ["--weights.every_n_train_steps", "5", "--export.out", "x"]
-    _, alone = preflight._planned(Parse(["--config", "configs/32n_sp4.yaml"]).config)
-    _, disk = preflight._planned(Parse(["--config", "configs/32n_sp4.yaml", *more]).config)
+    _, alone = preflight._needs(Parse(["--config", "configs/32n_sp4.yaml"]).config)
+    _, disk = preflight._needs(Parse(["--config", "configs/32n_sp4.yaml", *more]).config)
     assert alone and disk and disk - alone == pytest.approx(4 * 2 * 682.6e9, rel=1e-3)
 
 
-def _measure() -> tuple[dict[str, Any], list[int], float]:
+def _measure() -> tuple[dict[str, Any], list[int], int, float]:
     ranks = Ranks.from_environment(os.environ | {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "1"})
     meet(ranks, "gloo")
     network = rates.network(ranks, torch.device("cpu"))
@@ -223,14 +235,15 @@ def _measure() -> tuple[dict[str, Any], list[int], float]:
 
     dist.all_gather_into_tensor = corrupted  # type: ignore[assignment]
     _, wrong = rates.all_gather(None, torch.device("cpu"))
+    rate = rates.host_optimizer(torch.device("cpu"))()
     dist.destroy_process_group()
-    return network, wrong, ranks.nodes
+    return network, wrong, ranks.nodes, rate
 
 
 def test_all_gathers_over_pairs_and_over_all_nodes() -> None:
-    for rank, (network, wrong, nodes) in enumerate(run_distributed(_measure, 3)):
+    for rank, (network, wrong, nodes, rate) in enumerate(run_distributed(_measure, 3)):
         assert nodes == 3 and network["wrong"] == [] and wrong == [1]
-        assert set(network["pairs"]) == {0, 1, 2} - {rank} and network["world"] > 0
+        assert set(network["pairs"]) == {0, 1, 2} - {rank} and network["world"] > 0 and rate > 0
 
 
 def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,133 @@
+"""What NCCL's kernels take from the computation beside them, and it from them.
+
+    torchrun --nproc-per-node=4 -m benchmarks.nccl_beside [--out F.jsonl]
+    NCCL_MAX_CTAS=8 torchrun ...     the same with at most so many thread blocks for NCCL
+
+A gather of a shard of 16 experts in bf16 and the reduction of its larger weight's gradient in fp32, as ZeRO-3 makes
+them, run over and over on a stream of their own while another stream computes. A time beside is the mean of runs
+throughout which the other side was busy.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from benchmarks.attention import inputs
+from benchmarks.common import BF16, head, table, true_config
+from src.models.kernels import resolve_attention
+
+EXPERTS = 16
+Run = Callable[[], object]
+
+
+def milliseconds(runs: list[tuple[Run, int, torch.cuda.Stream]]) -> list[float]:
+    """Means of each side's runs, all sides begun together."""
+    torch.cuda.synchronize()
+    dist.barrier()
+    torch.cuda.synchronize()
+    marks = []
+    for run, count, stream in runs:
+        with torch.cuda.stream(stream):
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(count):
+                run()
+            stop.record()
+            marks.append((start, stop, count))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) / count for start, stop, count in marks]
+
+
+def agreed(ms: float) -> float:
+    """The slowest rank's time, so that all ranks make as many calls."""
+    value = torch.tensor(ms, device="cuda")
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="rank 0 appends a line for each pair here")
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--seconds", type=float, default=0.4, help="of each measurement, about")
+    options = parser.parse_args()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl", device_id=device)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    config = true_config()
+    hidden, inner, tokens = config.hidden_size, config.moe_intermediate_size, options.tokens
+
+    product = torch.randn(8192, 8192, device=device, dtype=BF16)
+    weight = (0.02 * torch.randn(EXPERTS, 2 * inner, hidden, device=device)).to(BF16)
+    rows = torch.randn(tokens, hidden, device=device, dtype=BF16)
+    ends = torch.arange(1, EXPERTS + 1, device=device, dtype=torch.int32) * (tokens // EXPERTS)
+    kernel = resolve_attention("auto", device, BF16)
+    (q, k, v), packing, grad = inputs([tokens], config.num_attention_heads // 4, device)
+    q, k, v = q.detach(), k.detach(), v.detach()
+    results = kernel.forward(q, k, v, packing)
+    target = torch.empty_like(rows)
+    computations: dict[str, Run] = {
+        "product of 8192 x 8192": lambda: product @ product,
+        "grouped product of 16 experts": lambda: F.grouped_mm(rows, weight.mT, offs=ends),
+        "attention, forward": lambda: kernel.forward(q, k, v, packing),
+        "attention, backward": lambda: kernel.backward(grad, q, k, v, results, packing),
+        "copy": lambda: target.copy_(rows),
+    }
+
+    shard, largest = EXPERTS * 3 * inner * hidden, EXPERTS * 2 * inner * hidden
+    part, whole = (torch.empty(n, device=device, dtype=BF16) for n in (shard // size, shard))
+    sums, gradient = (torch.zeros(n, device=device) for n in (largest // size, largest))
+    collectives: dict[str, tuple[Run, float]] = {
+        "gather": (lambda: dist.all_gather_into_tensor(whole, part), 2e-9 * shard * (size - 1) / size),
+        "reduction": (lambda: dist.reduce_scatter_tensor(sums, gradient), 4e-9 * largest * (size - 1) / size),
+    }
+
+    ctas = os.environ.get("NCCL_MAX_CTAS", "NCCL's choice")
+    if rank == 0:
+        head(f"NCCL beside computation, {size} GPUs, thread blocks: {ctas}", device)
+    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    cells, lines = [], []
+    wanted = 1e3 * options.seconds
+    for run in [*computations.values(), *(run for run, _ in collectives.values())]:
+        milliseconds([(run, 3, here)])
+    for what, (collective, gigabytes) in collectives.items():
+        alone = agreed(milliseconds([(collective, 5, side)])[0])
+        for name, compute in computations.items():
+            ms = agreed(milliseconds([(compute, 5, here)])[0])
+            ms = agreed(milliseconds([(compute, round(wanted / ms) + 1, here)])[0])
+            calls, runs = round(wanted / alone) + 1, round(wanted / ms) + 1
+            # One side has work for two and a half times as long, so that it outlasts the other.
+            beside = agreed(milliseconds([(collective, calls * 5 // 2, side), (compute, runs, here)])[1])
+            collective_beside = agreed(milliseconds([(compute, runs * 5 // 2, here), (collective, calls, side)])[1])
+            line = {
+                "kind": "nccl_beside",
+                "gpus": size,
+                "ctas": ctas,
+                "collective": what,
+                "collective_gb_s": gigabytes / alone * 1e3,
+                "collective_beside_gb_s": gigabytes / collective_beside * 1e3,
+                "computation": name,
+                "alone_ms": ms,
+                "beside_ms": beside,
+                "slower": beside / ms,
+            }
+            lines.append(line)
+            rates = (line["collective_gb_s"], line["collective_beside_gb_s"])
+            cells.append([what, name, f"{ms:.2f}", f"{beside:.2f}", f"{beside / ms:.2f}", *(f"{r:.0f}" for r in rates)])
+    if rank == 0:
+        table(["NCCL", "computation", "ms alone", "beside NCCL", "ratio", "NCCL GB/s alone", "beside it"], cells)
+        if options.out:
+            with options.out.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
