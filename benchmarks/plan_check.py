@@ -21,8 +21,12 @@ from src.planner.timing import StepTime, step_time
 
 CONFIG = Path(__file__).parent.parent / "configs" / "models" / "deepseek-v3" / "config.json"
 LINES = Path(__file__).with_name("measured_steps.jsonl")
-# The machine of those runs, its rates from benchmarks/RESULTS.md: one H100, 16 cores.
+# The machines of those runs. One H100, 16 cores, by benchmarks/RESULTS.md; and four of a host, by `preflight --write`.
 MACHINE = Cluster(gpus_per_node=1, host_memory_gib=128, cpu_cores=16, cpu_adam_gparams_s=2.8)
+FOUR = Cluster(
+    gpus_per_node=4, host_memory_gib=503.8, cpu_cores=64, matmul_tflops=767.6, nccl_intra_node_gb_s=331.3,
+    pcie_in_gb_s=40.7, pcie_out_gb_s=32.5, cpu_adam_gparams_s=7.34,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,13 @@ def settings_of(line: dict[str, Any]) -> Settings:
         attention_output=options["attention_output"],
         layer_input=options["layer_input"],
         attention_kernel=options.get("attention_kernel", "flash_attn_4"),
+        reduce_bucket=options.get("reduce_bucket", 200_000_000),
     )
 
 
 def compare(line: dict[str, Any]) -> Comparison:
     settings = settings_of(line)
-    time: StepTime = step_time(settings, MACHINE)
+    time: StepTime = step_time(settings, FOUR if line.get("machine") == "four" else MACHINE)
     peak = sum(item.nbytes for item in allocated(settings, time.schedule)[0]) / GIB
     options = line["options"]
     name = f"{options['layers']} x {options['experts']} experts, {line['mix']}, {line['place']}, "

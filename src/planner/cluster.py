@@ -30,7 +30,7 @@ class Cluster:
     gpu: str = "NVIDIA H100 80GB HBM3"
     gpus_per_node: int = 8
     gpu_memory_gib: float = 79.1
-    matmul_tflops: float = 750.0
+    matmul_tflops: float = 760.0
     host_memory_gib: float = 2000.0
     cpu_cores: int = 96
     nics_per_node: int = 8

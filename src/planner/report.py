@@ -55,9 +55,14 @@ def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
         ("  copies from the host", f"{t.streams[FROM_HOST]:.2f} s", f"at {c.pcie_in_gb_s:g} GB/s"),
         ("  gradients cast and summed", f"{t.streams[CAST]:.2f} s", "beside the computation"),
         (
+            "  compute is slowed",
+            f"{t.slowed:.2f} s",
+            "while ZeRO's collectives run, which hold multiprocessors; those take longer too",
+        ),
+        (
             "  compute waits",
             f"{t.exposed:.2f} s",
-            f"{t.micro:.2f} - {t.streams[COMPUTE]:.2f} - {t.streams[SP]:.2f}: what the other streams do not hide",
+            f"{t.micro:.2f} - {t.streams[COMPUTE]:.2f} - {t.slowed:.2f} - {t.streams[SP]:.2f}: what is not hidden",
         ),
         ("optimizer", f"{t.optimizer:.2f} s", optimizer_why(plan)),
         (
@@ -184,6 +189,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "time": {
             "micro_step_s": t.micro,
             "exposed_s": t.exposed,
+            "slowed_s": t.slowed,
             "optimizer_s": t.optimizer,
             "step_s": t.step,
             "step_s_range": [plan.fastest, plan.slowest],

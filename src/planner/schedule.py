@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from src.planner.cluster import Cluster
 from src.planner.ledger import Item, Ledger
+from src.planner.rates import ATTENTION_BESIDE, EXPERTS_BESIDE
 from src.planner.settings import Settings
 from src.planner.streams import COMPUTE, FROM_HOST, SP, TO_HOST, Op
 from src.planner.work import Bytes, Work
@@ -16,6 +17,7 @@ INPUTS, KEPT, LAYER, LOSS = (
     "one layer's work",
     "head and loss",
 )
+ATTENTION = "scores and values"
 # src/models/offload.py fetches the last four waiting tensors ahead: all that one layer leaves there.
 
 
@@ -96,12 +98,12 @@ class _MicroStep:
                 (f"{layer.name} shard {shard} {kind}", n) for kind, n in zip(("gate_up", "down"), s.shard, strict=True)
             )
             name = f"{layer.name} shard {shard}{' backward' if backward else ''}"
-            yield Visit(name, params, seconds / s.shards, backward)
+            yield Visit(name, params, seconds / s.shards, backward, EXPERTS_BESIDE)
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def _op(self, stream: str, seconds: float, name: str, *after: int) -> int:
-        self.ops.append(Op(stream, seconds, name, after))
+    def _op(self, op: Op) -> int:
+        self.ops.append(op)
         return len(self.ops) - 1
 
     def _visit(
@@ -112,6 +114,7 @@ class _MicroStep:
         beside: Item | None = None,
     ) -> int:
         """The next visit: its gather, its work by `parts` (stream, seconds, what), one after the other, its release.
+        The visit's own work where there are none.
 
         during: what the work needs until gradients come out; beside: until all of them are there.
         Casts and copies of other streams take the device's bandwidth: the computation lasts as much longer.
@@ -129,7 +132,8 @@ class _MicroStep:
                 continue
             if stream == COMPUTE:
                 seconds, self.zero.stolen = seconds + self.zero.stolen, 0.0
-            last = self._op(stream, seconds, f"{visit.name} {what}".rstrip(), *waits)
+            slower = ATTENTION_BESIDE if what == ATTENTION else visit.beside
+            last = self._op(Op(stream, seconds, f"{visit.name} {what}".rstrip(), waits, slower))
             waits = (last,)
         if visit.backward:
             self.zero.gradients(visit, last, beside)
@@ -145,7 +149,8 @@ class _MicroStep:
         return [
             (COMPUTE, work.down() + 0.15 * work.elementwise(), "latents"),
             (SP, work.latents(), "latents exchanged"),
-            (COMPUTE, work.up() + (0 if kept else work.attention(False)), "heads"),
+            (COMPUTE, work.up(), "heads"),
+            (COMPUTE, 0.0 if kept else work.attention(False), ATTENTION),
             (SP, work.outputs(), "outputs exchanged"),
             (COMPUTE, 0.0 if kept else work.out(), "output projection"),
         ]
@@ -191,7 +196,7 @@ class _MicroStep:
         self.ledger.give("gradients of logits")
 
     def _to_host(self, what: str, size: Bytes, after: int) -> None:
-        self._op(TO_HOST, size.nbytes / (self.cluster.pcie_out_gb_s * 1e9), what, after)
+        self._op(Op(TO_HOST, size.nbytes / (self.cluster.pcie_out_gb_s * 1e9), what, (after,)))
 
     def _fetch_ahead(self, layer: _Layer | None, after: tuple[int, ...]) -> None:
         """Starts bringing a layer's waiting tensors back from the host."""
@@ -207,7 +212,7 @@ class _MicroStep:
             self._take(f"{layer.name} input", INPUTS, size)
             nbytes += size.nbytes
         if nbytes:
-            self._host[layer.name] = self._op(FROM_HOST, nbytes / rate, f"{layer.name} from the host", *after)
+            self._host[layer.name] = self._op(Op(FROM_HOST, nbytes / rate, f"{layer.name} from the host", after))
 
     def backward(self) -> None:
         work = self.work
@@ -247,7 +252,8 @@ class _MicroStep:
         self._visit(
             (COMPUTE, 2 * work.out(), "output projection"),
             (SP, work.outputs(), "gradients of outputs exchanged"),
-            (COMPUTE, work.attention(True) + 2 * work.up() + 0.3 * work.elementwise(), "heads"),
+            (COMPUTE, work.attention(True), ATTENTION),
+            (COMPUTE, 2 * work.up() + 0.3 * work.elementwise(), "heads"),
             (SP, work.latents(), "gradients of latents exchanged"),
             (COMPUTE, 2 * work.down(), "latents"),
             during=Item(LAYER, *work.backward_attention()),

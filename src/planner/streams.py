@@ -1,8 +1,10 @@
 """A schedule played on the streams of one GPU: each stream takes its operations in order, one at a time.
 
-An operation starts when its stream is free and everything that it waits for has ended.
+An operation starts when its stream is free and everything that it waits for has ended. Computation and ZeRO's
+collectives share the device's multiprocessors, so each takes longer while the other runs.
 """
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,12 +22,16 @@ STREAMS = (HOST, COMPUTE, GATHER, SP, TO_HOST, FROM_HOST, CAST)
 
 @dataclass(frozen=True)
 class Op:
-    """after: indices of operations of the same schedule that must have ended."""
+    """seconds: alone on the device. after: indices of operations of the same schedule that must have ended.
+
+    beside, of a computation: how many times as long it takes while a collective of ZeRO's runs, and that beside it.
+    """
 
     stream: str
     seconds: float
     name: str
     after: tuple[int, ...] = ()
+    beside: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -37,13 +43,32 @@ class Span:
 
 def play(ops: Sequence[Op]) -> list[Span]:
     """When each operation runs, in seconds from the start."""
-    free: dict[str, float] = {}
-    spans: list[Span] = []
-    for op in ops:
-        start = max([free.get(op.stream, 0.0), *(spans[i].end for i in op.after)])
-        spans.append(Span(op, start, start + op.seconds))
-        free[op.stream] = spans[-1].end
-    return spans
+    queues = {stream: deque(i for i, op in enumerate(ops) if op.stream == stream) for stream in STREAMS}
+    ended = [False] * len(ops)
+    begun: list[float] = [0.0] * len(ops)
+    spans: list[Span | None] = [None] * len(ops)
+    left: dict[str, float] = {}  # seconds of the running operations, alone
+    now = 0.0
+    while True:
+        for stream, queue in queues.items():
+            if queue and stream not in left and all(ended[i] for i in ops[queue[0]].after):
+                left[stream], begun[queue[0]] = ops[queue[0]].seconds, now
+        if not left:
+            break
+        slower = dict.fromkeys(left, 1.0)
+        if COMPUTE in left and GATHER in left:
+            slower[COMPUTE], slower[GATHER] = ops[queues[COMPUTE][0]].beside
+        times = {stream: seconds * slower[stream] for stream, seconds in left.items()}
+        passed = min(times.values())
+        now += passed
+        for stream, seconds in times.items():
+            if seconds > passed:
+                left[stream] -= passed / slower[stream]
+                continue
+            del left[stream]
+            index = queues[stream].popleft()
+            ended[index], spans[index] = True, Span(ops[index], begun[index], now)
+    return [span for span in spans if span is not None]
 
 
 def makespan(spans: Iterable[Span]) -> float:
@@ -51,7 +76,7 @@ def makespan(spans: Iterable[Span]) -> float:
 
 
 def busy(ops: Iterable[Op]) -> dict[str, float]:
-    """Seconds of work on each stream."""
+    """Seconds of work on each stream, had it the device for itself."""
     total = dict.fromkeys(STREAMS, 0.0)
     for op in ops:
         total[op.stream] += op.seconds

@@ -1,13 +1,13 @@
 """From the simulated micro-step to an optimizer step, a run and its cost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from src.planner.account import checkpoint_bytes
 from src.planner.cluster import Cluster
-from src.planner.rates import MEMORY
+from src.planner.rates import HOST_CAST, MEMORY
 from src.planner.schedule import Schedule, micro_step
 from src.planner.settings import Settings
-from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, HOST, SP, TO_HOST, Op, Span, busy, makespan, play
+from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, HOST, SP, TO_HOST, Span, busy, makespan, play
 
 PEAK = 989e12  # bf16 operations a second that NVIDIA states for an H100; MFU is of this
 # A parameter: fused AdamW on fp32 states 28, flattened gradient 8, its norm in fp64 20, clipping 8, cast to bf16 6; and
@@ -18,14 +18,16 @@ ORDINARY_COPY_GB_S = 8.0  # a process of the host copying between ordinary memor
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds. micro: one micro-step; forward: of it; exposed: of it, when compute waits. optimizer: after the last.
+    """Seconds. micro: one micro-step; forward: of it; exposed: of it, when compute waits; slowed: of it, what compute
+    takes longer beside collectives. optimizer: after the last.
 
-    streams: work of each stream in one micro-step.
+    streams: work of each stream in one micro-step, had it the device for itself.
     """
 
     micro: float
     forward: float
     exposed: float
+    slowed: float
     optimizer: float
     step: float
     streams: dict[str, float]
@@ -42,11 +44,11 @@ def optimizer_seconds(settings: Settings, cluster: Cluster) -> tuple[float, str]
             f"{own / 1e9:.2f}e9 parameters x {ADAM_BYTES} bytes / {MEMORY / 1e12:.2f} TB/s + {AFTER_STEP:g} s",
         )
     adam = own * settings.gpus / (cluster.cpu_adam_gparams_s * 1e9)
-    back = 0.0 if settings.offload_parameters else settings.param_bytes * own / (ORDINARY_COPY_GB_S * 1e9)
+    back = 0.0 if settings.offload_parameters else HOST_CAST * own * settings.gpus
     return adam + back + AFTER_STEP, (
         f"{own * settings.gpus / 1e9:.1f}e9 parameters a node / {cluster.cpu_adam_gparams_s:g}e9 a second "
         f"(DeepSpeedCPUAdam) + {AFTER_STEP:g} s"
-        + (f", and {own / 1e9:.2f}e9 x {settings.param_bytes} bytes / {ORDINARY_COPY_GB_S:g} GB/s back" if back else "")
+        + (f", and {HOST_CAST * 1e9:g} s a 1e9 to clip, cast and bring them back" if back else "")
     )
 
 
@@ -65,8 +67,9 @@ def step_time(settings: Settings, cluster: Cluster, quick: bool = False) -> Step
     streams = busy(last.ops)
     optimizer, _ = optimizer_seconds(settings, cluster)
     forward = makespan(span for span in spans[: last.forward_ops] if span.op.stream in (COMPUTE, SP))
-    exposed = total / n - streams[COMPUTE] - streams[SP]
-    return StepTime(total / n, forward, exposed, optimizer, total + optimizer, streams, last, spans)
+    slowed = sum(span.end - span.start for span in spans if span.op.stream == COMPUTE) - streams[COMPUTE]
+    exposed = total / n - streams[COMPUTE] - slowed - streams[SP]
+    return StepTime(total / n, forward, exposed, slowed, optimizer, total + optimizer, streams, last, spans)
 
 
 def step_seconds(settings: Settings, cluster: Cluster, time: StepTime, other: Cluster, kernels: float) -> float:
@@ -76,7 +79,7 @@ def step_seconds(settings: Settings, cluster: Cluster, time: StepTime, other: Cl
     rates = {GATHER: network, SP: exchange, TO_HOST: "pcie_out_gb_s", FROM_HOST: "pcie_in_gb_s"}
     factors = {stream: getattr(cluster, name) / getattr(other, name) for stream, name in rates.items()}
     factors |= {COMPUTE: kernels, CAST: kernels, HOST: 1.0}
-    ops = [Op(op.stream, op.seconds * factors[op.stream], op.name, op.after) for op in time.schedule.ops]
+    ops = [replace(op, seconds=op.seconds * factors[op.stream]) for op in time.schedule.ops]
     ratio = makespan(play(ops)) / makespan(time.spans)
     optimizer, _ = optimizer_seconds(settings, other)
     return settings.accumulate * time.micro * ratio + optimizer * (1.0 if settings.offload_optimizer else kernels)

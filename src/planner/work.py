@@ -17,6 +17,7 @@ from src.planner.rates import (
     LAUNCH,
     PRODUCTS,
     REFERENCE_TFLOPS,
+    SKEW,
     interpolate,
 )
 from src.planner.settings import Settings
@@ -90,7 +91,13 @@ class Work:
             return 0.0
         inside = s.sp <= s.gpus
         bandwidth = self.cluster.nccl_intra_node_gb_s if inside else self.cluster.nccl_inter_node_gb_s
-        return elements_received * s.param_bytes / (bandwidth * 1e9) + 20e-6 + 1e-6 * s.sp
+        return elements_received * s.param_bytes / (bandwidth * 1e9) + 20e-6 + 1e-6 * s.sp + self._skew()
+
+    def _skew(self) -> float:
+        """What each of a layer's six exchanges waits for the slowest rank of the group."""
+        products = 3 * (self.down() + self.up() + self.out() + self.mlp(dense=False))
+        layer = sum(self.attention(b) + self.experts(b) for b in (False, True)) + products + self.elementwise()
+        return SKEW * layer / 6
 
     def latents(self) -> float:
         s = self.settings

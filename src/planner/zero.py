@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from src.planner.cluster import Cluster
 from src.planner.ledger import Item, Ledger
-from src.planner.rates import MEMORY
+from src.planner.rates import MEMORY, PRODUCTS_BESIDE
 from src.planner.settings import Settings
 from src.planner.streams import CAST, FROM_HOST, GATHER, HOST, REDUCE, TO_HOST, Op
 
@@ -26,13 +26,14 @@ HOOKS = 0.4e-3  # seconds of the host for a visit of one parameter: hooks, alloc
 class Visit:
     """One call of a module: its parameters as (name, elements), its compute time, and what happens around it.
 
-    backward: its weights' gradients come out.
+    backward: its weights' gradients come out. beside: as `Op`'s.
     """
 
     name: str
     params: tuple[tuple[str, int], ...]
     seconds: float
     backward: bool = False
+    beside: tuple[float, float] = PRODUCTS_BESIDE
 
 
 def collective_seconds(settings: Settings, cluster: Cluster, nbytes: float) -> float:

@@ -56,9 +56,8 @@ class Stub(pl.LightningModule):
 
 def train(module: pl.LightningModule, *callbacks: pl.Callback, validate: bool = False, **settings: Any) -> pl.Trainer:
     has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
-    defaults: dict[str, Any] = {"logger": False, "log_every_n_steps": 1}
+    defaults: dict[str, Any] = {"accelerator": "cpu", "logger": False, "log_every_n_steps": 1}
     trainer = pl.Trainer(
-        accelerator="cpu",
         max_epochs=1,
         accumulate_grad_batches=ACCUMULATION,
         callbacks=list(callbacks),

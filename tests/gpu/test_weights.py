@@ -27,7 +27,7 @@ def test_weights_in_and_out(tmp_path: Path) -> None:
     for label in SETTINGS:
         copy_side_files(base, folder / label / "hf")
         for dtype in DTYPES:
-            out = folder / f"{label} {dtype}"
+            out = folder / "exported" / label / dtype  # a label may end like another with a dtype
             export(str(folder / label), str(out), dtype, max_shard_size="100KB")
             live = live_export(folder, label, dtype)
             assert {file.name for file in live.iterdir()} == {file.name for file in out.iterdir()}

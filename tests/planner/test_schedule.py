@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, load_config
 from src.planner.cluster import Cluster
 from src.planner.ledger import Ledger
-from src.planner.rates import MEMORY
+from src.planner.rates import ATTENTION_BESIDE, EXPERTS_BESIDE, MEMORY, PRODUCTS_BESIDE
 from src.planner.schedule import micro_step
 from src.planner.settings import Settings
 from src.planner.streams import CAST, COMPUTE, GATHER, HOST, SP, STREAMS, Op, busy, makespan, play
@@ -20,17 +20,23 @@ from src.strategies.parallelize import zero3_settings
 from tests.planner.settings import MODEL, guide, sizes
 
 OPS = st.lists(
-    st.tuples(st.sampled_from(STREAMS), st.floats(0, 10), st.lists(st.integers(0, 100), max_size=3)), max_size=30
+    st.tuples(
+        st.sampled_from(STREAMS),
+        st.floats(0, 10),
+        st.lists(st.integers(0, 100), max_size=3),
+        st.sampled_from([(1.0, 1.0), EXPERTS_BESIDE, PRODUCTS_BESIDE, ATTENTION_BESIDE]),
+    ),
+    max_size=30,
 )
 
 
 @given(OPS)
 def test_a_schedule_is_no_shorter_than_any_stream_and_no_longer_than_all_together(
-    drawn: list[tuple[str, float, list[int]]],
+    drawn: list[tuple[str, float, list[int], tuple[float, float]]],
 ) -> None:
     ops = [
-        Op(stream, seconds, str(i), tuple(j for j in after if j < i))
-        for i, (stream, seconds, after) in enumerate(drawn)
+        Op(stream, seconds, str(i), tuple(j for j in after if j < i), beside)
+        for i, (stream, seconds, after, beside) in enumerate(drawn)
     ]
     spans = play(ops)
     assert makespan(spans) >= max(busy(ops).values()) - 1e-9
@@ -42,6 +48,16 @@ def test_a_schedule_is_no_shorter_than_any_stream_and_no_longer_than_all_togethe
 def test_a_chain_that_nothing_overlaps_takes_its_sum() -> None:
     ops = [Op(STREAMS[i % len(STREAMS)], 0.5 + i, str(i), (i - 1,) if i else ()) for i in range(12)]
     assert makespan(play(ops)) == pytest.approx(sum(op.seconds for op in ops))
+
+
+def test_computation_and_collectives_slow_each_other() -> None:
+    ops = [Op(COMPUTE, 10.0, "products", (), (1.5, 2.0)), Op(GATHER, 4.0, "gather"), Op(COMPUTE, 1.0, "more")]
+    products, gather, more = play(ops)
+    assert (gather.start, gather.end) == (0.0, 8.0)
+    assert products.end == pytest.approx(8.0 + 10.0 - 8.0 / 1.5)
+    assert more.end == products.end + 1.0
+    time = step_time(guide(sp=1), Cluster())
+    assert time.slowed > 1.0 and step_time(guide(nodes=1, gpus=1, sp=1), Cluster()).slowed == pytest.approx(0.0)
 
 
 def test_a_gather_of_the_whole_model_takes_3_6_seconds_and_the_experts_are_gathered_twice() -> None:
