@@ -55,6 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="rank 0 appends a line for each pair here")
     parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--carveout", type=int, default=0, help="multiprocessors that products leave free")
+    parser.add_argument("--priority", type=int, default=0, help="of the collectives' stream; -1 is the highest")
     parser.add_argument("--seconds", type=float, default=0.4, help="of each measurement, about")
     options = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -90,9 +92,12 @@ def main() -> None:
     }
 
     ctas = os.environ.get("NCCL_MAX_CTAS", "NCCL's choice")
+    if options.carveout:
+        torch._C._set_sm_carveout_experimental(options.carveout)
     if rank == 0:
-        head(f"NCCL beside computation, {size} GPUs, thread blocks: {ctas}", device)
-    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        left = f"carveout {options.carveout}, priority {options.priority}"
+        head(f"NCCL beside computation, {size} GPUs, thread blocks: {ctas}; {left}", device)
+    here, side = torch.cuda.current_stream(), torch.cuda.Stream(priority=options.priority)
     cells, lines = [], []
     wanted = 1e3 * options.seconds
     for run in [*computations.values(), *(run for run, _ in collectives.values())]:
@@ -110,6 +115,8 @@ def main() -> None:
                 "kind": "nccl_beside",
                 "gpus": size,
                 "ctas": ctas,
+                "carveout": options.carveout,
+                "priority": options.priority,
                 "collective": what,
                 "collective_gb_s": gigabytes / alone * 1e3,
                 "collective_beside_gb_s": gigabytes / collective_beside * 1e3,

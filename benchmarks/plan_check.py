@@ -22,7 +22,9 @@ from src.planner.timing import StepTime, step_time
 CONFIG = Path(__file__).parent.parent / "configs" / "models" / "deepseek-v3" / "config.json"
 LINES = Path(__file__).with_name("measured_steps.jsonl")
 # The machines of those runs. One H100, 16 cores, by benchmarks/RESULTS.md; and four of a host, by `preflight --write`.
-MACHINE = Cluster(gpus_per_node=1, host_memory_gib=128, cpu_cores=16, cpu_adam_gparams_s=2.8)
+MACHINE = Cluster(
+    gpus_per_node=1, host_memory_gib=128, cpu_cores=16, pcie_in_gb_s=49, pcie_out_gb_s=53, cpu_adam_gparams_s=2.8
+)  # fmt: skip
 FOUR = Cluster(
     gpus_per_node=4, host_memory_gib=503.8, cpu_cores=64, matmul_tflops=767.6, nccl_intra_node_gb_s=331.3,
     pcie_in_gb_s=40.7, pcie_out_gb_s=32.5, cpu_adam_gparams_s=7.34,

@@ -52,6 +52,13 @@ def _show_our_log() -> None:
     ours.setLevel(logging.INFO if rank == "0" else logging.WARNING)
 
 
+def _let_segments_grow() -> None:
+    """PyTorch's blocks of fixed size fill a GPU long before its tensors do, and are then freed and made anew in every
+    step; measured in benchmarks/RESULTS.md, "Four GPUs of one host". What the user has set stays."""
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read when CUDA is first used
+
+
 def _spelled_out(function: Callable[..., Any], args: list[str]) -> list[str]:
     """Lets a switch stand alone, `--layout-only` for `--layout_only=true`, which is what jsonargparse reads."""
     switches = [name for name, value in inspect.signature(function).parameters.items() if value.annotation is bool]
@@ -68,6 +75,7 @@ def main(args: Sequence[str] | None = None) -> None:
     command, *rest = (sys.argv[1:] if args is None else args) or [""]
     _show_our_log()
     if command in ("fit", "validate"):
+        _let_segments_grow()
         from src.commands.training import TrainingCLI
 
         TrainingCLI([command, *rest] if args is not None else None)

@@ -244,6 +244,18 @@ def test_an_older_checkpoint_than_the_newest_is_not_resumed_from(trained: Path, 
     assert result.returncode != 0 and "is older than step=" in result.stderr
 
 
+@pytest.mark.parametrize("given", [None, "backend:native"])
+def test_segments_of_gpu_memory_grow_unless_something_else_is_set(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given or "")
+    if given is None:
+        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == (given or "expandable_segments:True")
+
+
 @pytest.mark.parametrize("args", [[], ["fly"]])
 def test_what_is_no_command_shows_the_usage(args: list[str]) -> None:
     result = run(*args, check=False)

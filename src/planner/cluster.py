@@ -37,8 +37,8 @@ class Cluster:
     nic_gbit: float = 400.0
     nccl_inter_node_gb_s: float = 370.0
     nccl_intra_node_gb_s: float = 370.0
-    pcie_in_gb_s: float = 49.0
-    pcie_out_gb_s: float = 53.0
+    pcie_in_gb_s: float = 41.0
+    pcie_out_gb_s: float = 33.0
     cpu_adam_gparams_s: float = 16.0
     disk_write_gb_s: float = 0.625
     disk_read_gb_s: float = 0.625

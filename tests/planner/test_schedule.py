@@ -57,7 +57,7 @@ def test_computation_and_collectives_slow_each_other() -> None:
     assert products.end == pytest.approx(8.0 + 10.0 - 8.0 / 1.5)
     assert more.end == products.end + 1.0
     time = step_time(guide(sp=1), Cluster())
-    assert time.slowed > 1.0 and step_time(guide(nodes=1, gpus=1, sp=1), Cluster()).slowed == pytest.approx(0.0)
+    assert time.slowed > 1.0 and step_time(guide(nodes=1, gpus=1, sp=1), Cluster()).slowed < 1e-6
 
 
 def test_a_gather_of_the_whole_model_takes_3_6_seconds_and_the_experts_are_gathered_twice() -> None:
