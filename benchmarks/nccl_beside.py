@@ -4,8 +4,7 @@
     NCCL_MAX_CTAS=8 torchrun ...     the same with at most so many thread blocks for NCCL
 
 A gather of a shard of 16 experts in bf16 and the reduction of its larger weight's gradient in fp32, as ZeRO-3 makes
-them, run over and over on a stream of their own while another stream computes. A time beside is the mean of runs
-throughout which the other side was busy.
+them, run over and over on a stream of their own while another stream computes.
 """
 
 import argparse
@@ -26,29 +25,44 @@ EXPERTS = 16
 Run = Callable[[], object]
 
 
-def milliseconds(runs: list[tuple[Run, int, torch.cuda.Stream]]) -> list[float]:
-    """Means of each side's runs, all sides begun together."""
+def alone(run: Run, count: int) -> float:
+    """ms of a call, of the slowest rank, so that all ranks reckon with the same."""
+    dist.barrier()
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(count):
+        run()
+    stop.record()
+    torch.cuda.synchronize()
+    value = torch.tensor(start.elapsed_time(stop) / count, device="cuda")
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value)
+
+
+def together(collective: Run, calls: int, side: torch.cuda.Stream, compute: Run) -> tuple[float, float]:
+    """ms of a collective and of a computation. The computation goes on, two calls ahead, until the last collective has
+    ended, and only what ended before that counts."""
     torch.cuda.synchronize()
     dist.barrier()
     torch.cuda.synchronize()
-    marks = []
-    for run, count, stream in runs:
-        with torch.cuda.stream(stream):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(count):
-                run()
-            stop.record()
-            marks.append((start, stop, count))
+    begun, start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    with torch.cuda.stream(side):
+        begun.record()
+        for _ in range(calls):
+            collective()
+        stop.record()
+    start.record()
+    ends: list[torch.cuda.Event] = []
+    while not stop.query():
+        compute()
+        ends.append(torch.cuda.Event(enable_timing=True))
+        ends[-1].record()
+        if len(ends) > 2:
+            ends[-3].synchronize()
     torch.cuda.synchronize()
-    return [start.elapsed_time(stop) / count for start, stop, count in marks]
-
-
-def agreed(ms: float) -> float:
-    """The slowest rank's time, so that all ranks make as many calls."""
-    value = torch.tensor(ms, device="cuda")
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return float(value)
+    inside = [start.elapsed_time(end) for end in ends if end.elapsed_time(stop) >= 0]
+    assert inside, "the collectives were over before one computation was: more --seconds"
+    return begun.elapsed_time(stop) / calls, inside[-1] / len(inside)
 
 
 def main() -> None:
@@ -57,7 +71,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--carveout", type=int, default=0, help="multiprocessors that products leave free")
     parser.add_argument("--priority", type=int, default=0, help="of the collectives' stream; -1 is the highest")
-    parser.add_argument("--seconds", type=float, default=0.4, help="of each measurement, about")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of each pair, were the collectives alone")
     options = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -97,20 +111,16 @@ def main() -> None:
     if rank == 0:
         left = f"carveout {options.carveout}, priority {options.priority}"
         head(f"NCCL beside computation, {size} GPUs, thread blocks: {ctas}; {left}", device)
-    here, side = torch.cuda.current_stream(), torch.cuda.Stream(priority=options.priority)
+    side = torch.cuda.Stream(priority=options.priority)
     cells, lines = [], []
-    wanted = 1e3 * options.seconds
     for run in [*computations.values(), *(run for run, _ in collectives.values())]:
-        milliseconds([(run, 3, here)])
+        alone(run, 3)
     for what, (collective, gigabytes) in collectives.items():
-        alone = agreed(milliseconds([(collective, 5, side)])[0])
+        usual = alone(collective, 20)
         for name, compute in computations.items():
-            ms = agreed(milliseconds([(compute, 5, here)])[0])
-            ms = agreed(milliseconds([(compute, round(wanted / ms) + 1, here)])[0])
-            calls, runs = round(wanted / alone) + 1, round(wanted / ms) + 1
-            # One side has work for two and a half times as long, so that it outlasts the other.
-            beside = agreed(milliseconds([(collective, calls * 5 // 2, side), (compute, runs, here)])[1])
-            collective_beside = agreed(milliseconds([(compute, runs * 5 // 2, here), (collective, calls, side)])[1])
+            ms = alone(compute, max(5, round(100 / alone(compute, 5))))
+            calls = round(1e3 * options.seconds / usual) + 1
+            collective_beside, beside = together(collective, calls, side, compute)
             line = {
                 "kind": "nccl_beside",
                 "gpus": size,
@@ -118,7 +128,7 @@ def main() -> None:
                 "carveout": options.carveout,
                 "priority": options.priority,
                 "collective": what,
-                "collective_gb_s": gigabytes / alone * 1e3,
+                "collective_gb_s": gigabytes / usual * 1e3,
                 "collective_beside_gb_s": gigabytes / collective_beside * 1e3,
                 "computation": name,
                 "alone_ms": ms,

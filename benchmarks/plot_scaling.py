@@ -42,7 +42,7 @@ def main() -> None:
     losses.set_yticks([7, 10, 20, 35], ["7", "10", "20", "35"])
     losses.minorticks_off()
     losses.set_xticks(range(0, longest, 5))
-    losses.set_title(f"loss of {longest} optimizer steps, all layouts", loc="left", fontsize=10)
+    losses.set_title(f"loss of {longest} optimizer steps, layouts over one another", loc="left", fontsize=10)
     losses.legend(fontsize=7, frameon=False)
     for axes in (rates, losses):
         axes.spines[["top", "right"]].set_visible(False)

@@ -127,6 +127,12 @@ def settings_of(config: Namespace, cluster: Cluster) -> Settings:
         raise ValueError(f"trainer.strategy is {trainer.strategy!r}; plan knows src.strategies.DeepSpeedSPStrategy.")
     options: dict[str, Any] = trainer.strategy.get("init_args", Namespace()).as_dict()
     options |= trainer.strategy.get("dict_kwargs", {}) or {}
+    for name, known in (("config", None), ("offload_optimizer_device", "cpu"), ("offload_params_device", "cpu")):
+        if options.get(name, known) != known:
+            raise ValueError(
+                f"trainer.strategy.init_args.{name} is {options[name]!r}: plan reads no DeepSpeed configuration and "
+                "knows no nvme; give stage, offload_optimizer, offload_parameters and reduce_bucket_size as arguments."
+            )
     gpus = _devices(trainer.devices, cluster)
     experts = None if model.experts_per_shard == "auto" else model.experts_per_shard
     sizes = read_sizes(model.pretrained, experts, model.mtp_loss_weight > 0)
@@ -187,6 +193,12 @@ def data_of(config: Namespace, settings: Settings) -> tuple[Data, float]:
         epochs = None if steps else 1
         no_end = "" if steps else "; no trainer.max_epochs, one epoch is counted"
     rows, tokens, source, document = _counted(config, settings)
+    limit = config.trainer.limit_train_batches
+    if limit is not None:  # of an epoch: so many micro-steps, or so large a part
+        whole, batch = rows, settings.dp * settings.batch_size
+        rows = min(rows, max(1, int(rows * limit) if isinstance(limit, float) else limit * batch))
+        tokens = tokens * rows // whole
+        source += f"; of which trainer.limit_train_batches {limit} takes {rows:,} rows" if rows < whole else ""
     return Data(rows, tokens, epochs, source + no_end, steps), document
 
 

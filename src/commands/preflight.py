@@ -186,9 +186,7 @@ def _look_together(report: Report, ranks: Ranks, settings: Namespace, cuda: bool
         if cuda:
             report.rates["pcie_in_gb_s"], report.rates["pcie_out_gb_s"] = rates.copies(device, dist.barrier)
         report.network = rates.network(ranks, device)
-    planned = _planned(settings)
-    if planned is not None and planned.offload_optimizer:
-        _measure_host_optimizer(report, device)
+    _measure_host_optimizer(report, settings, device)
     size = _WRITTEN[device.type]
     if _all_agree(os.access(root, os.W_OK)):
         report.disk = (size, *files.disk_seconds(root, size, dist.barrier))
@@ -196,9 +194,15 @@ def _look_together(report: Report, ranks: Ranks, settings: Namespace, cuda: bool
     report.time = time.time()
 
 
-def _measure_host_optimizer(report: Report, device: torch.device) -> None:
-    measure = _try(report, "the optimizer on the host (DeepSpeedCPUAdam)", lambda: rates.host_optimizer(device))
-    if _all_agree(measure is not None):
+def _measure_host_optimizer(report: Report, settings: Namespace, device: torch.device) -> None:
+    """Where all ranks find that the config wants one; for a lock that was left behind a build would wait for ever."""
+    planned = _planned(settings)
+    wanted = planned is not None and planned.offload_optimizer and not node.stale_builds(_STALE, time.time())
+    measure: Callable[[], float] | None = None
+    if _all_agree(wanted):
+        measure = _try(report, "the optimizer on the host (DeepSpeedCPUAdam)", lambda: rates.host_optimizer(device))
+        report.problems += node.one_thread(device.type == "cuda")
+    if _all_agree(measure is not None) and measure is not None:
         report.adam = measure()
 
 

@@ -10,8 +10,9 @@ from src.planner.zero import GRADIENTS, SHARDS
 # Assumed, since nothing here has measured them on many nodes: what the driver takes for a process, NCCL's channels and
 # buffers for the world's group and for the SP group, and the part of what is allocated that lies between blocks.
 CONTEXT, NCCL_WORLD, NCCL_SP, FRAGMENTATION = 0.6 * GIB, 1.2 * GIB, 0.5 * GIB, 0.05
-# Plain host memory of a rank with its libraries, with CUDA's and without, and of a loader's process.
-PROCESS, CPU_PROCESS, WORKER = 6 * GIB, 0.7 * GIB, 0.8 * GIB
+# Plain host memory of a rank with its libraries, with CUDA's and without, and of a loader's process. On four H100s a
+# rank with two loaders took 2.4 GiB; what NCCL pins for many nodes comes to that.
+PROCESS, CPU_PROCESS, WORKER = 4 * GIB, 0.7 * GIB, 0.8 * GIB
 DISK_HEADERS = 1.001
 
 

@@ -39,7 +39,7 @@ class Cluster:
     nccl_intra_node_gb_s: float = 370.0
     pcie_in_gb_s: float = 41.0
     pcie_out_gb_s: float = 33.0
-    cpu_adam_gparams_s: float = 16.0
+    cpu_adam_gparams_s: float = 11.0
     disk_write_gb_s: float = 0.625
     disk_read_gb_s: float = 0.625
     measured: frozenset[str] = field(default=frozenset(), compare=False)
@@ -57,6 +57,11 @@ class Cluster:
 
     def values(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "measured"}
+
+    @property
+    def host_room(self) -> float:
+        """Bytes of a node that a run may take: a fiftieth stays for the system."""
+        return 0.98 * self.host_memory_gib * 2**30
 
     @property
     def assumed(self) -> list[str]:

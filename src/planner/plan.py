@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def host_room(self) -> float:
-        return self.cluster.host_memory_gib * GIB
+        return self.cluster.host_room
 
     @property
     def fits(self) -> bool:

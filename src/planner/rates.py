@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 Table = Sequence[tuple[float, float]]  # (size, 1e12 operations a second), sizes rising
 
-REFERENCE_TFLOPS = 760.0  # the product of 8192 x 8192 matrices in the runs below: 742 to 778
+REFERENCE_TFLOPS = 760.0  # the product of 8192 x 8192 matrices in the runs below: 737 to 778
 
 # "Attention (192, 128), packed": by tokens a document. The rows 64 x 512, 8 x 4096, 1 x 8192, 1 x 32768.
 ATTENTION_FORWARD: dict[str, Table] = {
@@ -38,17 +38,16 @@ ELEMENTWISE = 20e-3 / 32768 / 7168
 LAUNCH = 1.0e-3  # seconds a layer, forward and backward, however few its tokens: 1 x 8192 against 1 x 32768
 
 # "What NCCL takes from the computation beside it": how many times as long the computation takes beside a gather or a
-# reduction, and that beside it. A grouped product fills all multiprocessors at once, so it pays most; attention's
-# blocks stay for long, so a collective waits for them.
+# reduction, and that beside it. Attention's second figure is worked out from the measurement: 4 forward, 6 backward.
 EXPERTS_BESIDE = (1.60, 1.39)
 PRODUCTS_BESIDE = (1.32, 1.50)
-ATTENTION_BESIDE = (1.18, 3.4)
+ATTENTION_BESIDE = (1.18, 5.5)
 
-SKEW = 0.02  # "Four GPUs of one host": of a layer's time, what its six SP exchanges wait for the slowest rank
+SKEW = 0.01  # "Four GPUs of one host": of a layer's time, what its six SP exchanges wait for the slowest rank
 
 MEMORY = 2.95e12  # bytes a second of a device copy, read and written
 # "Four GPUs of one host", after DeepSpeedCPUAdam: clipping, the cast to bf16 on the host and the ordinary copy to the
-# device, seconds for each parameter of a node; 0.31e-9 with four ranks, 0.26 to 0.34e-9 with one.
+# device, seconds for each parameter of a node; 0.31e-9 with four ranks, 0.33 to 0.42e-9 with one.
 HOST_CAST = 0.3e-9
 
 

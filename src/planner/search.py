@@ -74,7 +74,7 @@ def nearest(settings: Settings, cluster: Cluster, data: Data) -> tuple[str, Plan
     Among as many, those on the fewest nodes, then the fastest a GPU. Accumulation follows, so that the rows of a step
     stay; it counts as no change of its own.
     """
-    steps = list(_changes(settings, _host_bytes(settings, cluster) > cluster.host_memory_gib * GIB))
+    steps = list(_changes(settings, _host_bytes(settings, cluster) > cluster.host_room))
     for count in (1, 2, 3):
         found = []
         for chosen in combinations(steps, count):
@@ -129,7 +129,7 @@ def _host_bytes(settings: Settings, cluster: Cluster) -> float:
 def _may_fit(settings: Settings, cluster: Cluster) -> bool:
     """By the states of the device and by host memory, for which no schedule is needed."""
     held = sum(line.nbytes for line in states(settings))
-    return held < cluster.gpu_memory_gib * GIB and _host_bytes(settings, cluster) <= cluster.host_memory_gib * GIB
+    return held < cluster.gpu_memory_gib * GIB and _host_bytes(settings, cluster) <= cluster.host_room
 
 
 def search(settings: Settings, cluster: Cluster, data: Data, progress: Progress = iter, best: int = 10) -> list[Plan]:

@@ -68,7 +68,9 @@ def play(ops: Sequence[Op]) -> list[Span]:
             del left[stream]
             index = queues[stream].popleft()
             ended[index], spans[index] = True, Span(ops[index], begun[index], now)
-    return [span for span in spans if span is not None]
+    played = [span for span in spans if span is not None]
+    assert len(played) == len(ops), "an operation waits for one that comes after it"
+    return played
 
 
 def makespan(spans: Iterable[Span]) -> float:

@@ -59,17 +59,20 @@ def step_time(settings: Settings, cluster: Cluster, quick: bool = False) -> Step
     """
     n = settings.accumulate
     last = micro_step(settings, cluster)
-    spans = play(last.ops)
-    others = makespan(spans)
+    spans = others = play(last.ops)
     if n > 1 and settings.offload_optimizer and not quick:
-        others = makespan(play(micro_step(settings, cluster, last=False).ops))
-    total = (n - 1) * others + makespan(spans)
+        others = play(micro_step(settings, cluster, last=False).ops)
+    total = (n - 1) * makespan(others) + makespan(spans)
     streams = busy(last.ops)
     optimizer, _ = optimizer_seconds(settings, cluster)
     forward = makespan(span for span in spans[: last.forward_ops] if span.op.stream in (COMPUTE, SP))
-    slowed = sum(span.end - span.start for span in spans if span.op.stream == COMPUTE) - streams[COMPUTE]
+    slowed = ((n - 1) * _slowed(others) + _slowed(spans)) / n
     exposed = total / n - streams[COMPUTE] - slowed - streams[SP]
     return StepTime(total / n, forward, exposed, slowed, optimizer, total + optimizer, streams, last, spans)
+
+
+def _slowed(spans: list[Span]) -> float:
+    return sum(span.end - span.start - span.op.seconds for span in spans if span.op.stream == COMPUTE)
 
 
 def step_seconds(settings: Settings, cluster: Cluster, time: StepTime, other: Cluster, kernels: float) -> float:

@@ -140,6 +140,16 @@ def memory(host_gib: float | None, cuda: bool, infiniband: bool = False) -> tupl
     return problems, {"host_memory_gib": round(found.total / 2**30, 1), "cpu_cores": os.cpu_count() or 1}
 
 
+def one_thread(cuda: bool) -> list[str]:
+    """DeepSpeedCPUAdam works with OpenMP's threads, of which torchrun gives each process one."""
+    if not cuda or torch.get_num_threads() > 1 or (os.cpu_count() or 1) <= torch.cuda.device_count():
+        return []
+    return [
+        "one thread a rank for the optimizer on the host; set OMP_NUM_THREADS to a rank's cores, as the launch scripts "
+        "do"
+    ]
+
+
 def stale_builds(older_than: float, now: float) -> list[str]:
     """Locks that a killed process left while it built a DeepSpeed operator: the next would wait for ever."""
     from torch.utils.cpp_extension import get_default_build_root

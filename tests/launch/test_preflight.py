@@ -5,11 +5,13 @@ import re
 import resource
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from jsonargparse import Namespace
 
 from src.commands import preflight
 from src.commands.config_command import ConfigCommand
@@ -244,6 +246,24 @@ def test_all_gathers_over_pairs_and_over_all_nodes() -> None:
     for rank, (network, wrong, nodes, rate) in enumerate(run_distributed(_measure, 3)):
         assert nodes == 3 and network["wrong"] == [] and wrong == [1]
         assert set(network["pairs"]) == {0, 1, 2} - {rank} and network["world"] > 0 and rate > 0
+
+
+def _differ(rank_without: int) -> tuple[float | None, list[str]]:
+    """One rank cannot read its config's model; the others would measure."""
+    ranks = Ranks.from_environment(os.environ | {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "1"})
+    meet(ranks, "gloo")
+    planned = None if ranks.rank == rank_without else SimpleNamespace(offload_optimizer=True)
+    preflight._planned = lambda _: planned  # type: ignore[assignment,return-value]
+    found = report(ranks.rank)
+    preflight._measure_host_optimizer(found, Namespace(), torch.device("cpu"))
+    dist.barrier()
+    dist.destroy_process_group()
+    return found.adam, found.problems
+
+
+def test_ranks_that_see_different_configs_do_not_wait_for_one_another() -> None:
+    assert run_distributed(_differ, 2, 1) == [(None, []), (None, [])]
+    assert all(rate and rate > 0 and not problems for rate, problems in run_distributed(_differ, 2, -1))
 
 
 def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

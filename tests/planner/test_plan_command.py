@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from src.commands.plan import PlanCLI, verdict
+from src.commands.plan import _Silent as Quiet
 from src.planner.cluster import Cluster
 from src.planner.plan import make_plan
 from src.planner.search import nearest, pays_until, scale, search
@@ -57,6 +58,12 @@ def test_a_run_that_does_not_fit_exits_with_1_and_names_the_nearest_that_does(
     assert answer["nearest"]["verdict"].split(",")[0] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("limit", "steps"), [("0.5", 98), ("8", 2), ("1000000", 196)])
+def test_an_epoch_is_as_long_as_the_trainer_lets_it(limit: str, steps: int) -> None:
+    plan = Quiet([*FITS, "--trainer.limit_train_batches", limit]).plan
+    assert plan.steps == steps and ("limit_train_batches" in plan.data.source) == (steps < 196)
+
+
 def test_json_has_what_a_script_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("nics_per_node: 1\nnic_gbit: 400\n")
@@ -91,6 +98,7 @@ def test_data_that_is_there_is_counted(tmp_path: Path) -> None:
         (["--data.batch_size", "0"], "data.batch_size is 0; a number from 1 on"),
         (["--trainer.accumulate_grad_batches", "-1"], "trainer.accumulate_grad_batches is -1"),
         (["--trainer.strategy.init_args.sequence_parallel_size", "0"], "sequence_parallel_size is 0"),
+        (["--trainer.strategy.init_args.offload_optimizer_device", "nvme"], "offload_optimizer_device is 'nvme': plan"),
         (["--document_length", "0"], "document_length is 0"),
         (["--trace", "nowhere/t.json"], "--trace nowhere/t.json cannot be written"),
         (["--picture", "picture.xyz"], "no suffix of a picture"),
