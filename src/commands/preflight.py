@@ -232,7 +232,10 @@ def _check_shared(report: Report, ranks: Ranks, root: str) -> None:
 
 def _summary(ranks: Ranks, reports: list[Report], measured: dict[str, Any]) -> str:
     order = [f.name for f in fields(Cluster) if f.name in measured]
-    told = [f"{ranks.nodes} nodes x {ranks.ranks_per_node} ranks"] if ranks.world_size > 1 else ["this machine alone"]
+    each = f"{ranks.ranks_per_node} rank{'s' * (ranks.ranks_per_node != 1)}"
+    told = (
+        [f"{ranks.nodes} node{'s' * (ranks.nodes != 1)} x {each}"] if ranks.world_size > 1 else ["this machine alone"]
+    )
     code = reports[0].same.get("code", {})
     told.append(f"revision {code.get('revision')}, torch {reports[0].same.get('packages', {}).get('torch')}")
     worst = ", ".join(f"{name} {measured[name]}" for name in order)
