@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from src.planner.cluster import Cluster
 from src.planner.ledger import Item, Ledger
-from src.planner.rates import ATTENTION_BESIDE, EXPERTS_BESIDE
+from src.planner.rates import ATTENTION_BESIDE, EXPERTS_BESIDE, PRODUCTS_BESIDE
 from src.planner.settings import Settings
 from src.planner.streams import COMPUTE, FROM_HOST, SP, TO_HOST, Op
 from src.planner.work import Bytes, Work
@@ -17,7 +18,6 @@ INPUTS, KEPT, LAYER, LOSS = (
     "one layer's work",
     "head and loss",
 )
-ATTENTION = "scores and values"
 # src/models/offload.py fetches the last four waiting tensors ahead: all that one layer leaves there.
 
 
@@ -43,6 +43,15 @@ def _layers(settings: Settings) -> list[_Layer]:
     s = settings.sizes
     layers = [_Layer(f"layer {i}", i < s.dense, False) for i in range(s.layers)]
     return [*layers, _Layer("MTP block", False, True)] if s.mtp else layers
+
+
+class _Part(NamedTuple):
+    """Of a visit's work; beside: as `Op`'s."""
+
+    stream: str
+    seconds: float
+    what: str = ""
+    beside: tuple[float, float] = PRODUCTS_BESIDE
 
 
 class _MicroStep:
@@ -108,13 +117,12 @@ class _MicroStep:
 
     def _visit(
         self,
-        *parts: tuple[str, float, str],
+        *parts: _Part,
         after: tuple[int, ...] = (),
         during: Item | None = None,
         beside: Item | None = None,
     ) -> int:
-        """The next visit: its gather, its work by `parts` (stream, seconds, what), one after the other, its release.
-        The visit's own work where there are none.
+        """The next visit: its gather, its work by `parts` or else its own, one after the other, its release.
 
         during: what the work needs until gradients come out; beside: until all of them are there.
         Casts and copies of other streams take the device's bandwidth: the computation lasts as much longer.
@@ -125,14 +133,13 @@ class _MicroStep:
         waits = (*self.zero.fetch(visit), *after)
         if during is not None:
             self.ledger.passing("during", during.group, during.nbytes, during.why)
-        parts = parts or ((COMPUTE, visit.seconds, ""),)
+        parts = parts or (_Part(COMPUTE, visit.seconds, beside=visit.beside),)
         last = -1
-        for stream, seconds, what in parts:
+        for stream, seconds, what, slower in parts:
             if seconds == 0.0 and stream != COMPUTE:
                 continue
             if stream == COMPUTE:
                 seconds, self.zero.stolen = seconds + self.zero.stolen, 0.0
-            slower = ATTENTION_BESIDE if what == ATTENTION else visit.beside
             last = self._op(Op(stream, seconds, f"{visit.name} {what}".rstrip(), waits, slower))
             waits = (last,)
         if visit.backward:
@@ -143,16 +150,16 @@ class _MicroStep:
     def _take(self, name: str, group: str, size: Bytes) -> None:
         self.ledger.take(name, group, size.nbytes, size.why)
 
-    def _attention_parts(self, again: bool) -> list[tuple[str, float, str]]:
+    def _attention_parts(self, again: bool) -> list[_Part]:
         """Forward, or its recomputation."""
         work, kept = self.work, again and self.settings.attention_output != "recompute"
         return [
-            (COMPUTE, work.down() + 0.15 * work.elementwise(), "latents"),
-            (SP, work.latents(), "latents exchanged"),
-            (COMPUTE, work.up(), "heads"),
-            (COMPUTE, 0.0 if kept else work.attention(False), ATTENTION),
-            (SP, work.outputs(), "outputs exchanged"),
-            (COMPUTE, 0.0 if kept else work.out(), "output projection"),
+            _Part(COMPUTE, work.down() + 0.15 * work.elementwise(), "latents"),
+            _Part(SP, work.latents(), "latents exchanged"),
+            _Part(COMPUTE, work.up(), "heads"),
+            _Part(COMPUTE, 0.0 if kept else work.attention(False), "scores and values", ATTENTION_BESIDE),
+            _Part(SP, work.outputs(), "outputs exchanged"),
+            _Part(COMPUTE, 0.0 if kept else work.out(), "output projection"),
         ]
 
     def _mlp_seconds(self, dense: bool) -> float:
@@ -179,7 +186,7 @@ class _MicroStep:
             if not layer.dense and s.activation_checkpointing:
                 self._take(f"{name} route", KEPT, work.route())
             self._take("MLP", LAYER, work.forward_dense() if layer.dense else work.forward_experts())
-            done = self._visit((COMPUTE, self._mlp_seconds(layer.dense), ""))
+            done = self._visit(_Part(COMPUTE, self._mlp_seconds(layer.dense)))
             if not layer.dense:
                 self.zero.host_works(0.0, done)  # which must know the route before it can call the shards
             for _ in range(0 if layer.dense else s.sizes.shards):
@@ -239,23 +246,23 @@ class _MicroStep:
             arrived = self._visit(*self._attention_parts(again=True), after=fetched)
             self._fetch_ahead(before, (arrived,))
             self._take("graph of MLP", LAYER, work.graph_mlp(layer.dense))
-            self._visit((COMPUTE, 0.6 * work.mlp(layer.dense) + 0.15 * work.elementwise(), ""))
+            self._visit(_Part(COMPUTE, 0.6 * work.mlp(layer.dense) + 0.15 * work.elementwise()))
         self._take("MLP", LAYER, work.backward_dense() if layer.dense else work.layer_input())
         for shard in range(0 if layer.dense else s.sizes.shards):
             self._visit(during=Item(LAYER, *work.shard_activations()), beside=Item(LAYER, *work.shard_backward()))
             self._take(f"rows {shard}", LAYER, work.shard_gradient())
-        self._visit((COMPUTE, 2 * work.mlp(layer.dense) + 0.25 * work.elementwise(), ""))
+        self._visit(_Part(COMPUTE, 2 * work.mlp(layer.dense) + 0.25 * work.elementwise()))
         for shard in range(0 if layer.dense else s.sizes.shards):
             self.ledger.give(f"rows {shard}")
         self.ledger.give("MLP")
         self.ledger.give("graph of MLP" if s.activation_checkpointing else f"{name} graph of MLP")
         self._visit(
-            (COMPUTE, 2 * work.out(), "output projection"),
-            (SP, work.outputs(), "gradients of outputs exchanged"),
-            (COMPUTE, work.attention(True), ATTENTION),
-            (COMPUTE, 2 * work.up() + 0.3 * work.elementwise(), "heads"),
-            (SP, work.latents(), "gradients of latents exchanged"),
-            (COMPUTE, 2 * work.down(), "latents"),
+            _Part(COMPUTE, 2 * work.out(), "output projection"),
+            _Part(SP, work.outputs(), "gradients of outputs exchanged"),
+            _Part(COMPUTE, work.attention(True), "scores and values", ATTENTION_BESIDE),
+            _Part(COMPUTE, 2 * work.up() + 0.3 * work.elementwise(), "heads"),
+            _Part(SP, work.latents(), "gradients of latents exchanged"),
+            _Part(COMPUTE, 2 * work.down(), "latents"),
             during=Item(LAYER, *work.backward_attention()),
         )
         self.ledger.give("graph" if s.activation_checkpointing else f"{name} graph")

@@ -44,14 +44,12 @@ class Span:
 def play(ops: Sequence[Op]) -> list[Span]:
     """When each operation runs, in seconds from the start."""
     queues = {stream: deque(i for i, op in enumerate(ops) if op.stream == stream) for stream in STREAMS}
-    ended = [False] * len(ops)
-    begun: list[float] = [0.0] * len(ops)
-    spans: list[Span | None] = [None] * len(ops)
-    left: dict[str, float] = {}  # seconds of the running operations, alone
+    spans: list[Span | None] = [None] * len(ops)  # those that have ended
+    begun, left = [0.0] * len(ops), dict[str, float]()  # when; and seconds of the running operations, alone
     now = 0.0
     while True:
         for stream, queue in queues.items():
-            if queue and stream not in left and all(ended[i] for i in ops[queue[0]].after):
+            if queue and stream not in left and all(spans[i] for i in ops[queue[0]].after):
                 left[stream], begun[queue[0]] = ops[queue[0]].seconds, now
         if not left:
             break
@@ -67,7 +65,7 @@ def play(ops: Sequence[Op]) -> list[Span]:
                 continue
             del left[stream]
             index = queues[stream].popleft()
-            ended[index], spans[index] = True, Span(ops[index], begun[index], now)
+            spans[index] = Span(ops[index], begun[index], now)
     played = [span for span in spans if span is not None]
     assert len(played) == len(ops), "an operation waits for one that comes after it"
     return played

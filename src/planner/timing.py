@@ -72,7 +72,7 @@ def step_time(settings: Settings, cluster: Cluster, quick: bool = False) -> Step
 
 
 def _slowed(spans: list[Span]) -> float:
-    return sum(span.end - span.start - span.op.seconds for span in spans if span.op.stream == COMPUTE)
+    return max(0.0, sum(span.end - span.start - span.op.seconds for span in spans if span.op.stream == COMPUTE))
 
 
 def step_seconds(settings: Settings, cluster: Cluster, time: StepTime, other: Cluster, kernels: float) -> float:
