@@ -16,5 +16,5 @@ mypy
 echo "== import-linter"
 lint-imports
 echo "== pytest"
-# Two workers; tests that spawn processes of their own stay on one of them (tests/conftest.py).
+# Two workers; loadgroup keeps those tests together on one that share a Slurm of this machine.
 OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup "$@"

@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # distributed tests start several processes on few cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# DeepSpeed builds its CPU optimizer with `ninja`, which stands beside this interpreter, on PATH or not.
+# `shellcheck` stands beside this interpreter, on PATH or not.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 import pytest
@@ -23,6 +23,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not CUDA and item.get_closest_marker("gpu"):
             item.add_marker(skip_gpu)
-        # With pytest-xdist's loadgroup one worker takes all tests that spawn processes: two never share the cores.
-        if hasattr(getattr(item, "module", None), "run_distributed"):
-            item.add_marker(pytest.mark.xdist_group("distributed"))

@@ -14,13 +14,12 @@ parse_arguments 'NODES=node0,node1 bash scripts/pdsh/fit.sh [--dry-run]' "$@"
 : "${CORES_PER_RANK:=12}" # for the optimizer in host memory: a node's cores / GPUS_PER_NODE
 : "${MASTER_PORT:=29500}"
 IFS=, read -r -a nodes <<<"$NODES"
-START=$(date +%s) # of operators' builds: no lock of an earlier start is waited for
 PIDS=/tmp/fit-$(id -un).pid # on each node: its torchrun
 
 # The environment as a line of shell: exported here in a shell of its own, and read back.
 environment() {
     (
-        export_environment "$CORES_PER_RANK" "$START"
+        export_environment "$CORES_PER_RANK"
         local name
         for name in OMP_NUM_THREADS NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_DEBUG NCCL_IB_TIMEOUT \
             TORCH_EXTENSIONS_DIR FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED PYTHONUNBUFFERED PYTHONFAULTHANDLER; do
@@ -49,9 +48,7 @@ on_all_nodes() {
 }
 
 torchrun() {
-    local path=''
-    [[ $PYTHON != */* ]] || path="PATH=${PYTHON%/*}:\$PATH " # DeepSpeed's `ninja` stands beside it
-    echo "cd $(printf '%q' "$PWD") && echo \$\$ >$PIDS && exec env $(environment)$path$PYTHON -m torch.distributed.run" \
+    echo "cd $(printf '%q' "$PWD") && echo \$\$ >$PIDS && exec env $(environment)$PYTHON -m torch.distributed.run" \
         "--nnodes=${#nodes[@]} --node_rank=%n --nproc_per_node=$GPUS_PER_NODE --master_addr=${nodes[0]}" \
         "--master_port=$MASTER_PORT -m src.cli $(printf '%q ' "$@")"
 }

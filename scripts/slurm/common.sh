@@ -6,10 +6,8 @@
 : "${NETWORK_INTERFACE:=}"    # e.g. bond0: what NCCL and gloo connect through; empty: their choice
 : "${PREFLIGHT:=1}"           # 0: start `fit` without looking at the nodes
 [[ $PYTHON != python || ! -x .venv/bin/python ]] || PYTHON=$PWD/.venv/bin/python
-# As after `activate`: DeepSpeed builds its operators with the `ninja` that stands beside the interpreter.
-[[ $PYTHON != */* ]] || export PATH=${PYTHON%/*}:$PATH
 
-# $1: CPU cores for each rank, $2: a name for this start of this job. A value that is set already is kept.
+# $1: CPU cores for each rank. A value that is set already is kept.
 export_environment() {
     # Threads of DeepSpeedCPUAdam, which steps 2.6e9 parameters a rank with offload_optimizer: all of the rank's cores.
     # torchrun sets 1 where nothing is set.
@@ -23,9 +21,6 @@ export_environment() {
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     # A link that goes down for a moment is waited for (4 us x 2^22 = 17 s a try, 7 tries), the job lives on.
     export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
-    # DeepSpeed's operators are built by each node on its own disk, anew at each start: a job that was killed while it
-    # built leaves a lock behind, for which the next one would wait for ever.
-    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-/tmp/torch_extensions_$(id -un)_$2}
     # Compiled attention kernels of flash-attn-4 are kept on the disk.
     export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=${FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED:-1}
     # Lines as they come, and the stack of a process that dies in C++.

@@ -25,9 +25,9 @@ from src.planner.work import Work
 from src.preflight import files, node, rates
 from src.preflight.ranks import Absent, Ranks, meet
 from src.preflight.verdict import Report, cluster, lines, problems
+from src.strategies.operators import prepare_builds
 
 _WRITTEN = {"cuda": 1 << 30, "cpu": 16 << 20}  # bytes a rank, to measure the disk
-_STALE = 600.0  # seconds after which an operator's build is taken for dead
 
 
 class PreflightCLI(ConfigCommand):
@@ -130,7 +130,7 @@ def _look(report: Report, settings: Namespace, cuda: bool) -> None:
     report.values |= ports
     host, disk = _needs(settings)
     broken, has = node.memory(host if cuda else None, cuda, infiniband=bool(ports))
-    report.problems += broken + _try(report, "operators", lambda: node.stale_builds(_STALE, time.time()), [])
+    report.problems += broken
     report.values |= has
     if disk is not None and report.rank == 0:
         _check_room(report, root, disk)
@@ -195,12 +195,16 @@ def _look_together(report: Report, ranks: Ranks, settings: Namespace, cuda: bool
 
 
 def _measure_host_optimizer(report: Report, settings: Namespace, device: torch.device) -> None:
-    """Where all ranks find that the config wants one; for a lock that was left behind a build would wait for ever."""
+    """Where all ranks find that the config wants one."""
     planned = _planned(settings)
-    wanted = planned is not None and planned.offload_optimizer and not node.stale_builds(_STALE, time.time())
+
+    def build() -> Callable[[], float]:
+        prepare_builds()
+        return rates.host_optimizer(device)
+
     measure: Callable[[], float] | None = None
-    if _all_agree(wanted):
-        measure = _try(report, "the optimizer on the host (DeepSpeedCPUAdam)", lambda: rates.host_optimizer(device))
+    if _all_agree(planned is not None and planned.offload_optimizer):
+        measure = _try(report, "the optimizer on the host (DeepSpeedCPUAdam)", build)
         report.problems += node.one_thread(device.type == "cuda")
     if _all_agree(measure is not None) and measure is not None:
         report.adam = measure()

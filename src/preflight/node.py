@@ -148,17 +148,3 @@ def one_thread(cuda: bool) -> list[str]:
         "one thread a rank for the optimizer on the host; set OMP_NUM_THREADS to a rank's cores, as the launch scripts "
         "do"
     ]
-
-
-def stale_builds(older_than: float, now: float) -> list[str]:
-    """Locks that a killed process left while it built a DeepSpeed operator: the next would wait for ever."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-    locks = Path(folder).glob("*/lock") if folder else Path(get_default_build_root()).glob("*/*/lock")
-    return [
-        f"{lock} is {(now - lock.stat().st_mtime) / 60:.0f} minutes old: a build was killed, and `fit` would wait for "
-        "it for ever; remove it if nothing builds there"
-        for lock in locks
-        if now - lock.stat().st_mtime > older_than
-    ]

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from src.checkpoints.zero_reader import ZeroCheckpointSource
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, SequenceParallelGroup, SingleProcess
 
 from .checkpointing import CheckpointingStrategy
+from .operators import prepare_builds
 from .parallel_dims import ParallelDims
 from .parallelize import (
     apply_activation_checkpointing,
@@ -112,7 +112,8 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
                 f"the Trainer runs on {device}, but DeepSpeed chose {get_accelerator().device_name()}: "
                 f"set the environment variable DS_ACCELERATOR={device}."
             )
-        self._check_compiler()
+        if device == "cpu" or self.offloads_optimizer:  # shared-memory collectives, and DeepSpeedCPUAdam
+            prepare_builds()
         self._check_threads()
         reset_seed()
         self.set_world_ranks()
@@ -122,19 +123,6 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
             group, _ = dist.new_subgroups_by_enumeration(self.dims.sp_groups, timeout=self._timeout)
             assert group is not None
             self.sp_group = ProcessGroupSP(group)
-
-    def _check_compiler(self) -> None:
-        """DeepSpeed builds its shared-memory collectives on CPU, and its CPU Adam, the first time they are used."""
-        if self.root_device.type != "cpu" and not self.offloads_optimizer:
-            return
-        wanted = os.environ.get("CXX", "c++")
-        found = next((name for name in (wanted, "g++", "clang++") if shutil.which(name)), None)
-        if found is None:
-            raise ValueError(
-                f"no C++ compiler found ({wanted}, g++ or clang++): DeepSpeed builds operators on first use. "
-                "Install one, e.g. `apt-get install g++` or `dnf install gcc-c++`."
-            )
-        os.environ["CXX"] = found  # PyTorch's builder asks for c++ where nothing is said
 
     def _check_threads(self) -> None:
         """DeepSpeedCPUAdam works with OpenMP's threads; torchrun gives each process one unless told otherwise."""

@@ -3,24 +3,41 @@
 Processes are forked from a server that has imported the heavy libraries once and used none of them.
 """
 
+import faulthandler
+import gc
 import multiprocessing
 import os
+import secrets
+import signal
 import socket
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 
-PRELOAD = ["torch", "deepspeed", "lightning.pytorch", "transformers.models.deepseek_v3.modeling_deepseek_v3"]
+from src.strategies.operators import prepare_builds
+
+PRELOAD = [
+    "torch",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed's initialize imports it, and all of torch.compile with it
+    "lightning.pytorch",
+    "transformers.models.deepseek_v3.modeling_deepseek_v3",
+    "tests.distributed.training",
+]
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Below those that the system gives out: connections of tests beside this one would take it before rank 0 does."""
+    while True:
+        port = 10000 + secrets.randbelow(10000)
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def _entry(rank: int, fn: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
@@ -35,6 +52,9 @@ def _entry(rank: int, fn: Callable[..., Any], world_size: int, port: int, folder
         DS_ACCELERATOR="cpu",
     )
     torch.set_num_threads(1)
+    faulthandler.enable()
+    gc.freeze()  # a million objects of the libraries, which DeepSpeed's gc.collect() would look through
+    prepare_builds()  # for those too that call DeepSpeed without the strategy
     torch.save(fn(*args), Path(folder) / f"{rank}.pt")
 
 
@@ -45,10 +65,18 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
     """
     multiprocessing.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
+        context = mp.start_processes(
             _entry,
             args=(fn, world_size, free_port(), folder, args),
             nprocs=world_size,
             start_method="forkserver",
+            join=False,
         )
+        try:
+            while not context.join():
+                pass
+        finally:
+            for process in context.processes:  # alive where a test ran into its time limit: each prints its stack
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGABRT)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]

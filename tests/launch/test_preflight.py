@@ -164,15 +164,6 @@ def test_too_little_memory_is_said() -> None:
     assert any("ulimit -l unlimited" in text for text in node.memory(None, cuda=True, infiniband=True)[0]) == limited
 
 
-def test_a_lock_that_a_killed_build_left_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    (tmp_path / "cpu_adam").mkdir()
-    (tmp_path / "cpu_adam/lock").touch()
-    made = (tmp_path / "cpu_adam/lock").stat().st_mtime
-    assert node.stale_builds(600, made + 599) == []
-    assert "cpu_adam/lock is 20 minutes old" in node.stale_builds(600, made + 1200)[0]
-
-
 def test_files_are_compared_by_size_and_header(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="holds no config.json and weights"):

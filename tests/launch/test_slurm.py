@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.cpp_extension import get_default_build_root
 
 from tests.launch.cluster import ROOT, SlurmCluster, why_not
 from tests.test_cli import SMALL
 
 reason = why_not()
-pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.skipif(reason is not None, reason=str(reason))]
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.skipif(reason is not None, reason=str(reason))]
 
 NODES = ["--nodes=2", "--ntasks-per-node=1", "--gres=none", "--mem=0"]
 
@@ -25,11 +24,8 @@ NODES = ["--nodes=2", "--ntasks-per-node=1", "--gres=none", "--mem=0"]
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     slurm = SlurmCluster(tmp_path_factory.mktemp("slurm"))
     slurm.start()
-    version = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_cpu"
     slurm.environment |= {
         "PYTHON": sys.executable,
-        # What other tests have built already.
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(Path(get_default_build_root()) / version)),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }

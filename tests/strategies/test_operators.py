@@ -1,0 +1,98 @@
+"""DeepSpeed's operators need a C++ compiler, and are built by one process at a time, whatever was killed before."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+from torch.utils import cpp_extension
+
+from src.strategies import operators
+from tests.launch.cluster import ROOT
+
+LOAD = """
+import sys
+from src.strategies.operators import prepare_builds
+prepare_builds()
+from torch.utils import cpp_extension
+cpp_extension.load("tiny", [sys.argv[1]], is_python_module=False)
+"""
+
+
+@pytest.fixture
+def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for builds of this test alone; what `prepare_builds` changes in this process is put back."""
+    monkeypatch.setattr(cpp_extension, "load", getattr(cpp_extension.load, "__wrapped__", cpp_extension.load))
+    for name in ("CXX", "PATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "builds"))
+    return tmp_path / "builds"
+
+
+@pytest.mark.parametrize("present", [[], ["clang++"], ["c++", "g++"]])
+def test_the_compiler_is_found_or_named(present: list[str], restored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in present else None)
+    if not present:
+        with pytest.raises(ValueError, match="no C\\+\\+ compiler found .*apt-get install g"):
+            operators.prepare_builds()
+    else:
+        operators.prepare_builds()
+        assert os.environ["CXX"] == present[0]
+
+
+def test_a_build_is_waited_for_and_a_killed_one_is_not(restored: Path) -> None:
+    source, slow = restored.parent / "tiny.cpp", restored.parent / "slow"
+    source.write_text("int tiny() { return 1; }\n")
+    slow.write_text('#!/bin/bash\n[[ " $* " != *" -c "* ]] || sleep 600\nexec c++ "$@"\n')
+    slow.chmod(0o755)
+    command = [sys.executable, "-c", LOAD, str(source)]
+    first = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"CXX": str(slow)}, start_new_session=True)
+    lock = restored / "tiny/lock"
+    _until(lock.exists)
+    assert operators._held(lock)
+    second = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"CXX": "c++"}, stderr=subprocess.PIPE, text=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.wait(6)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert "building tiny in" in second.communicate(timeout=120)[1]
+    assert second.returncode == 0 and (restored / "tiny/tiny.so").exists() and not lock.exists()
+
+
+def test_deepspeed_loads_through_it(restored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    monkeypatch.setattr(cpp_extension, "load", lambda name, **_: loaded.append(name))
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    operators.prepare_builds()
+    ShareMemCommBuilder().load()
+    assert loaded == ["deepspeed_shm_comm"] and (restored / "deepspeed_shm_comm.one_process").exists()
+
+
+def test_a_lock_that_another_program_holds_stays(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with lock.open("w"):
+        assert operators._held(lock)
+    assert not operators._held(lock)
+
+
+def test_another_users_folder_is_refused(restored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setattr(operators.tempfile, "gettempdir", lambda: str(restored))
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(ValueError, match="torch_extensions_12345_.* belongs to another user; set TORCH_EXTENSIONS_DIR"):
+        operators.prepare_builds()
+
+
+def _until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
