@@ -72,7 +72,9 @@ class PlanCLI(ConfigCommand):
         settings, data = self.plan.settings, self.plan.data
         found = nearest(settings, cluster, data) if not self.plan.fits else None
         best = (
-            search(settings, cluster, data, lambda all_: tqdm(all_, "search", disable=None)) if config.search else None
+            search(settings, cluster, data, lambda rates, count: tqdm(rates, "search", count, disable=None))
+            if config.search
+            else None
         )
         sizes = scale(settings, cluster, data) if config.scale else None
         if config.json:

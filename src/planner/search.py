@@ -1,7 +1,11 @@
 """Which settings fit, and which are best: the nearest to a given one, the fastest of all, and the cost by size."""
 
+import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, product
 
 from src.planner.account import host, states
@@ -13,7 +17,7 @@ from src.planner.work import Work
 TOKENS = (8192, 16384, 32768, 65536)  # a GPU and micro-step, that --search tries
 
 Change = tuple[str, dict[str, object]]
-Progress = Callable[[list[Settings]], Iterable[Settings]]
+Progress = Callable[[Iterable[float], int], Iterable[float]]  # of results, as they come, and their number
 
 
 def _with_shard(settings: Settings, experts: int) -> Settings:
@@ -132,17 +136,31 @@ def _may_fit(settings: Settings, cluster: Cluster) -> bool:
     return held < cluster.gpu_memory_gib * GIB and _host_bytes(settings, cluster) <= cluster.host_room
 
 
-def search(settings: Settings, cluster: Cluster, data: Data, progress: Progress = iter, best: int = 10) -> list[Plan]:
-    """The fastest a GPU of the grid that fit, best first; shards of half the experts are tried where that is fast."""
+def _rate(cluster: Cluster, data: Data, settings: Settings) -> float:
+    """Tokens a second and GPU; 0 where it does not fit."""
+    plan = make_plan(settings, cluster, data, quick=True)
+    return plan.rate() if plan.fits else 0.0
 
-    def fitting(grid: list[Settings]) -> list[Plan]:
-        plans = [make_plan(candidate, cluster, data, quick=True) for candidate in progress(grid)]
-        return [plan for plan in plans if plan.fits]
 
-    plans = fitting([c for c in candidates(settings) if _may_fit(c, cluster)])
-    plans = sorted(plans, key=lambda plan: -plan.rate())[:best]
-    halves = [_possible(p.settings, experts_per_shard=p.settings.sizes.experts_per_shard // 2) for p in plans]
-    plans += fitting([half for half in halves if half])
+def search(
+    settings: Settings, cluster: Cluster, data: Data, progress: Progress | None = None, best: int = 10
+) -> list[Plan]:
+    """The fastest a GPU of the grid that fit, best first; shards of half the experts are tried where that is fast.
+
+    Simulated on all of this process's cores, by new processes: __main__ must be importable.
+    """
+    grid = [c for c in candidates(settings) if _may_fit(c, cluster)]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
+
+        def fastest(grid: list[Settings]) -> list[tuple[float, Settings]]:
+            rates = pool.map(partial(_rate, cluster, data), grid)
+            rated = zip(progress(rates, len(grid)) if progress else rates, grid, strict=True)
+            return sorted((pair for pair in rated if pair[0]), key=lambda pair: -pair[0])[:best]
+
+        found = fastest(grid)
+        halves = [_possible(s, experts_per_shard=s.sizes.experts_per_shard // 2) for _, s in found]
+        found += fastest([half for half in halves if half])
+    plans = [make_plan(s, cluster, data, quick=True) for _, s in found]
     return sorted(plans, key=lambda plan: -plan.rate())[:best]
 
 

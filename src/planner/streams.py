@@ -43,18 +43,13 @@ class Span:
 
 def play(ops: Sequence[Op]) -> list[Span]:
     """When each operation runs, in seconds from the start."""
-    queues: dict[str, deque[int]] = {stream: deque() for stream in STREAMS}
-    unmet, followers = [len(op.after) for op in ops], [list[int]() for _ in ops]
-    for i, op in enumerate(ops):
-        queues[op.stream].append(i)
-        for other in op.after:
-            followers[other].append(i)
+    queues = {stream: deque(i for i, op in enumerate(ops) if op.stream == stream) for stream in STREAMS}
     spans: list[Span | None] = [None] * len(ops)  # those that have ended
     begun, left = [0.0] * len(ops), dict[str, float]()  # when; and seconds of the running operations, alone
     now = 0.0
     while True:
         for stream, queue in queues.items():
-            if queue and stream not in left and not unmet[queue[0]]:
+            if queue and stream not in left and all(spans[i] for i in ops[queue[0]].after):
                 left[stream], begun[queue[0]] = ops[queue[0]].seconds, now
         if not left:
             break
@@ -71,8 +66,6 @@ def play(ops: Sequence[Op]) -> list[Span]:
             del left[stream]
             index = queues[stream].popleft()
             spans[index] = Span(ops[index], begun[index], now)
-            for other in followers[index]:
-                unmet[other] -= 1
     played = [span for span in spans if span is not None]
     assert len(played) == len(ops), "an operation waits for one that comes after it"
     return played
