@@ -1,4 +1,4 @@
-"""The commands: `python -m src.cli fit|validate|plan|check-data|preflight|export|verify ...`. The wiring, no more."""
+"""The commands, `python -m src.cli COMMAND ...`: the wiring, no more."""
 
 import inspect
 import logging
@@ -19,6 +19,7 @@ USAGE = """usage: python -m src.cli COMMAND [--help] [arguments]
   plan        does it fit, how long, what does it wait for:  plan --config ... [--explain] [--json] [--search] [--scale]
               [--cluster FILE] [--trace FILE] [--picture FILE]
   check-data  what is wrong with the data, and what it comes to:  check-data --config ... [--show N] [--html FILE]
+  rehearse    one rank of the whole job on one GPU, without a network:  rehearse --config ... [--steps N]
   preflight   each node looked at, and what the cluster measures:  srun ... preflight --config ... [--write FILE]
   export      a checkpoint to a Hugging Face directory:  export --ckpt CKPT --out DIR
   verify      our logits, loss and gradients against transformers':  verify --model DIR
@@ -92,6 +93,11 @@ def main(args: Sequence[str] | None = None) -> None:
         from src.commands.preflight import PreflightCLI
 
         PreflightCLI(rest)
+    elif command == "rehearse":
+        _let_segments_grow()
+        from src.commands.rehearse import RehearseCLI
+
+        RehearseCLI(rest)
     elif command in FUNCTIONS:
         from jsonargparse import auto_cli
 

@@ -1,0 +1,142 @@
+"""A few optimizer steps of one rank, on rows of random tokens, with what they took."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import deepspeed.comm.torch as deepspeed_backend
+import lightning.pytorch as pl
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from torch.utils.data import DataLoader, IterableDataset
+
+from src.datamodules.sequence_shard import Batch, Document, collate, shard
+
+from .loopback import join
+
+
+def _in_use() -> int:
+    """Bytes of this machine's memory that nothing could have for the asking."""
+    memory = psutil.virtual_memory()
+    return int(memory.total - memory.available)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one rank does of it. documents: lengths of a row's. accumulate: micro-steps of an optimizer step."""
+
+    world: int
+    sp: int
+    batch_size: int
+    accumulate: int
+    documents: list[int]
+    vocab: int
+
+
+class Rows(IterableDataset[Batch]):
+    """Micro-batches of full rows, every token a target: this rank's slice of each."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __iter__(self) -> Iterator[Batch]:
+        job, random = self.job, np.random.default_rng(0)
+        rows_a_step = job.world // job.sp * job.batch_size * job.accumulate
+        while True:
+            lengths = job.documents * job.batch_size
+            documents = [
+                Document(random.integers(0, job.vocab, n).astype(np.int32), np.array([[0, n]], np.int32), "random")
+                for n in lengths
+            ]
+            tokens = rows_a_step * sum(job.documents)
+            counts = {"step_tokens": tokens, "step_targets": tokens, "step_mtp_targets": tokens}
+            yield shard(collate(documents, job.sp), 0, job.sp) | counts
+
+
+@dataclass
+class Measured:
+    """Of the steps after the first, which compiles: seconds of each micro-step, an optimizer step's last with the
+    optimizer's; of all: bytes of the device at most, allocated and reserved, and of the host, without what was in use
+    before."""
+
+    micro_steps: list[list[float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    allocated: int = 0
+    reserved: int = 0
+    host: int = 0
+
+    @property
+    def micro(self) -> float | None:
+        """None where each step has but one."""
+        before_last = [seconds for step in self.micro_steps for seconds in step[:-1]]
+        return median(before_last) if before_last else None
+
+    @property
+    def last(self) -> float:
+        """An optimizer step's last micro-step, and the optimizer's step."""
+        return median(step[-1] for step in self.micro_steps)
+
+
+class _Record(pl.Callback):
+    def __init__(self, measured: Measured, before: int) -> None:
+        self.measured, self.before = measured, before
+        self._steps = list[list[float]]()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
+            self._steps.append([])
+        self._began = self._now()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._steps[-1].append(self._now() - self._began)
+        measured = self.measured
+        measured.host = max(measured.host, _in_use() - self.before)
+        if torch.cuda.is_initialized():
+            measured.allocated, measured.reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        if "train/loss" in trainer.callback_metrics:  # logged after this callback's turn: that of the step before
+            measured.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.measured.micro_steps = self._steps[1:] or self._steps
+        self.measured.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def rehearse(
+    job: Job, module: pl.LightningModule, steps: int, callbacks: list[pl.Callback], **trainer: Any
+) -> Measured:
+    """Trains `steps` optimizer steps as rank 0 of job.world; nothing is written.
+
+    trainer: `accelerator`, `strategy`, `precision` and `gradient_clip_val` of the job's.
+    """
+    measured, before = Measured(), _in_use()
+    os.environ.update(NODE_RANK="0", LOCAL_RANK="0")
+    # DeepSpeed's collectives in shared memory, on CPU, would wait for the other processes.
+    deepspeed_backend.build_shm_op = lambda: None
+    join(job.world)
+    runner = pl.Trainer(
+        **trainer,
+        devices=1,
+        num_nodes=job.world,  # of one process each: nothing but the world's size is taken from it
+        plugins=[LightningEnvironment()],
+        callbacks=[*callbacks, _Record(measured, before)],
+        max_steps=steps,
+        accumulate_grad_batches=job.accumulate,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    runner.fit(module, DataLoader(Rows(job), batch_size=None))
+    return measured
