@@ -89,6 +89,8 @@ class _Record(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
+            if self._steps:  # the module logs a step's loss after this callback's turn at its end
+                self._read_loss(trainer)
             self._steps.append([])
         self._began = self._now()
 
@@ -98,11 +100,12 @@ class _Record(pl.Callback):
         measured.host = max(measured.host, _in_use() - self.before)
         if torch.cuda.is_initialized():
             measured.allocated, measured.reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        if "train/loss" in trainer.callback_metrics:  # logged after this callback's turn: that of the step before
-            measured.losses.append(float(trainer.callback_metrics["train/loss"]))
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.measured.micro_steps = self._steps[1:] or self._steps
+        self._read_loss(trainer)
+
+    def _read_loss(self, trainer: pl.Trainer) -> None:
         self.measured.losses.append(float(trainer.callback_metrics["train/loss"]))
 
     @staticmethod

@@ -1,0 +1,147 @@
+"""A rehearsed rank calls the collectives that the job's rank 0 calls, in order and size, and holds what it holds."""
+
+import functools
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from src.models.sft_module import SFTModule
+from src.rehearsal.job import Job, Measured, Rows, rehearse
+from src.rehearsal.loopback import join
+from src.strategies import DeepSpeedSPStrategy
+from tests.launch.cluster import ROOT
+from tests.models.tiny import DEEPSEEK_V3, oracle
+
+from .spawn import run_distributed
+from .training import save_model
+
+COLLECTIVES = (
+    "all_gather_into_tensor",
+    "all_gather",
+    "reduce_scatter_tensor",
+    "reduce_scatter",
+    "all_to_all_single",
+    "all_reduce",
+    "broadcast",
+)
+SETTINGS: dict[str, Any] = {"from_scratch": True, "experts_per_shard": 2, "mtp_loss_weight": 0.0, "aux_loss_alpha": 0.1}
+
+
+def recorded() -> list[tuple[str, tuple[int, ...], int]]:
+    """Fills with each collective's name, sizes and group size from now on."""
+    calls: list[tuple[str, tuple[int, ...], int]] = []
+
+    def wrap(name: str) -> None:
+        function = getattr(dist, name)
+
+        @functools.wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            sizes = tuple(a.numel() for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+            group = kwargs.get("group") or next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
+            calls.append((name, sizes, dist.get_world_size(group)))
+            return function(*args, **kwargs)
+
+        setattr(dist, name, counted)
+
+    for name in COLLECTIVES:
+        wrap(name)
+    return calls
+
+
+def held(module: SFTModule) -> int:
+    return sum(p.ds_tensor.numel() for p in module.parameters() if hasattr(p, "ds_tensor"))
+
+
+def trainer_arguments(sp: int, offload: bool) -> dict[str, Any]:
+    strategy = DeepSpeedSPStrategy(sequence_parallel_size=sp, offload_optimizer=offload, offload_parameters=offload)
+    return {"accelerator": "cpu", "precision": "32-true", "gradient_clip_val": 1.0, "strategy": strategy}
+
+
+def real(job: Job, directory: str, offload: bool) -> tuple[list[Any], int]:
+    calls, module = recorded(), SFTModule(directory, **SETTINGS)
+    trainer = pl.Trainer(
+        **trainer_arguments(job.sp, offload),
+        devices=job.world,
+        max_steps=2,
+        accumulate_grad_batches=job.accumulate,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, DataLoader(Rows(job), batch_size=None))
+    return calls, held(module)
+
+
+def rehearsed(job: Job, directory: str, offload: bool) -> tuple[list[Any], int, Measured]:
+    calls, module = recorded(), SFTModule(directory, **SETTINGS)
+    measured = rehearse(job, module, 2, [], **trainer_arguments(job.sp, offload))
+    return calls, held(module), measured
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(oracle(DEEPSEEK_V3), DEEPSEEK_V3, tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize(("sp", "offload"), [(2, False), (1, True)])
+def test_it_is_the_jobs_first_rank(sp: int, offload: bool, directory: str) -> None:
+    job = Job(world=4, sp=sp, batch_size=2, accumulate=2, documents=[16, 8], vocab=DEEPSEEK_V3["vocab_size"])
+    calls, elements = run_distributed(real, 4, job, directory, offload)[0]
+    ours, ours_elements, measured = run_distributed(rehearsed, 1, job, directory, offload)[0]
+    assert ours_elements == elements > 0
+    assert ours == calls and {"all_gather_into_tensor", "all_reduce"} <= {name for name, *_ in calls}
+    assert [len(step) for step in measured.micro_steps] == [2] and len(measured.losses) == 2
+    # Of an SP group's first rank alone: a part of the loss of random weights, ln(vocabulary).
+    assert all(0 < loss < 1.2 * math.log(job.vocab) for loss in measured.losses)
+
+
+def far(_: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+    join(256)
+    whole, part = torch.empty(256 * 300), torch.arange(300.0)
+    dist.all_gather_into_tensor(whole, part, async_op=True).wait()
+    numbers = torch.empty(256 * 300, dtype=torch.int64)
+    dist.all_gather_into_tensor(numbers, torch.arange(300))
+    own = torch.empty(300)
+    dist.reduce_scatter_tensor(own, whole)
+    objects = [0] * 256
+    dist.all_gather_object(objects, 7)
+    return whole.view(256, 300), numbers.view(256, 300), own, objects
+
+
+def test_other_ranks_parts_are_its_own_moved_on() -> None:
+    whole, numbers, own, objects = run_distributed(far, 1, 0)[0]
+    part = torch.arange(300.0)
+    assert all(torch.equal(whole[rank], part.roll(-rank)) for rank in range(256))
+    assert all(torch.equal(row, torch.arange(300)) for row in numbers)
+    assert torch.equal(own, part) and objects == [7] * 256
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "src.cli", "rehearse", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    config = ["--config", "configs/tiny_cpu.yaml", "--trainer.default_root_dir", str(tmp_path / "run")]
+    result = run(*config, "--trainer.num_nodes", "32", "--trainer.accumulate_grad_batches", "2", "--data.max_length=32")
+    assert result.returncode == 0, result.stderr
+    assert "rank 0 of 64 (DP 32 x SP 2), everything but the network:" in result.stdout
+    assert "a micro-step, s" in result.stdout and "host memory, GiB" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_without_a_gpu_it_is_said() -> None:
+    result = run("--config", "configs/32n_sp4.yaml")
+    assert result.returncode == 2 and "no GPU can be used here" in result.stderr
