@@ -3,12 +3,15 @@
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
+import psutil  # type: ignore[import-untyped]
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from .phases import PHASES, TRAINING, Phases
 
 GIB = 2**30
+LITTLE = 0.02  # of a node's memory; what `plan` keeps for the system
 # Dense bf16 operations a second, from NVIDIA's data sheets, by a part of the device's name; the first that fits.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -50,10 +53,12 @@ class Throughput(pl.Callback):
       `time/data_slowest_rank`: the most that one rank waited, while the others stood in their forward. Checkpoint,
       validation and samples are those since the step before.
     - `memory/peak_gib`, `memory/reserved_gib`: the most that tensors, and PyTorch with its cache, took of a GPU in the
-      step, on the rank that had most.
+      step, on the rank that had most. `memory/host_available_gib`: what is left on the node that has least; a warning,
+      once, below LITTLE of it, since Linux kills processes without a word when nothing is left.
     """
 
     def __init__(self) -> None:
+        self._warned = False
         self._step = 0
         self._squares: Tensor | None = None  # sum of this step's squared document lengths, of this rank's rows
         self._peak: float | None = None
@@ -93,7 +98,9 @@ class Throughput(pl.Callback):
         assert self._squares is not None
         own = self._phases.take()
         seconds = sum(own[phase] for phase in TRAINING)
-        values = [*(own[phase] for phase in PHASES), *_memory_peaks(trainer.strategy.root_device)]
+        host = psutil.virtual_memory()
+        left = -host.available, -host.available / host.total  # negative: the most is of the node that has least
+        values = [*(own[phase] for phase in PHASES), *left, *_memory_peaks(trainer.strategy.root_device)]
         ours = torch.cat([self._squares.view(1), self._squares.new_tensor(values)])
         self._squares = None
         every = trainer.strategy.all_gather(ours).view(-1, len(ours)).cpu()  # [ranks, values], the step's one exchange
@@ -110,6 +117,15 @@ class Throughput(pl.Callback):
         for index, phase in enumerate(PHASES, start=1):
             pl_module.log(f"time/{phase}", mean[index])
         pl_module.log("time/data_slowest_rank", most[1 + PHASES.index("data")])
+        pl_module.log("memory/host_available_gib", -most[-4] / GIB)
+        if -most[-3] < LITTLE and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"the node of rank {int(every[:, -3].argmax())} has {-most[-4] / GIB:.0f} GiB of host memory left, "
+                f"{-most[-3]:.1%}. When none is left Linux kills a process of it without a word, and the job ends. From the "
+                "last checkpoint on, needing less: --checkpoint.async_save false (a copy of the states), "
+                "--model.attention_output recompute, --data.num_workers 1, or more nodes."
+            )
         if trainer.strategy.root_device.type == "cuda":
             pl_module.log("memory/peak_gib", most[-2] / GIB)
             pl_module.log("memory/reserved_gib", most[-1] / GIB)

@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -117,10 +117,35 @@ def nics(folder: Path = Path("/sys/class/infiniband")) -> tuple[list[str], dict[
     return [], {"nics_per_node": rates.count(max(rates)), "nic_gbit": max(rates)}
 
 
+def memory_limit(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that this process's control groups let it take, of version 2 (`memory.max`) or 1; None without a limit."""
+    found = []
+    for line in process.read_text().splitlines() if process.is_file() else []:
+        number, controllers, own = line.split(":", 2)
+        if number == "0":
+            folder, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            folder, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # A group's limit binds those below it. Inside a container the path may be the host's: then the root's holds.
+        for path in (folder / own.lstrip("/"), *(folder / parent for parent in PurePosixPath(own.lstrip("/")).parents)):
+            if (path / name).is_file() and (text := (path / name).read_text().strip()).isdigit():
+                found.append(int(text))
+    return min(found, default=None)
+
+
 def memory(host_gib: float | None, cuda: bool, infiniband: bool = False) -> tuple[list[str], dict[str, Any]]:
     """Problems with the host's memory, `host_gib` of which the run needs; what the cluster file takes."""
-    found, problems = psutil.virtual_memory(), []
-    available = found.available / 2**30
+    found, limit, problems = psutil.virtual_memory(), memory_limit(), list[str]()
+    available, total = found.available / 2**30, found.total
+    if limit is not None and limit < total:
+        total = limit
+        if host_gib is not None and limit / 2**30 < host_gib:
+            problems.append(
+                f"this job may take {limit / 2**30:.0f} GiB of host memory (its cgroup's limit), the plan needs "
+                f"{host_gib:.0f}; ask for the node's whole memory (Slurm: --mem=0; a container's --memory)"
+            )
     if host_gib is not None and available < host_gib:
         problems.append(
             f"{available:.0f} GiB of host memory are free, the plan needs {host_gib:.0f}; end what else runs there "
@@ -137,7 +162,7 @@ def memory(host_gib: float | None, cuda: bool, infiniband: bool = False) -> tupl
         problems.append(
             f"/dev/shm has {shared:.2f} GiB, NCCL and data workers need more; `--shm-size=16g` in a container"
         )
-    return problems, {"host_memory_gib": round(found.total / 2**30, 1), "cpu_cores": os.cpu_count() or 1}
+    return problems, {"host_memory_gib": round(total / 2**30, 1), "cpu_cores": os.cpu_count() or 1}
 
 
 def one_thread(cuda: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """What a step was like: one point a step, its parts add up, and MFU counts documents as long as they are."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from src.callbacks import throughput as module
 from src.callbacks.phases import TRAINING
-from src.callbacks.throughput import Throughput
+from src.callbacks.throughput import GIB, Throughput
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, config_from_dict
 from src.models.deepseek_v3.flops import packed_flops, step_flops
 from tests.models.tiny import DEEPSEEK_V3
@@ -39,7 +40,18 @@ def test_a_step_adds_up(peak: float | None, tmp_path: Path, monkeypatch: pytest.
             assert row["train/mfu"] == pytest.approx(1e9 / (row["train/step_seconds"] * peak))
     if peak is not None:  # tokens, their squared lengths without the padding's, both kinds of targets
         assert stub.counted[:2] == [(15, 9 + 25 + 49, 11, 9), (10, 16 + 16 + 4, 11, 9)]
-    assert not any(name.startswith("memory/") for row in rows for name in row)
+    memory = {name for row in rows for name in row if name.startswith("memory/")}
+    assert memory == {"memory/host_available_gib"} and all(row["memory/host_available_gib"] > 0 for row in rows)
+
+
+def test_little_host_memory_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = iter([500, 15, 14, 13, *[12] * STEPS])
+    monkeypatch.setattr(
+        module.psutil, "virtual_memory", lambda: SimpleNamespace(available=next(left) * GIB, total=1000 * GIB)
+    )
+    with pytest.warns(UserWarning, match="the node of rank 0 has 15 GiB of host memory left, 1.5%") as warned:
+        train(Stub(), Throughput(), logger=CSVLogger(tmp_path))
+    assert sum("of host memory left" in str(warning.message) for warning in warned) == 1
 
 
 @pytest.mark.parametrize("mtp", [False, True])

@@ -164,6 +164,23 @@ def test_too_little_memory_is_said() -> None:
     assert any("ulimit -l unlimited" in text for text in node.memory(None, cuda=True, infiniband=True)[0]) == limited
 
 
+def test_the_limit_of_a_control_group_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process, root = tmp_path / "cgroup", tmp_path / "fs"
+    (root / "slurm/job_7/step_0").mkdir(parents=True)
+    (root / "memory/docker").mkdir(parents=True)
+    process.write_text("0::/slurm/job_7/step_0\n")
+    assert node.memory_limit(process, root) is None and node.memory_limit(tmp_path / "none", root) is None
+    (root / "slurm/job_7/step_0/memory.max").write_text("max\n")
+    (root / "slurm/job_7/memory.max").write_text(f"{3 << 30}\n")
+    assert node.memory_limit(process, root) == 3 << 30
+    process.write_text("9:name=systemd:/\n4:cpu,memory:/docker/f00\n0::/\n")
+    (root / "memory/docker/memory.limit_in_bytes").write_text(f"{2 << 30}\n")
+    assert node.memory_limit(process, root) == 2 << 30
+    monkeypatch.setattr(node, "memory_limit", lambda: 1 << 20)
+    problems, values = node.memory(0.01, cuda=False)
+    assert "its cgroup's limit), the plan needs 0; ask for" in problems[0] and values["host_memory_gib"] == 0.0
+
+
 def test_files_are_compared_by_size_and_header(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="holds no config.json and weights"):
