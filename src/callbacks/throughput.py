@@ -122,8 +122,8 @@ class Throughput(pl.Callback):
             self._warned = True
             rank_zero_warn(
                 f"the node of rank {int(every[:, -3].argmax())} has {-most[-4] / GIB:.0f} GiB of host memory left, "
-                f"{-most[-3]:.1%}. When none is left Linux kills a process of it without a word, and the job ends. From "
-                "the last checkpoint on, needing less: --checkpoint.async_save false (a copy of the states), "
+                f"{-most[-3]:.1%}. When none is left Linux kills a process of it without a word, and the job ends. "
+                "From the last checkpoint on, needing less: --checkpoint.async_save false (a copy of the states), "
                 "--model.attention_output recompute, --data.num_workers 1, or more nodes."
             )
         if trainer.strategy.root_device.type == "cuda":
