@@ -84,7 +84,14 @@ def plan_command(arguments: list[str], changes: list[Setting]) -> str:
 
 
 class OutOfMemory(pl.Callback):
-    """Adds to an out-of-memory error, on the rank that it happened on: the phase, the memory, what would help."""
+    """Adds to an out-of-memory error, on the rank that it happened on: the phase, the memory, what would help.
+
+    Args:
+        arguments: of `fit`, for the advice; by default this command's own.
+    """
+
+    def __init__(self, arguments: list[str] | None = None) -> None:
+        self._arguments = sys.argv[2:] if arguments is None else arguments
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         Phases.of(trainer)
@@ -100,6 +107,6 @@ class OutOfMemory(pl.Callback):
             *(f"  {change.option}={change.less}  (now {change.now}): {change.cost}" for change in found),
             "  a lower --data.max_length, or more nodes",
             "The first of them as a plan, without a GPU:",
-            f"  {plan_command(sys.argv[2:], found[:1])}",
+            f"  {plan_command(self._arguments, found[:1])}",
         ]
         exception.add_note("\n".join(lines))

@@ -1,7 +1,12 @@
 """`rehearse`: one rank of the whole job on one GPU, its memory and its work measured beside the plan's."""
 
+import os
+import re
+import shlex
+import sys
 from dataclasses import replace
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -11,9 +16,9 @@ from src.commands.plan import plan_of
 from src.planner.cluster import Cluster, read_cluster
 from src.planner.plan import Plan, make_plan
 from src.planner.settings import GIB
+from src.planner.streams import makespan
+from src.preflight.node import memory_limit
 from src.rehearsal.job import Job, Measured, rehearse
-
-ENDLESS = 1e9  # GB/s
 
 
 class RehearseCLI(ConfigCommand):
@@ -29,17 +34,26 @@ class RehearseCLI(ConfigCommand):
         parser.add_argument("--document_length", type=int | None, default=None, help="as plan's")
 
     def run_command(self) -> None:
-        config = self.config
-        trainer = config.trainer
+        config, trainer = self.config, self.config.trainer
         if trainer.accelerator not in ("cpu", "auto") and not torch.cuda.is_available():
             self.parser.error(f"trainer.accelerator is {trainer.accelerator!r} and no GPU can be used here")
+        if config.steps < 2:
+            self.parser.error(f"--steps is {config.steps}; the first compiles, so that two are the fewest")
         try:
             plan = plan_of(config, read_cluster(config.cluster) if config.cluster else Cluster())
         except ValueError as error:
             self.parser.error(str(error))
+        s, needed = plan.settings, alone(plan).host_total / plan.settings.gpus
+        available = min(psutil.virtual_memory().available, memory_limit() or sys.maxsize)
+        if needed > available:
+            self.parser.error(
+                f"a rank needs {needed / GIB:.0f} GiB of host memory by the plan, {available / GIB:.0f} are free here; "
+                "a larger trainer.num_nodes makes a rank's part smaller"
+            )
+        if "OMP_NUM_THREADS" not in os.environ:  # of DeepSpeedCPUAdam: a rank's share of the machine
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // s.gpus))
         config.model.from_scratch = True  # random weights of this rank's part alone
         made = self.parser.instantiate_classes(config)
-        s = plan.settings
         length = min(int(s.document), s.max_length)
         rest = s.max_length % length
         job = Job(
@@ -50,11 +64,13 @@ class RehearseCLI(ConfigCommand):
             documents=[length] * (s.max_length // length) + [rest] * (rest > 0),
             vocab=s.sizes.vocab,
         )
+        # Its advice is a command for `plan`, which has no --steps.
+        arguments = shlex.split(re.sub(r"(^| )--steps[ =]\S+", "", shlex.join(sys.argv[2:])))
         measured = rehearse(
             job,
             made.model,
             config.steps,
-            [OutOfMemory()],
+            [OutOfMemory(arguments)],
             accelerator=trainer.accelerator,
             strategy=made.trainer.strategy,
             precision=trainer.precision,
@@ -63,31 +79,38 @@ class RehearseCLI(ConfigCommand):
         print(report(plan, measured))
 
 
+def alone(plan: Plan, gather: float | None = None) -> Plan:
+    """Without a save, loaders, and with a network of `gather` bytes a second."""
+    cluster = plan.cluster
+    if gather is not None:
+        cluster = replace(cluster, nccl_inter_node_gb_s=gather / 1e9, nccl_intra_node_gb_s=gather / 1e9)
+    return make_plan(plan.settings.but(async_save=False, num_workers=0), cluster, plan.data)
+
+
 def report(plan: Plan, measured: Measured) -> str:
-    s = plan.settings
-    # No save is written here and no network is waited for.
-    alone = make_plan(
-        s.but(async_save=False),
-        replace(plan.cluster, nccl_inter_node_gb_s=ENDLESS, nccl_intra_node_gb_s=ENDLESS),
-        plan.data,
-    )
+    s, planned = plan.settings, alone(plan, measured.gather)
     rows = []
     if measured.allocated:
         rows += [
             ("GPU memory of tensors, GiB", f"{measured.allocated / GIB:.1f}", f"{plan.allocated / GIB:.1f}"),
             ("  with PyTorch's cache", f"{measured.reserved / GIB:.1f}", ""),
+            ("  while setting up", f"{measured.set_up / GIB:.1f}", ""),
         ]
-    rows.append(("host memory, GiB", f"{measured.host / GIB:.1f}", f"{alone.host_total / s.gpus / GIB:.1f}"))
-    micro = alone.time.micro
+    rows.append(("host memory, GiB", f"{measured.host / GIB:.1f}", f"{planned.host_total / s.gpus / GIB:.1f}"))
+    n, last = s.accumulate, makespan(planned.time.spans)
     if measured.micro is not None:
-        rows.append(("a micro-step, s", f"{measured.micro:.2f}", f"{micro:.2f}"))
-    rows.append(("the last one and the optimizer, s", f"{measured.last:.2f}", f"{micro + alone.time.optimizer:.2f}"))
-    lines = [
-        f"rank 0 of {s.world} (DP {s.dp} x SP {s.sp}), everything but the network:",
-        "",
-        f"  {'':36}{'here':>8}{'planned':>10}",
-        *(f"  {name:36}{here:>8}{there:>10}" for name, here, there in rows),
-        "",
-        f"losses {', '.join(f'{loss:.2f}' for loss in measured.losses)}: of random weights, and not the job's",
-    ]
-    return "\n".join(lines)
+        rows.append(("a micro-step, s", f"{measured.micro:.2f}", f"{(n * planned.time.micro - last) / (n - 1):.2f}"))
+    rows.append(("the last and the optimizer, s", f"{measured.last:.2f}", f"{last + planned.time.optimizer:.2f}"))
+    if measured.load is not None:
+        rows.append(("the busiest expert's load", f"{measured.load:.1f} x", "1.0 x"))
+    return "\n".join(
+        [
+            f"rank 0 of {s.world} (DP {s.dp} x SP {s.sp}), everything but the network:",
+            "",
+            f"  {'':34}{'here':>10}{'planned':>10}",
+            *(f"  {name:34}{here:>10}{there:>10}" for name, here, there in rows),
+            "",
+            f"Gathers are copies at {measured.gather / 1e9:.0f} GB/s, and planned as such.",
+            f"Losses {', '.join(f'{loss:.2f}' for loss in measured.losses)}: of random weights, and not the job's.",
+        ]
+    )

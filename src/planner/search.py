@@ -147,13 +147,13 @@ def search(
 ) -> list[Plan]:
     """The fastest a GPU of the grid that fit, best first; shards of half the experts are tried where that is fast.
 
-    Simulated on all of this process's cores, by new processes: __main__ must be importable.
+    Simulated on this process's cores, up to 16, by new processes: __main__ must be importable.
     """
     grid = [c for c in candidates(settings) if _may_fit(c, cluster)]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(16, len(os.sched_getaffinity(0))), multiprocessing.get_context("spawn")) as pool:
 
         def fastest(grid: list[Settings]) -> list[tuple[float, Settings]]:
-            rates = pool.map(partial(_rate, cluster, data), grid)
+            rates = pool.map(partial(_rate, cluster, data), grid, chunksize=4)
             rated = zip(progress(rates, len(grid)) if progress else rates, grid, strict=True)
             return sorted((pair for pair in rated if pair[0]), key=lambda pair: -pair[0])[:best]
 

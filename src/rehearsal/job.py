@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from src.datamodules.sequence_shard import Batch, Document, collate, shard
 
-from .loopback import join
+from .loopback import gather_rate, join
 
 
 def _in_use() -> int:
@@ -61,14 +61,21 @@ class Rows(IterableDataset[Batch]):
 @dataclass
 class Measured:
     """Of the steps after the first, which compiles: seconds of each micro-step, an optimizer step's last with the
-    optimizer's; of all: bytes of the device at most, allocated and reserved, and of the host, without what was in use
-    before."""
+    optimizer's; bytes of the device at most, allocated and reserved. set_up: bytes allocated at most before them.
+
+    host: bytes of the machine's memory in use after a step at most, less what was before; of any process.
+    load: of the experts, the busiest one's in the mean one's, a layer's mean. gather: bytes a second of the copies that
+    stand for one.
+    """
 
     micro_steps: list[list[float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    set_up: int = 0
     allocated: int = 0
     reserved: int = 0
     host: int = 0
+    load: float | None = None
+    gather: float = 0.0
 
     @property
     def micro(self) -> float | None:
@@ -92,18 +99,26 @@ class _Record(pl.Callback):
             if self._steps:  # the module logs a step's loss after this callback's turn at its end
                 self._read_loss(trainer)
             self._steps.append([])
+            if torch.cuda.is_initialized():
+                if len(self._steps) == 1:
+                    self.measured.set_up = torch.cuda.max_memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
         self._began = self._now()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._steps[-1].append(self._now() - self._began)
         measured = self.measured
         measured.host = max(measured.host, _in_use() - self.before)
-        if torch.cuda.is_initialized():
-            measured.allocated, measured.reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        if torch.cuda.is_initialized() and len(self._steps) > 1:
+            measured.allocated = max(measured.allocated, torch.cuda.max_memory_allocated())
+            measured.reserved = max(measured.reserved, torch.cuda.max_memory_reserved())
 
-    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.measured.micro_steps = self._steps[1:] or self._steps
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.measured.micro_steps = self._steps[1:]
         self._read_loss(trainer)
+        if pl_module.expert_load is not None:  # [MoE layers, experts]
+            load = pl_module.expert_load.double()
+            self.measured.load = float((load.max(1).values / load.mean(1)).mean())
 
     def _read_loss(self, trainer: pl.Trainer) -> None:
         self.measured.losses.append(float(trainer.callback_metrics["train/loss"]))
@@ -118,7 +133,7 @@ class _Record(pl.Callback):
 def rehearse(
     job: Job, module: pl.LightningModule, steps: int, callbacks: list[pl.Callback], **trainer: Any
 ) -> Measured:
-    """Trains `steps` optimizer steps as rank 0 of job.world; nothing is written.
+    """Trains `steps` optimizer steps, two at least, as rank 0 of job.world; nothing is written.
 
     trainer: `accelerator`, `strategy`, `precision` and `gradient_clip_val` of the job's.
     """
@@ -142,4 +157,5 @@ def rehearse(
         use_distributed_sampler=False,
     )
     runner.fit(module, DataLoader(Rows(job), batch_size=None))
+    measured.gather = gather_rate(runner.strategy.root_device, job.world)
     return measured

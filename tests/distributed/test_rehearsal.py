@@ -134,10 +134,12 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command(tmp_path: Path) -> None:
     config = ["--config", "configs/tiny_cpu.yaml", "--trainer.default_root_dir", str(tmp_path / "run")]
-    result = run(*config, "--trainer.num_nodes", "32", "--trainer.accumulate_grad_batches", "2", "--data.max_length=32")
+    result = run(*config, "--trainer.num_nodes=128", "--trainer.accumulate_grad_batches=2", "--data.max_length=32")
     assert result.returncode == 0, result.stderr
-    assert "rank 0 of 64 (DP 32 x SP 2), everything but the network:" in result.stdout
-    assert "a micro-step, s" in result.stdout and "host memory, GiB" in result.stdout
+    assert "rank 0 of 256 (DP 128 x SP 2), everything but the network:" in result.stdout
+    for row in ("a micro-step, s", "the last and the optimizer, s", "host memory, GiB", "the busiest expert's load"):
+        assert row in result.stdout
+    assert "Gathers are copies at " in result.stdout
     assert not (tmp_path / "run").exists()
 
 
@@ -145,3 +147,7 @@ def test_the_command(tmp_path: Path) -> None:
 def test_without_a_gpu_it_is_said() -> None:
     result = run("--config", "configs/32n_sp4.yaml")
     assert result.returncode == 2 and "no GPU can be used here" in result.stderr
+    once = run("--config", "configs/tiny_cpu.yaml", "--steps", "1")
+    assert once.returncode == 2 and "--steps is 1; the first compiles" in once.stderr
+    small = run("--config", "configs/32n_sp4.yaml", "--trainer.accelerator", "cpu", "--trainer.num_nodes", "8")
+    assert small.returncode == 2 and "GiB of host memory by the plan" in small.stderr
