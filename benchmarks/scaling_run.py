@@ -9,18 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import psutil  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
 
 from benchmarks.common import BF16, median_ms, true_config
 from src.callbacks.step_checkpoint import StepCheckpoint
-
-
-def host_in_use() -> int:
-    """Bytes of this machine's memory that no process could have for the asking; caches of files do not count."""
-    memory = psutil.virtual_memory()
-    return int(memory.total - memory.available)
+from src.rehearsal.job import host_in_use
 
 
 class Recorder(pl.Callback):

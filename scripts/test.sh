@@ -16,5 +16,5 @@ mypy
 echo "== import-linter"
 lint-imports
 echo "== pytest"
-# Two workers; loadgroup keeps those tests together on one that share a Slurm of this machine.
+# Two workers; loadgroup keeps those tests together on one that share a Slurm of this machine, or a run.
 OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup "$@"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.cli import main
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.xdist_group("cli")  # several share a run
 ROOT = Path(__file__).parents[1]
 
 # Small in every way, with the real tokenizer: 24 conversations, two layers and the multi-token prediction.

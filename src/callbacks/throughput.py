@@ -99,8 +99,12 @@ class Throughput(pl.Callback):
         own = self._phases.take()
         seconds = sum(own[phase] for phase in TRAINING)
         host = psutil.virtual_memory()
-        left = -host.available, -host.available / host.total  # negative: the most is of the node that has least
-        values = [*(own[phase] for phase in PHASES), *left, *_memory_peaks(trainer.strategy.root_device)]
+        values = [
+            *(own[phase] for phase in PHASES),
+            *_memory_peaks(trainer.strategy.root_device),
+            host.available / GIB,
+            host.available / host.total,
+        ]
         ours = torch.cat([self._squares.view(1), self._squares.new_tensor(values)])
         self._squares = None
         every = trainer.strategy.all_gather(ours).view(-1, len(ours)).cpu()  # [ranks, values], the step's one exchange
@@ -117,18 +121,20 @@ class Throughput(pl.Callback):
         for index, phase in enumerate(PHASES, start=1):
             pl_module.log(f"time/{phase}", mean[index])
         pl_module.log("time/data_slowest_rank", most[1 + PHASES.index("data")])
-        pl_module.log("memory/host_available_gib", -most[-4] / GIB)
-        if -most[-3] < LITTLE and not self._warned:
+        fullest = int(every[:, -1].argmin())  # a rank of the node that has least of its host memory left
+        left, part = every[fullest, -2:].tolist()
+        pl_module.log("memory/host_available_gib", left)
+        if part < LITTLE and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"the node of rank {int(every[:, -3].argmax())} has {-most[-4] / GIB:.0f} GiB of host memory left, "
-                f"{-most[-3]:.1%}. When none is left Linux kills a process of it without a word, and the job ends. "
+                f"the node of rank {fullest} has {left:.0f} GiB of host memory left, {part:.1%}. When none is left "
+                "Linux kills a process of it without a word, and the job ends. "
                 "From the last checkpoint on, needing less: --checkpoint.async_save false (a copy of the states), "
                 "--model.attention_output recompute, --data.num_workers 1, or more nodes."
             )
         if trainer.strategy.root_device.type == "cuda":
-            pl_module.log("memory/peak_gib", most[-2] / GIB)
-            pl_module.log("memory/reserved_gib", most[-1] / GIB)
+            pl_module.log("memory/peak_gib", most[-4] / GIB)
+            pl_module.log("memory/reserved_gib", most[-3] / GIB)
 
 
 def _memory_peaks(device: torch.device) -> tuple[float, float]:

@@ -12,16 +12,17 @@ import lightning.pytorch as pl
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from torch.utils.data import DataLoader, IterableDataset
 
 from src.datamodules.sequence_shard import Batch, Document, collate, shard
 
-from .loopback import gather_rate, join
+from .loopback import join
 
 
-def _in_use() -> int:
-    """Bytes of this machine's memory that nothing could have for the asking."""
+def host_in_use() -> int:
+    """Bytes of this machine's memory that no process could have for the asking; caches of files do not count."""
     memory = psutil.virtual_memory()
     return int(memory.total - memory.available)
 
@@ -108,7 +109,7 @@ class _Record(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._steps[-1].append(self._now() - self._began)
         measured = self.measured
-        measured.host = max(measured.host, _in_use() - self.before)
+        measured.host = max(measured.host, host_in_use() - self.before)
         if torch.cuda.is_initialized() and len(self._steps) > 1:
             measured.allocated = max(measured.allocated, torch.cuda.max_memory_allocated())
             measured.reserved = max(measured.reserved, torch.cuda.max_memory_reserved())
@@ -119,9 +120,20 @@ class _Record(pl.Callback):
         if pl_module.expert_load is not None:  # [MoE layers, experts]
             load = pl_module.expert_load.double()
             self.measured.load = float((load.max(1).values / load.mean(1)).mean())
+        self.measured.gather = self._gather_rate(trainer.strategy.root_device, trainer.world_size)
 
     def _read_loss(self, trainer: pl.Trainer) -> None:
         self.measured.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    def _gather_rate(self, device: torch.device, world: int) -> float:
+        numel = (128 << 20 if device.type == "cuda" else 2 << 20) // world + world
+        part = torch.ones(numel, dtype=torch.bfloat16, device=device)
+        out = part.new_empty(world * numel)
+        for _ in range(2):  # the second is timed
+            began = self._now()
+            dist.all_gather_into_tensor(out, part)
+            seconds = self._now() - began
+        return out.nbytes / seconds
 
     @staticmethod
     def _now() -> float:
@@ -137,7 +149,7 @@ def rehearse(
 
     trainer: `accelerator`, `strategy`, `precision` and `gradient_clip_val` of the job's.
     """
-    measured, before = Measured(), _in_use()
+    measured, before = Measured(), host_in_use()
     os.environ.update(NODE_RANK="0", LOCAL_RANK="0")
     # DeepSpeed's collectives in shared memory, on CPU, would wait for the other processes.
     deepspeed_backend.build_shm_op = lambda: None
@@ -157,5 +169,4 @@ def rehearse(
         use_distributed_sampler=False,
     )
     runner.fit(module, DataLoader(Rows(job), batch_size=None))
-    measured.gather = gather_rate(runner.strategy.root_device, job.world)
     return measured

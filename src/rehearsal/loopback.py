@@ -8,7 +8,6 @@ buffers, and the stream that a collective is started on, which `wait` makes the 
 # mypy: disable-error-code="override,assignment"
 # c10d's methods have several forms; here is the one of each that torch.distributed calls.
 
-import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -134,23 +133,6 @@ class LoopbackGroup(dist.ProcessGroup):
 
 def _create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> LoopbackGroup:
     return LoopbackGroup(rank, size)
-
-
-def gather_rate(device: torch.device, size: int) -> float:
-    """Bytes a second that the copies standing for a gather are written at; there is no network to be slower."""
-    part = torch.ones((256 << 20 if device.type == "cuda" else 4 << 20) // 2 // size + size, device=device).bfloat16()
-    out, group = part.new_empty(size * part.numel()), LoopbackGroup(0, size)
-    for _ in range(2):  # the second is timed
-        began = _now(device)
-        group._gather(out, part)
-        seconds = _now(device) - began
-    return out.nbytes / seconds
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def join(size: int) -> None:

@@ -87,7 +87,8 @@ def _remove_leftover(lock: Path, old: float) -> None:
     said = False
     while lock.exists() and (_held(lock) or time.time() - lock.stat().st_mtime < old):
         if not said:
-            _say(f"waiting for {lock}: another program builds there, or was killed in it less than {old:.0f} s ago")
+            killed = f", or was killed in it less than {old:.0f} s ago" if old else ""
+            _say(f"waiting for {lock}: another program builds there{killed}")
             said = True
         time.sleep(0.5)
     lock.unlink(missing_ok=True)

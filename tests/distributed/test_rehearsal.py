@@ -144,7 +144,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_without_a_gpu_it_is_said() -> None:
+def test_what_cannot_be_rehearsed_is_said() -> None:
     result = run("--config", "configs/32n_sp4.yaml")
     assert result.returncode == 2 and "no GPU can be used here" in result.stderr
     once = run("--config", "configs/tiny_cpu.yaml", "--steps", "1")
