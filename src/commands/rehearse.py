@@ -98,9 +98,13 @@ def report(plan: Plan, measured: Measured) -> str:
         ]
     rows.append(("host memory, GiB", f"{measured.host / GIB:.1f}", f"{planned.host_total / s.gpus / GIB:.1f}"))
     n, last = s.accumulate, makespan(planned.time.spans)
+
+    def seconds(value: float) -> str:
+        return "" if s.cpu else f"{value:.2f}"  # no rates of a CPU are known
+
     if measured.micro is not None:
-        rows.append(("a micro-step, s", f"{measured.micro:.2f}", f"{(n * planned.time.micro - last) / (n - 1):.2f}"))
-    rows.append(("the last and the optimizer, s", f"{measured.last:.2f}", f"{last + planned.time.optimizer:.2f}"))
+        rows.append(("a micro-step, s", f"{measured.micro:.2f}", seconds((n * planned.time.micro - last) / (n - 1))))
+    rows.append(("the last and the optimizer, s", f"{measured.last:.2f}", seconds(last + planned.time.optimizer)))
     if measured.load is not None:
         rows.append(("the busiest expert's load", f"{measured.load:.1f} x", "1.0 x"))
     return "\n".join(
