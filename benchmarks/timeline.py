@@ -1,48 +1,12 @@
 """Reads a step's trace of torch.profiler: what NCCL does, what hides it, what it takes from the products beside it."""
 
-import gzip
-import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-Span = tuple[float, float]
+from src.rehearsal.timeline import DEVICE, merged, overlap, spans_of
+
 ELEMENT = {"BFloat16": 2, "Half": 2, "Float": 4, "Double": 8, "Byte": 1, "Long": 8, "Int": 4, "Bool": 1}
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Events of a .json or .json.gz."""
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
-    return events
-
-
-def merged(spans: Sequence[Span]) -> list[Span]:
-    """Sorted spans, those that touch made one."""
-    out: list[Span] = []
-    for start, stop in spans:
-        if out and start <= out[-1][1]:
-            out[-1] = out[-1][0], max(stop, out[-1][1])
-        else:
-            out.append((start, stop))
-    return out
-
-
-def overlap(a: Sequence[Span], b: Sequence[Span]) -> float:
-    """Time in which both run, of spans each merged and in order."""
-    total, i, j = 0.0, 0, 0
-    while i < len(a) and j < len(b):
-        total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
-        if a[i][1] < b[j][1]:
-            i += 1
-        else:
-            j += 1
-    return total
-
-
-def spans_of(events: Sequence[dict[str, Any]]) -> list[Span]:
-    return sorted((e["ts"], e["ts"] + e["dur"]) for e in events)
 
 
 def analyse(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -52,7 +16,7 @@ def analyse(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
     reduction, before) it, time, and the part of that beside no kernel of another kind. products_beside: time of a
     matrix product beside NCCL over the time of one of the same kernel and shapes alone, the mean over `products`.
     """
-    device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and e.get("dur", 0) > 0]
+    device = [e for e in events if e.get("cat") in DEVICE and e.get("dur", 0) > 0]
     launches = {
         e["args"]["External id"]: e["args"]
         for e in events

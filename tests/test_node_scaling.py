@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.node_scaling import layouts, packed
-from benchmarks.timeline import analyse, lines, merged, overlap, read
+from benchmarks.timeline import analyse, lines
+from src.rehearsal.timeline import merged, overlap, read
 from tests.distributed.spawn import run_distributed  # noqa: F401  # spawns too: one at a time (conftest.py)
 
 ROOT = Path(__file__).parents[1]

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -32,6 +33,18 @@ class RehearseCLI(ConfigCommand):
         parser.add_argument("--steps", type=int, default=2, help="optimizer steps; the first compiles and is not timed")
         parser.add_argument("--cluster", type=str | None, default=None, help="the machines: as plan's")
         parser.add_argument("--document_length", type=int | None, default=None, help="as plan's")
+        parser.add_argument(
+            "--timeline",
+            type=str | None,
+            default=None,
+            help="trace a middle micro-step to this .json.gz, for https://ui.perfetto.dev; from accumulation 3 on",
+        )
+        parser.add_argument(
+            "--gpu_memory",
+            type=float | None,
+            default=None,
+            help="GiB of a smaller card, to which this one is held",
+        )
 
     def run_command(self) -> None:
         config, trainer = self.config, self.config.trainer
@@ -50,6 +63,10 @@ class RehearseCLI(ConfigCommand):
                 f"a rank needs {needed / GIB:.0f} GiB of host memory by the plan, {available / GIB:.0f} are free here; "
                 "a larger trainer.num_nodes makes a rank's part smaller"
             )
+        if config.gpu_memory is not None:
+            outside = sum(line.nbytes for line in plan.overhead if line.name in ("CUDA context", "NCCL"))
+            card = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction((config.gpu_memory * GIB - outside) / card)
         if "OMP_NUM_THREADS" not in os.environ:  # of DeepSpeedCPUAdam: a rank's share of the machine
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // s.gpus))
         config.model.from_scratch = True  # random weights of this rank's part alone
@@ -71,6 +88,7 @@ class RehearseCLI(ConfigCommand):
             made.model,
             config.steps,
             [OutOfMemory(arguments)],
+            Path(config.timeline) if config.timeline else None,
             accelerator=trainer.accelerator,
             strategy=made.trainer.strategy,
             precision=trainer.precision,
@@ -105,6 +123,8 @@ def report(plan: Plan, measured: Measured) -> str:
     if measured.micro is not None:
         rows.append(("a micro-step, s", f"{measured.micro:.2f}", seconds((n * planned.time.micro - last) / (n - 1))))
     rows.append(("the last and the optimizer, s", f"{measured.last:.2f}", seconds(last + planned.time.optimizer)))
+    if measured.busy is not None:
+        rows.append(("compute stream busy in a micro-step", f"{measured.busy:.1%}", ""))
     if measured.load is not None:
         rows.append(("the busiest expert's load", f"{measured.load:.1f} x", "1.0 x"))
     return "\n".join(

@@ -1,13 +1,15 @@
 """A few optimizer steps of one rank, on rows of random tokens, with what they took."""
 
+import importlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-import deepspeed.comm.torch as deepspeed_backend
 import lightning.pytorch as pl
 import numpy as np
 import psutil  # type: ignore[import-untyped]
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from src.datamodules.sequence_shard import Batch, Document, collate, shard
 
 from .loopback import join
+from .timeline import compute_busy, read
 
 
 def host_in_use() -> int:
@@ -64,9 +67,9 @@ class Measured:
     """Of the steps after the first, which compiles: seconds of each micro-step, an optimizer step's last with the
     optimizer's; bytes of the device at most, allocated and reserved. set_up: bytes allocated at most before them.
 
-    host: bytes of the machine's memory in use after a step at most, less what was before; of any process.
-    load: of the experts, the busiest one's in the mean one's, a layer's mean. gather: bytes a second of the copies that
-    stand for one.
+    host: bytes of the machine's memory in use at most, less what was before; of any process, sampled all along.
+    busy: the part of a micro-step, neither a step's first nor its last, in which the compute stream runs something.
+    load: max/mean expert load, averaged over layers. gather: bytes per second of the copies that stand for one.
     """
 
     micro_steps: list[list[float]] = field(default_factory=list)
@@ -75,6 +78,7 @@ class Measured:
     allocated: int = 0
     reserved: int = 0
     host: int = 0
+    busy: float | None = None
     load: float | None = None
     gather: float = 0.0
 
@@ -90,10 +94,28 @@ class Measured:
         return median(step[-1] for step in self.micro_steps)
 
 
+class _HostPeak(threading.Thread):
+    """Samples the host memory in use: the peak lies within a step, not at its end."""
+
+    def __init__(self, interval: float = 0.05) -> None:
+        super().__init__(daemon=True)
+        self.peak, self._interval, self._stopped = host_in_use(), interval, threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(self._interval):
+            self.peak = max(self.peak, host_in_use())
+
+    def stop(self) -> int:
+        self._stopped.set()
+        self.join()
+        return max(self.peak, host_in_use())
+
+
 class _Record(pl.Callback):
-    def __init__(self, measured: Measured, before: int) -> None:
-        self.measured, self.before = measured, before
+    def __init__(self, measured: Measured, timeline: Path | None) -> None:
+        self.measured, self.timeline = measured, timeline
         self._steps = list[list[float]]()
+        self._profile: torch.profiler.profile | None = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
@@ -104,12 +126,25 @@ class _Record(pl.Callback):
                 if len(self._steps) == 1:
                     self.measured.set_up = torch.cuda.max_memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
+        # A middle micro-step of the last step is traced; its time counts no longer.
+        if self.timeline is not None and self._is_traced(trainer):
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self._profile.start()
         self._began = self._now()
 
+    def _is_traced(self, trainer: pl.Trainer) -> bool:
+        last_step = trainer.global_step == trainer.max_steps - 1
+        return last_step and trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 1
+
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._steps[-1].append(self._now() - self._began)
+        seconds = self._now() - self._began
+        if self._profile is None:
+            self._steps[-1].append(seconds)
+        else:
+            self._profile.stop()
+            self._profile.export_chrome_trace(str(self.timeline))
+            self.measured.busy, self._profile = compute_busy(read(Path(str(self.timeline)))), None
         measured = self.measured
-        measured.host = max(measured.host, host_in_use() - self.before)
         if torch.cuda.is_initialized() and len(self._steps) > 1:
             measured.allocated = max(measured.allocated, torch.cuda.max_memory_allocated())
             measured.reserved = max(measured.reserved, torch.cuda.max_memory_reserved())
@@ -144,23 +179,32 @@ class _Record(pl.Callback):
 
 
 def rehearse(
-    job: Job, module: pl.LightningModule, steps: int, callbacks: list[pl.Callback], **trainer: Any
+    job: Job,
+    module: pl.LightningModule,
+    steps: int,
+    callbacks: list[pl.Callback],
+    timeline: Path | None = None,
+    **trainer: Any,
 ) -> Measured:
-    """Trains `steps` optimizer steps, two at least, as rank 0 of job.world; nothing is written.
+    """Trains `steps` optimizer steps, two at least, as rank 0 of job.world; nothing is written but the timeline.
 
+    timeline: where a middle micro-step's trace goes, .json or .json.gz; three micro-steps per step at least, on CUDA.
     trainer: `accelerator`, `strategy`, `precision` and `gradient_clip_val` of the job's.
     """
-    measured, before = Measured(), host_in_use()
+    measured, before, host = Measured(), host_in_use(), _HostPeak()
+    host.start()
     os.environ.update(NODE_RANK="0", LOCAL_RANK="0")
-    # DeepSpeed's collectives in shared memory, on CPU, would wait for the other processes.
-    deepspeed_backend.build_shm_op = lambda: None
+    # DeepSpeed's collectives in shared memory, on CPU, would wait for the other processes. The attribute
+    # `deepspeed.comm.torch` is the package torch, which deepspeed.comm imports.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
     join(job.world)
     runner = pl.Trainer(
         **trainer,
         devices=1,
         num_nodes=job.world,  # of one process each: nothing but the world's size is taken from it
         plugins=[LightningEnvironment()],
-        callbacks=[*callbacks, _Record(measured, before)],
+        callbacks=[*callbacks, _Record(measured, timeline)],
         max_steps=steps,
         accumulate_grad_batches=job.accumulate,
         limit_val_batches=0,
@@ -169,5 +213,8 @@ def rehearse(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    runner.fit(module, DataLoader(Rows(job), batch_size=None))
+    try:
+        runner.fit(module, DataLoader(Rows(job), batch_size=None))
+    finally:
+        measured.host = host.stop() - before
     return measured

@@ -42,6 +42,7 @@ from .parallelize import (
 )
 from .partition import materialise
 from .sequence_parallel import ProcessGroupSP
+from .zero3_collectives import reduce_by_one_view
 
 # DeepSpeed's and our own collectives under names that torch 2.13 deprecates and torch 2.11 knows no others for.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
@@ -83,6 +84,8 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
     ) -> None:
         if offload_parameters and stage != 3:
             raise ValueError(f"offload_parameters needs ZeRO stage 3, stage is {stage}.")
+        if stage == 3:  # a copy of each gradient that our reduction does not need (zero3_collectives.py)
+            kwargs.setdefault("contiguous_gradients", False)
         super().__init__(
             stage=stage,
             offload_optimizer=offload_optimizer,
@@ -227,6 +230,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
             lr_scheduler=lr_scheduler,
             dist_init_required=False,
         )
+        reduce_by_one_view(engine.optimizer)
         self._save_through(engine)
         return engine, deepspeed_optimizer
 

@@ -11,6 +11,8 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from torch import nn
 
+from .zero3_collectives import gather_by_one_view
+
 
 class _EmptyPartitions(deepspeed.zero.Init):
     """Used for its conversion of one parameter; never entered as a context, so nothing global is patched."""
@@ -32,6 +34,7 @@ class _EmptyPartitions(deepspeed.zero.Init):
         parameter.ds_tensor = partition
         parameter.ds_numel_aligned = aligned
         parameter.partition()  # partitioned already: frees the whole and marks it as not available
+        gather_by_one_view(parameter, self)
         return cast(nn.Parameter, parameter)
 
 
