@@ -43,6 +43,7 @@ from .parallelize import (
 from .partition import materialise
 from .sequence_parallel import ProcessGroupSP
 from .zero3_collectives import reduce_by_one_view
+from .zero3_hooks import hook_owners_alone
 
 # DeepSpeed's and our own collectives under names that torch 2.13 deprecates and torch 2.11 knows no others for.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
@@ -166,6 +167,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         if activation_checkpointing:
             apply_activation_checkpointing(model)
         if self.zero_stage_3:
+            hook_owners_alone()
             for name, value in zero3_settings(model).items():
                 self._zero.setdefault(name, value)
             apply_zero_leaves(model)
