@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.models.deepseek_v3.sizes import sizes_of
 from src.planner.account import allocated
 from src.planner.cluster import Cluster
 from src.planner.settings import GIB, Settings
-from src.planner.sizes import sizes_of
 from src.planner.timing import StepTime, step_time
 
 CONFIG = Path(__file__).parent.parent / "configs" / "models" / "deepseek-v3" / "config.json"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from benchmarks import plan_check
 from benchmarks.plan_check import LINES
+from src.models.deepseek_v3.sizes import read_sizes
 from src.planner.cluster import Cluster
 from src.planner.plan import Data, Plan, make_plan
 from src.planner.settings import GIB, Settings
-from src.planner.sizes import read_sizes
 
 MODEL = "configs/models/deepseek-v3"
 # nodes, SP, optimizer in host memory, batch, what the guide reports

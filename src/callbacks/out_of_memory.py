@@ -31,10 +31,11 @@ def remedies(trainer: pl.Trainer, pl_module: Any) -> list[Setting]:
     found = []
     if not getattr(pl_module, "activation_checkpointing", True):
         found.append(Setting("--model.activation_checkpointing", "false", "true", "a third more computation"))
-    if getattr(pl_module, "layer_input", None) == "keep":
-        found.append(Setting("--model.layer_input", "keep", "offload", "14 KiB a token and layer to host memory"))
-    if getattr(pl_module, "attention_output", None) == "keep":
-        found.append(Setting("--model.attention_output", "keep", "offload", "46 KiB a token and layer to host memory"))
+    kept = getattr(getattr(pl_module, "model", None), "kept_bytes", {})  # of src.models.deepseek_v3's
+    for name in ("layer_input", "attention_output"):
+        if getattr(pl_module, name, None) == "keep":
+            size = f"{kept[name] / 1024:.0f} KiB per token and layer " if name in kept else ""
+            found.append(Setting(f"--model.{name}", "keep", "offload", f"{size}to host memory"))
     if not getattr(strategy, "offloads_optimizer", True):
         found.append(
             Setting(f"{STRATEGY}offload_optimizer", "false", "true", "states to host memory, a slower optimizer step")

@@ -8,32 +8,20 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from src.planner.cards import card_of
+
 from .phases import PHASES, TRAINING, Phases
 
 GIB = 2**30
 LITTLE = 0.02  # of a node's memory; what `plan` keeps for the system
-# Dense bf16 operations a second, from NVIDIA's data sheets, by a part of the device's name; the first that fits.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-}
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 operations a second of the device; None where it is not known, a CPU among others."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    card = card_of(torch.cuda.get_device_name(device))
+    return None if card is None else 1e12 * card.peak
 
 
 class CountedModel(Protocol):

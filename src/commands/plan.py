@@ -1,11 +1,8 @@
 """`plan`: does a config's run fit, how long does it take, what does it wait for; from the config alone."""
 
 import json
-import os
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -13,20 +10,12 @@ from tqdm import tqdm
 
 from src.commands.config_command import ConfigCommand
 from src.commands.outputs import PICTURES, check_output
-from src.datamodules import SFTDataModule
-from src.datamodules.reader import expand
-from src.datamodules.tokenizer import load_tokenizer
+from src.commands.planned import plan_of
 from src.planner.cluster import Cluster, read_cluster
 from src.planner.picture import draw, write_trace
-from src.planner.plan import Data, Plan, make_plan
+from src.planner.plan import Plan
 from src.planner.report import as_json, scale_text, search_text, text
 from src.planner.search import nearest, scale, search
-from src.planner.settings import Settings
-from src.planner.sizes import read_sizes, trained_part
-
-ASSUMED_ROWS = 100_000
-TOKENISED_HERE = 256 << 20  # bytes of data files; larger ones are estimated
-BYTES_A_TOKEN = 4.2  # of JSON with English text: gsm8k's files have 4.1
 
 
 class PlanCLI(ConfigCommand):
@@ -104,15 +93,6 @@ class PlanCLI(ConfigCommand):
             raise SystemExit(1)
 
 
-def plan_of(config: Namespace, cluster: Cluster) -> Plan:
-    """The plan of parsed arguments. Raises ValueError where they contradict each other or a file is not there."""
-    settings = settings_of(config, cluster)
-    data, document = data_of(config, settings)
-    if getattr(config, "document_length", None) is not None:
-        document = config.document_length
-    return make_plan(replace(settings, document=document), cluster, data)
-
-
 class _Silent(PlanCLI):
     def _answer(self, config: Namespace, cluster: Cluster) -> None:
         """Nothing: the plan is there."""
@@ -121,137 +101,3 @@ class _Silent(PlanCLI):
 def verdict(config: str | Path, *arguments: str) -> str:
     """The plan's one line for a config file on the guide's cluster: what the comment in the file says."""
     return _Silent(["--config", str(config), *arguments]).plan.verdict
-
-
-def settings_of(config: Namespace, cluster: Cluster) -> Settings:
-    trainer, model, data = config.trainer, config.model, config.data
-    if not isinstance(trainer.strategy, Namespace):
-        raise ValueError(f"trainer.strategy is {trainer.strategy!r}; plan knows src.strategies.DeepSpeedSPStrategy.")
-    options: dict[str, Any] = trainer.strategy.get("init_args", Namespace()).as_dict()
-    options |= trainer.strategy.get("dict_kwargs", {}) or {}
-    for name, known in (("config", None), ("offload_optimizer_device", "cpu"), ("offload_params_device", "cpu")):
-        if options.get(name, known) != known:
-            raise ValueError(
-                f"trainer.strategy.init_args.{name} is {options[name]!r}: plan reads no DeepSpeed configuration and "
-                "knows no nvme; give stage, offload_optimizer, offload_parameters and reduce_bucket_size as arguments."
-            )
-    gpus = _devices(trainer.devices, cluster)
-    experts = None if model.experts_per_shard == "auto" else model.experts_per_shard
-    sizes = read_sizes(model.pretrained, experts, model.mtp_loss_weight > 0)
-    kernel = {"auto": "flash_attn_4"}.get(model.attention_kernel, model.attention_kernel)
-    return Settings(
-        sizes=sizes,
-        nodes=trainer.num_nodes,
-        gpus=gpus,
-        sp=options.get("sequence_parallel_size", 1),
-        stage=options.get("stage", 3),
-        offload_optimizer=options.get("offload_optimizer", False),
-        offload_parameters=options.get("offload_parameters", False),
-        batch_size=data.batch_size,
-        max_length=data.max_length,
-        accumulate=trainer.accumulate_grad_batches,
-        document=data.max_length,
-        activation_checkpointing=model.activation_checkpointing,
-        attention_output=model.attention_output,
-        layer_input=model.layer_input,
-        attention_kernel=kernel,
-        param_bytes=4 if str(trainer.precision).startswith("32") else 2,
-        trained=trained_part(sizes, model.freeze or []),
-        reduce_bucket=options.get("reduce_bucket_size", 200_000_000),
-        num_workers=data.num_workers,
-        checkpoint_every=config.checkpoint.every_n_train_steps,
-        keep=config.checkpoint.keep,
-        async_save=config.checkpoint.async_save,
-        weights_kept=config.weights.keep if config.weights.every_n_train_steps else 0,
-        export=config.export.out is not None,
-        uncounted=_uncounted(config),
-        cpu=trainer.accelerator == "cpu",
-    )
-
-
-def _devices(devices: Any, cluster: Cluster) -> int:
-    if isinstance(devices, list):
-        return len(devices)
-    return int(devices) if str(devices).isdecimal() else cluster.gpus_per_node
-
-
-def _uncounted(config: Namespace) -> tuple[str, ...]:
-    """What the run does besides, whose time no plan counts."""
-    does = {
-        "validation": bool(config.data.val_files or config.data.val_sets),
-        "samples": bool(config.samples.every_n_steps),
-        "weights saves": bool(config.weights.every_n_train_steps),
-        "the export at the end": config.export.out is not None,
-    }
-    return tuple(what for what, is_on in does.items() if is_on)
-
-
-def data_of(config: Namespace, settings: Settings) -> tuple[Data, float]:
-    """The rows and tokens of an epoch, and a document's length as a token sees it on average."""
-    steps = config.trainer.max_steps if config.trainer.max_steps > 0 else None
-    epochs: int | None = config.trainer.max_epochs
-    no_end = ""
-    if epochs is None or epochs < 0:
-        epochs = None if steps else 1
-        no_end = "" if steps else "; no trainer.max_epochs, one epoch is counted"
-    rows, tokens, source, document = _counted(config, settings)
-    limit = config.trainer.limit_train_batches
-    if limit is not None:  # of an epoch: so many micro-steps, or so large a part
-        whole, batch = rows, settings.dp * settings.batch_size
-        rows = min(rows, max(1, int(rows * limit) if isinstance(limit, float) else limit * batch))
-        tokens = tokens * rows // whole
-        source += f"; of which trainer.limit_train_batches {limit} takes {rows:,} rows" if rows < whole else ""
-    return Data(rows, tokens, epochs, source + no_end, steps), document
-
-
-def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, float]:
-    """Rows and tokens of an epoch, where the numbers are from, and a document's length."""
-    length = settings.max_length
-    files = _present(config.data.train_files)
-    if files is None:
-        rows = ASSUMED_ROWS
-        source = f"{', '.join(config.data.train_files)} not here; assumed: {rows:,} full rows, one document each"
-        return rows, rows * length, source, length
-    size = sum(os.path.getsize(file) for file in files)
-    values = config.data.as_dict()
-    values["tokenizer"] = values["tokenizer"] or config.model.pretrained
-    reason = None
-    if size > TOKENISED_HERE:
-        reason = f"more than {TOKENISED_HERE >> 20} MiB"
-    else:
-        try:
-            load_tokenizer(values["tokenizer"])
-        except (ValueError, OSError) as error:
-            reason = str(error).splitlines()[0].split("; ")[0]
-    if reason is not None:
-        tokens = int(size / BYTES_A_TOKEN)
-        rows = max(1, -(-tokens // length))
-        many = f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
-        rough = (
-            " (a rough guess for Parquet, which is compressed)" if any(f.endswith(".parquet") for f in files) else ""
-        )
-        source = (
-            f"{many} of files, not tokenised: {reason}; estimated: {BYTES_A_TOKEN} bytes a token{rough}, full rows, "
-            "one document each (give --document_length; `check-data` counts)"
-        )
-        return rows, tokens, source, length
-    values["val_files"] = values["val_sets"] = None
-    module = SFTDataModule(**values)
-    module.setup("fit")
-    assert module.train_set is not None
-    packed = module.train_set
-    lengths = packed.cache.lengths.astype("int64")
-    rows, tokens = packed.rows_an_epoch, int(lengths.sum() * packed.rows_an_epoch / len(packed.rows))
-    document = float((lengths**2).sum() / lengths.sum())
-    source = (
-        f"{len(lengths):,} samples, {lengths.sum():,} tokens, {rows:,} rows an epoch, documents of {document:,.0f} "
-        "tokens (the mean over tokens)"
-    )
-    return rows, tokens, source, document
-
-
-def _present(patterns: list[str]) -> list[str] | None:
-    try:
-        return expand(patterns)
-    except ValueError:
-        return None

@@ -17,7 +17,7 @@ from src.callbacks.weights_checkpoint import weights_folder
 from src.commands.checks import newest_checkpoint
 from src.commands.config_command import ConfigCommand
 from src.commands.outputs import check_output
-from src.commands.plan import settings_of
+from src.commands.planned import settings_of
 from src.planner import account
 from src.planner.cluster import Cluster, write_cluster
 from src.planner.settings import Settings

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from src.callbacks.out_of_memory import OutOfMemory
 from src.commands.config_command import ConfigCommand
-from src.commands.plan import plan_of
+from src.commands.planned import plan_of
 from src.planner.cluster import Cluster, read_cluster
 from src.planner.plan import Plan, make_plan
 from src.planner.settings import GIB
@@ -79,7 +79,7 @@ class RehearseCLI(ConfigCommand):
             batch_size=s.batch_size,
             accumulate=s.accumulate,
             documents=[length] * (s.max_length // length) + [rest] * (rest > 0),
-            vocab=s.sizes.vocab,
+            vocab=s.sizes.vocab_size,
         )
         # Its advice is a command for `plan`, which has no --steps.
         arguments = shlex.split(re.sub(r"(^| )--steps[ =]\S+", "", shlex.join(sys.argv[2:])))

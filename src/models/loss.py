@@ -14,11 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .kernels import add_matmul_fp32, cross_entropy_rows, matmul_fp32
+from .loss_chunks import GRAD_CHUNKS, chunk_tokens
 
 IGNORE_INDEX = -100
-CHUNK_ELEMENTS = 2**27  # logits at a time: 512 MiB in fp32, 1,024 tokens of DeepSeek-V3's vocabulary
-GRAD_CHUNKS = 4  # chunks whose logits' gradients, 1 GiB in bf16, are multiplied with the tokens at once
-TILE = 256  # rows that a matrix product is cut into: whole tiles waste nothing
 
 
 class _LinearCrossEntropy(Function):
@@ -70,8 +68,7 @@ def _add_section(
 
     The factor comes in as the products' own, in fp32: it would round every gradient of a logit otherwise, all alike.
     """
-    chunk = max(1, CHUNK_ELEMENTS // len(weight))
-    chunk = chunk // TILE * TILE or chunk
+    chunk = chunk_tokens(len(weight))
     with_grad = grad_hidden is not None or grad_weight is not None
     for start in range(0, len(hidden), chunk * GRAD_CHUNKS):
         group = slice(start, start + chunk * GRAD_CHUNKS)

@@ -55,8 +55,10 @@ class SFTModule(pl.LightningModule):
         experts_per_shard: routed experts that ZeRO-3 gathers at once; `auto` takes about an eighth of a layer's.
         attention_kernel: auto, flash_attn_4 (Hopper, bf16), varlen (CUDA, bf16) or sdpa.
         attention_output: what a layer does with its attention's output under activation checkpointing: `recompute` it,
-            `keep` it on the device (46 KiB a token and layer for DeepSeek-V3) or `offload` it to pinned host memory.
-        layer_input: `keep` each layer's input on the device (14 KiB a token and layer) or `offload` it likewise.
+            `keep` it on the device or `offload` it to pinned host memory. In bf16 it takes 2 x (heads x v_head_dim +
+            hidden_size) + 4 x heads bytes per token and layer.
+        layer_input: `keep` each layer's input on the device (2 x hidden_size bytes per token and layer) or `offload`
+            it likewise.
 
     Raises:
         ValueError: the config.json is absent, of another architecture or asks for what is not implemented; a value is

@@ -1,11 +1,12 @@
 """Memory and disk: the lines of the account, each with its formula."""
 
-from dataclasses import dataclass
+from collections import Counter
 
-from src.planner.schedule import INPUTS, KEPT, LAYER, LOSS, Schedule
+from src.models.deepseek_v3.sizes import small_parameters
+from src.planner.ledger import GRADIENTS, INPUTS, KEPT, LAYER, LOSS, SHARDS, Line
+from src.planner.schedule import Schedule
 from src.planner.settings import GIB, Settings
 from src.planner.work import Work
-from src.planner.zero import GRADIENTS, SHARDS
 
 # Assumed, since nothing here has measured them on many nodes: what the driver takes for a process, NCCL's channels and
 # buffers for the world's group and for the SP group, and the part of what is allocated that lies between blocks.
@@ -14,19 +15,6 @@ CONTEXT, NCCL_WORLD, NCCL_SP, FRAGMENTATION = 0.6 * GIB, 1.2 * GIB, 0.5 * GIB, 0
 # rank with two loaders took 2.4 GiB; what NCCL pins for many nodes comes to that.
 PROCESS, CPU_PROCESS, WORKER = 4 * GIB, 0.7 * GIB, 0.8 * GIB
 DISK_HEADERS = 1.001
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line: bytes, and the formula with its numbers."""
-
-    name: str
-    nbytes: float
-    why: str
-
-    @property
-    def gib(self) -> float:
-        return self.nbytes / GIB
 
 
 def _g(value: float) -> str:
@@ -50,8 +38,9 @@ def states(settings: Settings) -> list[Line]:
         lines.append(Line(what, master * trained, f"{of} x {master} bytes"))
         lines.append(Line("accumulated gradient, fp32", 4 * trained, f"{of} x 4 bytes"))
     if s.stage == 3:
-        kept = s.param_bytes * (s.sizes.layers * s.sizes.norms + s.sizes.hidden)
-        lines.append(Line("norms, whole", kept, f"{s.sizes.layers} layers x {s.sizes.norms:,} x {s.param_bytes} bytes"))
+        layers, small = s.sizes.num_hidden_layers, sum(small_parameters(s.sizes).values())
+        kept = s.param_bytes * (layers * small + s.sizes.hidden_size)
+        lines.append(Line("norms, whole", kept, f"{layers} layers x {small:,} x {s.param_bytes} bytes"))
     if s.stage:
         why = f"reduce_bucket_size {s.reduce_bucket:,} x 4 bytes"
         lines.append(Line("reduction bucket, fp32", 4 * s.reduce_bucket, why))
@@ -67,11 +56,12 @@ def allocated(settings: Settings, schedule: Schedule) -> tuple[list[Line], str]:
         return [*held, stepping], "optimizer step"
     lines = []
     for group in (SHARDS, GRADIENTS, INPUTS, KEPT, LAYER, LOSS):
-        items = [item for item in ledger.at_peak.values() if item.group == group]
+        items = [item for item in ledger.at_peak.values() if item.name == group]
         if items:
-            whys = sorted({item.why for item in items}, key=lambda why: -sum(i.nbytes for i in items if i.why == why))
-            count = {why: sum(item.why == why for item in items) for why in whys}
-            why = " + ".join(f"{count[w]} x ({w})" if count[w] > 1 else f"({w})" for w in whys)
+            count = Counter(item.why for item in items)
+            size = {item.why: count[item.why] * item.nbytes for item in items}
+            largest = sorted(count, key=lambda why: -size[why])
+            why = " + ".join(f"{count[w]} x ({w})" if count[w] > 1 else f"({w})" for w in largest)
             lines.append(Line(group, sum(item.nbytes for item in items), why))
     return [*held, *lines], ledger.moment
 
@@ -123,13 +113,13 @@ def host(settings: Settings, work: Work) -> list[Line]:
         )
         lines.append(Line("weights, pinned", ranks * (size + s.param_bytes * own), why))
     if s.activation_checkpointing:
-        layers = s.sizes.layers + s.sizes.mtp
+        layers = s.sizes.layers
         if s.attention_output == "offload":
             b, t = s.param_bytes, s.tokens
             parts = (
-                t * s.sizes.heads * s.sizes.value * b,  # attention's output
-                t * s.sizes.heads * 4,  # its log-sums
-                t * s.sizes.hidden * b,  # the output projection's
+                t * s.sizes.num_attention_heads * s.sizes.v_head_dim * b,  # attention's output
+                t * s.sizes.num_attention_heads * 4,  # its log-sums
+                t * s.sizes.hidden_size * b,  # the output projection's
             )
             size = sum(pinned_size(part) for part in parts)
             why = f"{ranks} ranks x {layers} layers x {size / GIB:.2f} GiB ({work.kept_output().why}; powers of two)"

@@ -11,6 +11,13 @@ from typing import Any
 
 import yaml
 
+from src.planner.cards import H100, Card, card_of
+
+# What was measured on H100s: the product of 8192 x 8192 matrices, a device copy read and written; assumed, NCCL's
+# bandwidth over a node's NVLink and over eight NICs of 400G; measured on four, pinned copies while all GPUs copy.
+TFLOPS, COPY, INTRA_GB_S, PCIE_IN_GB_S, PCIE_OUT_GB_S = 760.0, 2.95e12, 370.0, 41.0, 33.0
+OF_LINE_RATE = 0.925  # what NCCL reaches of the NICs' line rate
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -29,16 +36,16 @@ class Cluster:
 
     gpu: str = "NVIDIA H100 80GB HBM3"
     gpus_per_node: int = 8
-    gpu_memory_gib: float = 79.1
-    matmul_tflops: float = 760.0
+    gpu_memory_gib: float = H100.memory_gib
+    matmul_tflops: float = TFLOPS
     host_memory_gib: float = 2000.0
     cpu_cores: int = 96
     nics_per_node: int = 8
-    nic_gbit: float = 400.0
+    nic_gbit: float = H100.nic_gbit
     nccl_inter_node_gb_s: float = 370.0
-    nccl_intra_node_gb_s: float = 370.0
-    pcie_in_gb_s: float = 41.0
-    pcie_out_gb_s: float = 33.0
+    nccl_intra_node_gb_s: float = INTRA_GB_S
+    pcie_in_gb_s: float = PCIE_IN_GB_S
+    pcie_out_gb_s: float = PCIE_OUT_GB_S
     cpu_adam_gparams_s: float = 11.0
     disk_write_gb_s: float = 0.625
     disk_read_gb_s: float = 0.625
@@ -59,6 +66,35 @@ class Cluster:
         return {name: value for name, value in asdict(self).items() if name != "measured"}
 
     @property
+    def card(self) -> Card:
+        """Its data sheet; of a card that is not in the table an H100's, at the peak of which it reaches as much."""
+        return card_of(self.gpu) or H100._replace(peak=H100.peak * self.matmul_tflops / TFLOPS)
+
+    # How many times as long as on the H100 of `rates` a kernel takes: one that multiplies matrices, one that passes
+    # through memory, FlashAttention-2. The last two follow the data sheets, and the product of this very machine.
+
+    @property
+    def kernels(self) -> float:
+        return TFLOPS / self.matmul_tflops
+
+    @property
+    def elementwise(self) -> float:
+        return self._specimen * (H100.memory_tb_s / self.card.memory_tb_s)
+
+    @property
+    def varlen(self) -> float:
+        return self._specimen / self.card.varlen
+
+    @property
+    def _specimen(self) -> float:
+        return self.kernels * (self.card.peak / H100.peak)
+
+    @property
+    def copy(self) -> float:
+        """Bytes a second of a device copy, read and written."""
+        return COPY * (self.card.memory_tb_s / H100.memory_tb_s)
+
+    @property
     def host_room(self) -> float:
         """Bytes of a node that a run may take: a fiftieth stays for the system."""
         return 0.98 * self.host_memory_gib * 2**30
@@ -72,13 +108,11 @@ _TYPES: dict[str, type] = {f.name: type(f.default) for f in fields(Cluster) if f
 
 
 def read_cluster(path: str | Path) -> Cluster:
-    """The cluster of a YAML file of `Cluster`'s fields; all other fields keep their defaults and count as assumed.
-
-    Without `nccl_inter_node_gb_s`, it follows from the NICs when the file tells of those: 0.925 of their line rate,
-    which is what NCCL reaches on eight NICs of 400G.
+    """The cluster of a YAML file of `Cluster`'s fields; all other fields count as assumed (`cluster_of`).
 
     Raises:
-        ValueError: no such file, no YAML, an unknown field, a value of the wrong type or range.
+        ValueError: no such file, no YAML, an unknown field, a value of the wrong type or range, a GPU that no data
+            sheet is known of and whose memory or speed the file does not give.
     """
     path = Path(path)
     if not path.is_file():
@@ -95,15 +129,35 @@ def read_cluster(path: str | Path) -> Cluster:
     if unknown:
         raise ValueError(f"{path}: unknown {', '.join(unknown)}; a cluster has {', '.join(_TYPES)}.")
     try:
-        cluster = Cluster(**given, measured=frozenset(given))
-        if "nccl_inter_node_gb_s" not in given and {"nics_per_node", "nic_gbit"} & set(given):
-            line_rate = cluster.nics_per_node * cluster.nic_gbit / 8
-            cluster = Cluster(
-                **(cluster.values() | {"nccl_inter_node_gb_s": 0.925 * line_rate}), measured=cluster.measured
-            )
-        return cluster
+        return cluster_of(given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def cluster_of(given: Mapping[str, Any]) -> Cluster:
+    """A cluster of which the fields `given` were measured.
+
+    The others are the default's, but for what follows from the GPU's data sheet (memory, product, bandwidths of its
+    links); from the GPUs of a node, which have a NIC each; and from the NICs, of whose line rate NCCL reaches 0.925.
+    """
+    told = Cluster(**given)  # refuses bad values
+    card = card_of(told.gpu)
+    if card is None and (absent := [name for name in ("gpu_memory_gib", "matmul_tflops") if name not in given]):
+        raise ValueError(
+            f"gpu {told.gpu!r} is in no table here; give its {' and '.join(absent)} too, which preflight --write does."
+        )
+    card = card or told.card
+    values: dict[str, Any] = {
+        "gpu_memory_gib": card.memory_gib,
+        "matmul_tflops": TFLOPS * card.peak / H100.peak,
+        "nics_per_node": told.gpus_per_node,
+        "nic_gbit": card.nic_gbit,
+        "nccl_intra_node_gb_s": INTRA_GB_S * card.link_gb_s / H100.link_gb_s,
+        "pcie_in_gb_s": PCIE_IN_GB_S * card.pcie_gb_s / H100.pcie_gb_s,
+        "pcie_out_gb_s": PCIE_OUT_GB_S * card.pcie_gb_s / H100.pcie_gb_s,
+    } | dict(given)
+    line_rate = values["nics_per_node"] * values["nic_gbit"] / 8
+    return Cluster(**({"nccl_inter_node_gb_s": OF_LINE_RATE * line_rate} | values), measured=frozenset(given))
 
 
 def write_cluster(path: str | Path, values: Mapping[str, Any]) -> None:

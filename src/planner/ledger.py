@@ -2,12 +2,22 @@
 
 from dataclasses import dataclass, field
 
+# The account's lines of what a micro-step allocates.
+SHARDS, GRADIENTS, INPUTS, KEPT, LAYER, LOSS = (
+    "gathered weights",
+    "whole gradients",
+    "layer inputs",
+    "attention outputs kept or fetched",
+    "one layer's work",
+    "head and loss",
+)
+
 
 @dataclass(frozen=True)
-class Item:
-    """group: the line of the account that it belongs to; why: its formula with the numbers put in."""
+class Line:
+    """A line of the account: bytes, and their formula with the numbers put in."""
 
-    group: str
+    name: str
     nbytes: float
     why: str
 
@@ -16,27 +26,28 @@ class Item:
 class Ledger:
     """What is allocated now, and what was at the worst moment.
 
-    live: items by name. peak: their sum at the worst moment; at_peak: the items then; moment: what was running.
+    live: by the name of what is allocated, with the line of the account that it belongs to. peak: their sum at the
+    worst moment; at_peak: what was live then; moment: what was running.
     """
 
-    live: dict[str, Item] = field(default_factory=dict)
+    live: dict[str, Line] = field(default_factory=dict)
     total: float = 0.0
     peak: float = 0.0
     moment: str = ""
-    at_peak: dict[str, Item] = field(default_factory=dict)
+    at_peak: dict[str, Line] = field(default_factory=dict)
     now: str = ""
 
-    def take(self, name: str, group: str, nbytes: float, why: str) -> None:
+    def take(self, name: str, line: Line) -> None:
         assert name not in self.live, name
-        self.live[name] = Item(group, nbytes, why)
-        self.total += nbytes
+        self.live[name] = line
+        self.total += line.nbytes
         if self.total > self.peak:
             self.peak, self.moment, self.at_peak = self.total, self.now, dict(self.live)
 
     def give(self, name: str) -> None:
         self.total -= self.live.pop(name).nbytes
 
-    def passing(self, name: str, group: str, nbytes: float, why: str) -> None:
+    def passing(self, line: Line) -> None:
         """Taken and given back before anything else happens."""
-        self.take(name, group, nbytes, why)
-        self.give(name)
+        self.take("passing", line)
+        self.give("passing")

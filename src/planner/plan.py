@@ -2,17 +2,13 @@
 
 import math
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any
 
 from src.models.deepseek_v3.flops import packed_flops
 from src.planner import account
-from src.planner.account import Line
 from src.planner.cluster import Cluster
+from src.planner.ledger import Line
 from src.planner.settings import GIB, Settings
-from src.planner.sizes import Sizes
 from src.planner.timing import (
-    PEAK,
     StepTime,
     busiest,
     load_seconds,
@@ -99,7 +95,7 @@ class Plan:
 
     def mfu(self, seconds: float | None = None) -> float:
         flops = step_flops(self.settings) * self.settings.dp * self.settings.accumulate
-        return flops / self.settings.world / (seconds or self.time.step) / PEAK
+        return flops / self.settings.world / (seconds or self.time.step) / (1e12 * self.cluster.card.peak)
 
     @property
     def steps(self) -> int:
@@ -128,13 +124,13 @@ class Plan:
             largest = max(self.device, key=lambda line: line.nbytes)
             problems.append(
                 f"GPU memory at {self.moment}: {self.device_total / GIB:.1f} GiB of {self.device_room / GIB:.1f}, "
-                f"most of it {largest.name} ({largest.gib:.1f} GiB)"
+                f"most of it {largest.name} ({largest.nbytes / GIB:.1f} GiB)"
             )
         if self.host_total > self.host_room:
             largest = max(self.host, key=lambda line: line.nbytes)
             problems.append(
                 f"host memory: {self.host_total / GIB:.0f} GiB a node of {self.host_room / GIB:.0f}, "
-                f"most of it {largest.name} ({largest.gib:.0f} GiB)"
+                f"most of it {largest.name} ({largest.nbytes / GIB:.0f} GiB)"
             )
         if problems:
             return "; ".join(problems)
@@ -169,28 +165,7 @@ def step_flops(settings: Settings) -> int:
     """Useful operations of one SP group's micro-step; every token a target."""
     s, tokens = settings.sizes, settings.row_tokens
     squares = int(tokens * min(settings.document, settings.max_length))
-    return packed_flops(config_of(s), tokens, squares, tokens * (2 if s.mtp else 1), mtp=s.mtp)
-
-
-def config_of(sizes: Sizes) -> Any:
-    """Under config.json's names, for the formulas in src/models/deepseek_v3/flops.py."""
-    return SimpleNamespace(
-        hidden_size=sizes.hidden,
-        vocab_size=sizes.vocab,
-        num_hidden_layers=sizes.layers,
-        first_k_dense_replace=sizes.dense,
-        intermediate_size=sizes.dense_width,
-        n_routed_experts=sizes.experts,
-        moe_intermediate_size=sizes.expert_width,
-        n_shared_experts=sizes.shared,
-        num_experts_per_tok=sizes.top_k,
-        num_attention_heads=sizes.heads,
-        q_lora_rank=sizes.query_rank,
-        kv_lora_rank=sizes.kv_rank,
-        qk_nope_head_dim=sizes.nope,
-        qk_rope_head_dim=sizes.rope,
-        v_head_dim=sizes.value,
-    )
+    return packed_flops(s, tokens, squares, tokens * (2 if s.mtp else 1), mtp=s.mtp)
 
 
 def shifted(cluster: Cluster, worse: bool) -> Cluster:

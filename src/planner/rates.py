@@ -1,7 +1,8 @@
 """How fast kernels are on one H100, as measured in benchmarks/RESULTS.md, section 2; interpolated between its rows.
 
 Rates are useful operations a second as src/models/deepseek_v3/flops.py counts them, so that a forward's time is its
-operations over the forward's rate. Another GPU's are scaled by its own product of 8192 x 8192 matrices.
+operations over the forward's rate. Another GPU's are scaled by its own product of 8192 x 8192 matrices, which was
+737 to 778e12 operations a second in the runs below.
 """
 
 import math
@@ -9,8 +10,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 Table = Sequence[tuple[float, float]]  # (size, 1e12 operations a second), sizes rising
-
-REFERENCE_TFLOPS = 760.0  # the product of 8192 x 8192 matrices in the runs below: 737 to 778
 
 # "Attention (192, 128), packed": by tokens a document. The rows 64 x 512, 8 x 4096, 1 x 8192, 1 x 32768.
 ATTENTION_FORWARD: dict[str, Table] = {
@@ -36,6 +35,10 @@ HEAD = 616.0
 # with the width. Seconds a token and unit of hidden size.
 ELEMENTWISE = 20e-3 / 32768 / 7168
 LAUNCH = 1.0e-3  # seconds a layer, forward and backward, however few its tokens: 1 x 8192 against 1 x 32768
+# Where in a layer that time passes: in each half of it (attention, MLP) forward, and again in the recomputation, and in
+# their backward passes. Apportioned by hand; with it a layer's sum is within 6 % of the measured rows.
+ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD_ATTENTION, ELEMENTWISE_BACKWARD_MLP = 0.15, 0.30, 0.25
+RECOMPUTED_MLP = 0.6  # of the products of dense MLP, or router and shared experts, without the last
 
 # "What NCCL takes from the computation beside it": how many times as long the computation takes beside a gather or a
 # reduction, and that beside it. Attention's second figure is worked out from the measurement: 4 forward, 6 backward.
@@ -45,7 +48,8 @@ ATTENTION_BESIDE = (1.18, 5.5)
 
 SKEW = 0.01  # "Four GPUs of one host": of a layer's time, what its six SP exchanges wait for the slowest rank
 
-MEMORY = 2.95e12  # bytes a second of a device copy, read and written
+# Latency of a collective, assumed: seconds, and for each node and each rank of its group.
+COLLECTIVE, COLLECTIVE_NODE, COLLECTIVE_RANK = 20e-6, 5e-6, 1e-6
 # "Four GPUs of one host", after DeepSpeedCPUAdam: clipping, the cast to bf16 on the host and the ordinary copy to the
 # device, seconds for each parameter of a node; 0.31e-9 with four ranks, 0.33 to 0.42e-9 with one.
 HOST_CAST = 0.3e-9

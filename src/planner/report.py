@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from src.planner.account import Line
+from src.planner.account import checkpoint_bytes
+from src.planner.ledger import Line
 from src.planner.plan import ASSUMED, MEASURED, Plan, optimizer_why, shifted, step_flops
 from src.planner.search import pays_until
 from src.planner.settings import GIB
@@ -22,100 +23,59 @@ def duration(seconds: float) -> str:
 def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
     """(what, how much, formula)."""
     s, t, c = plan.settings, plan.time, plan.cluster
-    world, flops = s.world, step_flops(s)
-    network = network_bytes(s, t)
-    bandwidth = c.nccl_inter_node_gb_s if s.nodes > 1 else c.nccl_intra_node_gb_s
-    bus = "inter" if s.nodes > 1 else "intra"
-    lines = [
-        (
-            "a micro-step, simulated",
-            f"{t.micro:.2f} s",
-            f"{s.batch_size} x {s.max_length:,} tokens a {s.sp} GPUs; the mean of {s.accumulate} played schedules",
-        ),
-        ("  of it the forward pass", f"{t.forward:.2f} s", ""),
-        (
-            "  compute",
-            f"{t.streams[COMPUTE]:.2f} s",
-            f"{flops / s.sp / 1e15:.2f}e15 useful operations a GPU, and what is computed again, at the kernels' rates",
-        ),
-        (
-            "  ZeRO's network",
-            f"{t.streams[GATHER]:.2f} s",
-            f"{t.schedule.gathered / 1e9:.0f}e9 weights x {s.param_bytes} bytes + {t.schedule.reduced / 1e9:.0f}e9 "
-            f"gradients x 4 bytes, x {world - 1}/{world} = {network / 1e12:.2f} TB / {bandwidth:g} GB/s ({bus}-node)",
-        ),
-        (
-            "  SP exchanges",
-            f"{t.streams[SP]:.2f} s",
-            f"{sp_bytes(s) / 1e9:.0f} GB; forward, again, backward: {s.tokens:,} tokens x ({s.sizes.latents:,} x "
-            f"{s.sp - 1} + "
-            f"{s.sizes.heads * s.sizes.value:,} x {s.sp - 1}/{s.sp}) x {s.param_bytes} bytes a layer",
-        ),
-        ("  copies to the host", f"{t.streams[TO_HOST]:.2f} s", f"at {c.pcie_out_gb_s:g} GB/s"),
-        ("  copies from the host", f"{t.streams[FROM_HOST]:.2f} s", f"at {c.pcie_in_gb_s:g} GB/s"),
-        ("  gradients cast and summed", f"{t.streams[CAST]:.2f} s", "beside the computation"),
-        (
-            "  compute is slowed",
-            f"{t.slowed:.2f} s",
-            "while ZeRO's collectives run, which hold multiprocessors; those take longer too",
-        ),
-        (
-            "  compute waits",
-            f"{t.exposed:.2f} s",
-            f"{t.micro:.2f} - {t.streams[COMPUTE]:.2f} - {t.slowed:.2f} - {t.streams[SP]:.2f}: what is not hidden",
-        ),
-        ("optimizer", f"{t.optimizer:.2f} s", optimizer_why(plan)),
-        (
-            "a step",
-            f"{t.step:.1f} s ({plan.fastest:.0f} to {plan.slowest:.0f})",
-            f"{s.accumulate} x {t.micro:.2f} + {t.optimizer:.2f}; assumed {ASSUMED:.0%} off, others {MEASURED:.0%}",
-        ),
-        (
-            "tokens/s/GPU",
-            f"{plan.rate():.0f} ({plan.rate(plan.slowest):.0f} to {plan.rate(plan.fastest):.0f})",
-            f"{plan.step_tokens:,.0f} tokens a step / {world} GPUs / {t.step:.1f} s",
-        ),
-        (
-            "MFU of 989 TFLOP/s",
-            f"{plan.mfu():.1%} ({plan.mfu(plan.slowest):.1%} to {plan.mfu(plan.fastest):.1%})",
-            f"{flops / s.sp * s.accumulate / 1e15:.1f}e15 useful operations a GPU / {t.step:.1f} s / 989e12",
-        ),
-        (
-            "a save holds training up",
-            duration(save_stall(s, c)),
-            "the copy to host memory" if s.async_save else "the whole write",
-        ),
-        (
-            "  and is written in",
-            duration(write_seconds(s, c)),
-            f"{plan.disk[0].nbytes / (s.keep + 1) / 1e12:.2f} TB / {s.nodes} nodes / {c.disk_write_gb_s:g} GB/s",
-        ),
-        (
-            "a stop's lead (--stop.lead)",
-            f"{stop_lead(plan):.0f} s",
-            f"{plan.slowest:.0f} + 2 x {write_seconds(s, shifted(c, True)):.0f} + 60: the slowest step, the save under "
-            "way, its own, at the slowest disk",
-        ),
-        (
-            "weights are read in",
-            duration(load_seconds(s, c)),
-            f"{2 * s.sizes.parameters / 1e12:.2f} TB in BF16 / {s.nodes} nodes / {c.disk_read_gb_s:g} GB/s",
-        ),
-        (
-            "an export in BF16 takes",
-            duration(export_seconds(s, c)),
-            f"by the job: {2 * s.sizes.parameters / 1e12:.2f} TB / {s.nodes} nodes / {c.disk_write_gb_s:g} GB/s",
-        ),
-        (
-            "the run",
-            f"{plan.steps:,} steps, {duration(plan.wall())} ({duration(plan.wall(plan.fastest))} to "
-            f"{duration(plan.wall(plan.slowest))})",
-            f"{plan.data.rows:,} rows / {s.rows_per_step} a step x {plan.data.epochs} epochs, {plan.saves} saves"
-            if plan.data.epochs
-            else f"trainer.max_steps, epochs unbounded, {plan.saves} saves",
-        ),
-    ]
-    return [(what, much, why) for what, much, why in lines if not (s.sp == 1 and "SP exch" in what)]
+    rows: list[tuple[str, str, str]] = []
+
+    def add(what: str, much: str | float, why: str = "") -> None:
+        rows.append((what, much if isinstance(much, str) else f"{much:.2f} s", why))
+
+    rows_of = f"{s.batch_size} x {s.max_length:,} tokens a {s.sp} GPUs"
+    add("a micro-step, simulated", t.micro, f"{rows_of}; the mean of {s.accumulate} played schedules")
+    add("  of it the forward pass", t.forward)
+    flops = step_flops(s) / s.sp
+    again = "useful operations a GPU, and what is computed again, at the kernels' rates"
+    add("  compute", t.streams[COMPUTE], f"{flops / 1e15:.2f}e15 {again}")
+    bus, bandwidth = ("inter", c.nccl_inter_node_gb_s) if s.nodes > 1 else ("intra", c.nccl_intra_node_gb_s)
+    sent = f"{t.schedule.gathered / 1e9:.0f}e9 weights x {s.param_bytes} bytes + {t.schedule.reduced / 1e9:.0f}e9 "
+    sent += f"gradients x 4 bytes, x {s.world - 1}/{s.world} = {network_bytes(s, t) / 1e12:.2f} TB"
+    add("  ZeRO's network", t.streams[GATHER], f"{sent} / {bandwidth:g} GB/s ({bus}-node)")
+    if s.sp > 1:
+        outputs = s.sizes.num_attention_heads * s.sizes.v_head_dim
+        a_token = f"({s.sizes.latents:,} x {s.sp - 1} + {outputs:,} x {s.sp - 1}/{s.sp}) x {s.param_bytes} bytes"
+        passes = f"{sp_bytes(s) / 1e9:.0f} GB; forward, again, backward: {s.tokens:,} tokens"
+        add("  SP exchanges", t.streams[SP], f"{passes} x {a_token} a layer")
+    add("  copies to the host", t.streams[TO_HOST], f"at {c.pcie_out_gb_s:g} GB/s")
+    add("  copies from the host", t.streams[FROM_HOST], f"at {c.pcie_in_gb_s:g} GB/s")
+    add("  gradients cast and summed", t.streams[CAST], "beside the computation")
+    hold = "while ZeRO's collectives run, which hold multiprocessors; those take longer too"
+    add("  compute is slowed", t.slowed, hold)
+    hidden = f"{t.micro:.2f} - {t.streams[COMPUTE]:.2f} - {t.slowed:.2f} - {t.streams[SP]:.2f}"
+    add("  compute waits", t.exposed, f"{hidden}: what is not hidden")
+    add("optimizer", t.optimizer, optimizer_why(plan))
+    off = f"assumed {ASSUMED:.0%} off, others {MEASURED:.0%}"
+    step = f"{t.step:.1f} s ({plan.fastest:.0f} to {plan.slowest:.0f})"
+    add("a step", step, f"{s.accumulate} x {t.micro:.2f} + {t.optimizer:.2f}; {off}")
+    rate = f"{plan.rate():.0f} ({plan.rate(plan.slowest):.0f} to {plan.rate(plan.fastest):.0f})"
+    add("tokens/s/GPU", rate, f"{plan.step_tokens:,.0f} tokens a step / {s.world} GPUs / {t.step:.1f} s")
+    mfu = f"{plan.mfu():.1%} ({plan.mfu(plan.slowest):.1%} to {plan.mfu(plan.fastest):.1%})"
+    useful = f"{flops * s.accumulate / 1e15:.1f}e15 useful operations a GPU"
+    add(f"MFU of {c.card.peak:.0f} TFLOP/s", mfu, f"{useful} / {t.step:.1f} s / {c.card.peak:.0f}e12")
+    copied = "the copy to host memory" if s.async_save else "the whole write"
+    add("a save holds training up", duration(save_stall(s, c)), copied)
+    disk = f"/ {s.nodes} nodes / {c.disk_write_gb_s:g} GB/s"
+    add("  and is written in", duration(write_seconds(s, c)), f"{checkpoint_bytes(s) / 1e12:.2f} TB {disk}")
+    slow = f"{plan.slowest:.0f} + 2 x {write_seconds(s, shifted(c, True)):.0f} + 60"
+    lead = f"{slow}: the slowest step, the save under way, its own, at the slowest disk"
+    add("a stop's lead (--stop.lead)", f"{stop_lead(plan):.0f} s", lead)
+    weights = f"{2 * s.sizes.parameters / 1e12:.2f} TB"
+    read = f"{weights} in BF16 / {s.nodes} nodes / {c.disk_read_gb_s:g} GB/s"
+    add("weights are read in", duration(load_seconds(s, c)), read)
+    add("an export in BF16 takes", duration(export_seconds(s, c)), f"by the job: {weights} {disk}")
+    run = f"{plan.steps:,} steps, {duration(plan.wall())}"
+    epochs = f"{plan.data.rows:,} rows / {s.rows_per_step} a step x {plan.data.epochs} epochs"
+    ends = epochs if plan.data.epochs else "trainer.max_steps, epochs unbounded"
+    between = f"{duration(plan.wall(plan.fastest))} to {duration(plan.wall(plan.slowest))}"
+    add("the run", f"{run} ({between})", f"{ends}, {plan.saves} saves")
+    return rows
 
 
 def _count(number: float) -> str:

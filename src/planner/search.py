@@ -32,7 +32,7 @@ def _possible(settings: Settings, **changes: object) -> Settings | None:
     except ValueError:
         return None
     if isinstance(experts, int):
-        if not 1 <= experts <= settings.sizes.experts or settings.sizes.experts % experts:
+        if not 1 <= experts <= settings.sizes.n_routed_experts or settings.sizes.n_routed_experts % experts:
             return None
         changed = _with_shard(changed, experts)
     if changed.offload_parameters and changed.stage != 3:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from src.planner.sizes import Sizes
+from src.models.deepseek_v3.sizes import Sizes
 
 GIB = 2**30
 
@@ -68,10 +68,9 @@ class Settings:
                 raise ValueError(f"{option} is {value!r}; a number from 1 on is wanted.")
         if self.world % self.sp:
             raise ValueError(f"{self.world} processes are no multiple of sequence_parallel_size {self.sp}.")
-        if self.sizes.heads % self.sp:
-            raise ValueError(
-                f"num_attention_heads {self.sizes.heads} is no multiple of sequence_parallel_size {self.sp}."
-            )
+        heads = self.sizes.num_attention_heads
+        if heads % self.sp:
+            raise ValueError(f"num_attention_heads {heads} is no multiple of sequence_parallel_size {self.sp}.")
 
     @property
     def world(self) -> int:

@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 
 from src.planner.account import checkpoint_bytes
 from src.planner.cluster import Cluster
-from src.planner.rates import HOST_CAST, MEMORY
-from src.planner.schedule import Schedule, micro_step
+from src.planner.micro_step import micro_step
+from src.planner.rates import HOST_CAST
+from src.planner.schedule import Schedule
 from src.planner.settings import Settings
 from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, HOST, SP, TO_HOST, Span, busy, makespan, play
 
-PEAK = 989e12  # bf16 operations a second that NVIDIA states for an H100; MFU is of this
 # A parameter: fused AdamW on fp32 states 28, flattened gradient 8, its norm in fp64 20, clipping 8, cast to bf16 6; and
 # what comes after a step whatever its size: callbacks and logging (measured: 70 to 92 ms at 2.1e9 to 2.8e9 parameters).
 ADAM_BYTES, AFTER_STEP = 70, 20e-3
@@ -38,10 +38,10 @@ class StepTime:
 def optimizer_seconds(settings: Settings, cluster: Cluster) -> tuple[float, str]:
     own = settings.sizes.parameters * settings.trained / (settings.world if settings.stage else 1)
     if not settings.offload_optimizer:
-        seconds = ADAM_BYTES * own / MEMORY + AFTER_STEP
+        seconds = ADAM_BYTES * own / cluster.copy + AFTER_STEP
         return (
             seconds,
-            f"{own / 1e9:.2f}e9 parameters x {ADAM_BYTES} bytes / {MEMORY / 1e12:.2f} TB/s + {AFTER_STEP:g} s",
+            f"{own / 1e9:.2f}e9 parameters x {ADAM_BYTES} bytes / {cluster.copy / 1e12:.2f} TB/s + {AFTER_STEP:g} s",
         )
     adam = own * settings.gpus / (cluster.cpu_adam_gparams_s * 1e9)
     back = 0.0 if settings.offload_parameters else HOST_CAST * own * settings.gpus
@@ -113,9 +113,9 @@ def export_seconds(settings: Settings, cluster: Cluster) -> float:
 def sp_bytes(settings: Settings) -> float:
     """That a rank receives in a micro-step: latents and outputs, forward, recomputed and backward."""
     s, sizes = settings, settings.sizes
-    a_token = sizes.latents * (s.sp - 1) + sizes.heads * sizes.value * (s.sp - 1) / s.sp
+    a_token = sizes.latents * (s.sp - 1) + sizes.num_attention_heads * sizes.v_head_dim * (s.sp - 1) / s.sp
     times = 3 if s.activation_checkpointing else 2
-    return times * (sizes.layers + sizes.mtp) * s.tokens * a_token * s.param_bytes
+    return times * sizes.layers * s.tokens * a_token * s.param_bytes
 
 
 def network_bytes(settings: Settings, time: StepTime) -> float:

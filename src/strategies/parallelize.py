@@ -7,9 +7,11 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from src.models.deepseek_v3 import DeepseekV3ForCausalLM, ExpertShard, recompute
+from src.models.deepseek_v3 import DeepseekV3ForCausalLM, ExpertShard
+from src.models.deepseek_v3.recompute import recompute
 
 from .parallel_dims import ParallelDims
+from .zero_limits import zero3_limits
 
 
 def check_heads(model: DeepseekV3ForCausalLM, dims: ParallelDims) -> None:
@@ -40,17 +42,6 @@ def apply_zero_leaves(model: nn.Module) -> None:
 
 
 def zero3_settings(model: nn.Module) -> dict[str, int]:
-    """ZeRO-3's prefetch sized so that the shard in use and the next one are in memory, never a layer.
-
-    In elements: `stage3_prefetch_bucket_size` about a shard, `stage3_max_live_parameters` two to three of them, and no
-    gathered parameter kept for reuse.
-    """
+    """`zero3_limits` of the model's largest expert shard, or without experts of its largest parameter."""
     shards = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, ExpertShard)]
-    # Without experts: the largest parameter, which the head or the embedding is.
-    shard = max(shards) if shards else max(p.numel() for p in model.parameters())
-    return {
-        "stage3_prefetch_bucket_size": shard + shard // 8,
-        "stage3_max_live_parameters": 2 * shard + shard // 2,
-        "stage3_max_reuse_distance": 0,
-        "stage3_param_persistence_threshold": 100_000,
-    }
+    return zero3_limits(max(shards) if shards else max(p.numel() for p in model.parameters()))

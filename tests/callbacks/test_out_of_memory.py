@@ -19,6 +19,10 @@ class Full(Stub):
 
     layer_input, attention_output, activation_checkpointing = "keep", "recompute", True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.kept_bytes = {"layer_input": 4096, "attention_output": 7000}  # Moonlight's
+
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         if batch_idx == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -33,7 +37,7 @@ def test_it_says_where_and_what_would_help(monkeypatch: pytest.MonkeyPatch) -> N
     lines = note.splitlines()
     assert lines[0].startswith("Rank 0 ran out of GPU memory in step 2, phase forward: ")
     assert "of host memory available" in lines[0]
-    assert "  --model.layer_input=offload  (now keep): 14 KiB a token and layer to host memory" in lines
+    assert "  --model.layer_input=offload  (now keep): 4 KiB per token and layer to host memory" in lines
     assert lines[-1] == (
         "  python -m src.cli plan --config configs/32n_sp4.yaml '--data.train_files=[a b.jsonl]' "
         "--model.layer_input=offload"

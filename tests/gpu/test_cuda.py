@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from src.models import kernels
-from src.models.deepseek_v3 import DeepseekV3ForCausalLM, config_from_dict, recompute
+from src.models.deepseek_v3 import DeepseekV3ForCausalLM, config_from_dict
 from src.models.deepseek_v3.experts import Experts
+from src.models.deepseek_v3.recompute import recompute
 from tests.models.tiny import DEEPSEEK_V3, relative
 
 pytestmark = pytest.mark.gpu

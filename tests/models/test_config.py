@@ -26,6 +26,8 @@ from .tiny import DEEPSEEK_V3, KIMI_K2
         ({"sliding_window": 128, "index_topk": 5}, "sliding_window = 128.*index_topk = 5"),
         ({"q_lora_rank": 0}, "q_lora_rank is 0; null means no compression"),
         ({"num_key_value_heads": 2}, "num_key_value_heads 2 is not num_attention_heads 4"),
+        ({"hidden_size": "64", "n_group": 2.0}, "hidden_size is '64', which must be an integer; n_group is 2.0"),
+        ({"n_group": 0}, "n_routed_experts 8 is not a multiple of n_group 0"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(change: dict[str, object], message: str) -> None:
@@ -54,9 +56,17 @@ def test_an_absent_mtp_field_means_none() -> None:
     assert config_from_dict(fields).num_nextn_predict_layers == 0
 
 
+def test_absent_heads_of_keys_and_values_are_the_querys() -> None:
+    fields = {name: value for name, value in DEEPSEEK_V3.items() if name != "num_key_value_heads"}
+    assert config_from_dict(fields).num_key_value_heads == DEEPSEEK_V3["num_attention_heads"]
+
+
 def test_a_directory_without_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config.json does not exist; .*--model.pretrained"):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3)[:-5])
     with pytest.raises(ValueError, match="not valid JSON"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json holds no fields"):
         load_config(tmp_path)

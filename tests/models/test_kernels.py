@@ -53,7 +53,7 @@ def test_swiglu_backward_is_autograds() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_linear_cross_entropy_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.models.loss.CHUNK_ELEMENTS", 11 * chunk)
+    monkeypatch.setattr("src.models.loss_chunks.CHUNK_ELEMENTS", 11 * chunk)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(9, 5, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(11, 5, generator=generator, dtype=torch.float64).requires_grad_()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from src.models.deepseek_v3 import recompute
 from src.models.deepseek_v3.moe import Router
+from src.models.deepseek_v3.recompute import recompute
 from src.models.kernels import ATTENTION
 from src.models.loss import IGNORE_INDEX
 

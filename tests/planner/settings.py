@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from src.models.deepseek_v3.sizes import Sizes, read_sizes
 from src.planner.plan import Data
 from src.planner.settings import Settings
-from src.planner.sizes import Sizes, read_sizes
 
 MODEL = "configs/models/deepseek-v3"
 ROWS = Data(100_000, 100_000 * 32768, 1, "100,000 full rows")

@@ -10,7 +10,6 @@ from src.commands.plan import _Silent as Quiet
 from src.planner.cluster import Cluster
 from src.planner.plan import make_plan
 from src.planner.search import nearest, pays_until, scale, search
-from src.planner.sizes import read_sizes
 from tests.planner.settings import ROWS, guide, sizes
 
 CONFIG = "configs/32n_sp4.yaml"
@@ -170,12 +169,6 @@ def test_the_nearest_keeps_the_rows_of_a_step_and_takes_the_fewest_nodes() -> No
     # A node that is too small for the copy that a save writes.
     found = nearest(guide(), Cluster(host_memory_gib=600), ROWS)
     assert found is not None and found[0] == "--checkpoint.async_save false"
-
-
-def test_a_config_json_that_is_a_list_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"config.json holds no fields"):
-        read_sizes(tmp_path, None, False)
 
 
 def test_no_nearest_where_nothing_near_fits() -> None:

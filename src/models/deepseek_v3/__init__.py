@@ -1,10 +1,27 @@
-"""DeepSeek-V3, exact: mathematics alone, ignorant of ranks, DeepSpeed and files."""
+"""DeepSeek-V3, exact: mathematics alone, ignorant of ranks, DeepSpeed and files.
 
-from .config import config_from_dict, load_config
-from .experts import ExpertShard
-from .model import DeepseekV3ForCausalLM, Losses, LossWeights
-from .recompute import recompute
-from .sequence_parallel import SequenceParallelGroup, SingleProcess
+The names below are imported on first use: `config_json`, `sizes` and `flops` need no torch, and are read without it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import config_from_dict, load_config
+    from .experts import ExpertShard
+    from .model import DeepseekV3ForCausalLM, Losses, LossWeights
+    from .sequence_parallel import SequenceParallelGroup, SingleProcess
+
+_HOMES = {
+    "DeepseekV3ForCausalLM": "model",
+    "ExpertShard": "experts",
+    "LossWeights": "model",
+    "Losses": "model",
+    "SequenceParallelGroup": "sequence_parallel",
+    "SingleProcess": "sequence_parallel",
+    "config_from_dict": "config",
+    "load_config": "config",
+}
 
 __all__ = [
     "DeepseekV3ForCausalLM",
@@ -15,5 +32,10 @@ __all__ = [
     "SingleProcess",
     "config_from_dict",
     "load_config",
-    "recompute",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -207,12 +207,3 @@ class Route(NamedTuple):
     offsets: Tensor
     sizes: Tensor
     arrived: torch.cuda.Event | None
-
-
-def auto_experts_per_shard(experts: int) -> int:
-    """An eighth of a layer's experts, as near as it divides: 32 of DeepSeek-V3's 256, 2.8 GB in bf16.
-
-    Two or three shards are in memory at once, so a shard should be a small part of a layer; but a product over few
-    rows is slow, so not too small a part.
-    """
-    return max(size for size in range(1, max(1, experts // 8) + 1) if experts % size == 0)

@@ -3,43 +3,38 @@
 A multiplication with a matrix of N weights is 2N operations a token forward and 4N backward. Causal attention over a
 document of n tokens is n^2 (Dq + Dv) operations a head forward (half of the full square's) and twice that backward.
 Recomputation is not counted: MFU is about useful work.
+
+`config` is a `Sizes` or transformers' DeepseekV3Config: both have config.json's names.
 """
 
 from collections.abc import Iterable
 
-from transformers import DeepseekV3Config
+from .sizes import Sizes, attention_weights, mlp_weights
 
 FORWARD_AND_BACKWARD = 3
 
 
-def layer_weights(config: DeepseekV3Config, dense: bool) -> int:
+def layer_weights(config: Sizes, dense: bool) -> int:
     """Weights of one layer's matrices that a token is multiplied with: those of its K experts, not of all."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-    up_query = hidden * query if config.q_lora_rank is None else config.q_lora_rank * (hidden + query)
-    attention = (
-        up_query
-        + hidden * (config.kv_lora_rank + config.qk_rope_head_dim)
-        + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-        + heads * config.v_head_dim * hidden
+    weights = sum(attention_weights(config).values()) + sum(mlp_weights(config, dense).values())
+    return (
+        weights
+        if dense
+        else weights + config.num_experts_per_tok * 3 * config.hidden_size * config.moe_intermediate_size
     )
-    if dense:
-        return int(attention + 3 * hidden * config.intermediate_size)
-    experts = config.num_experts_per_tok + config.n_shared_experts
-    return int(attention + 3 * hidden * config.moe_intermediate_size * experts + hidden * config.n_routed_experts)
 
 
-def attention_flops(config: DeepseekV3Config, lengths: Iterable[int]) -> int:
+def attention_flops(config: Sizes, lengths: Iterable[int]) -> int:
     """Of one layer's scores and values, forward, over documents of these lengths."""
     return _attention_flops(config, sum(n * n for n in lengths))
 
 
-def _attention_flops(config: DeepseekV3Config, squares: int) -> int:
+def _attention_flops(config: Sizes, squares: int) -> int:
     width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     return int(squares * config.num_attention_heads * width)
 
 
-def step_flops(config: DeepseekV3Config, lengths: Iterable[int], targets: int, mtp: bool = False) -> int:
+def step_flops(config: Sizes, lengths: Iterable[int], targets: int, mtp: bool = False) -> int:
     """Forward and backward of documents of these lengths, of which `targets` tokens go through the head.
 
     Args:
@@ -49,7 +44,7 @@ def step_flops(config: DeepseekV3Config, lengths: Iterable[int], targets: int, m
     return packed_flops(config, sum(lengths), sum(n * n for n in lengths), targets, mtp)
 
 
-def packed_flops(config: DeepseekV3Config, tokens: int, squares: int, targets: int, mtp: bool = False) -> int:
+def packed_flops(config: Sizes, tokens: int, squares: int, targets: int, mtp: bool = False) -> int:
     """`step_flops` of documents whose lengths add up to `tokens` and their squares to `squares`."""
     layers = config.num_hidden_layers
     dense = min(config.first_k_dense_replace, layers)

@@ -26,6 +26,7 @@ from .moe import MoE, Router
 from .recompute import Kept
 from .rope import cos_sin, positions
 from .sequence_parallel import SequenceParallelGroup, SingleProcess
+from .sizes import attention_output_bytes, layer_input_bytes
 
 
 class LossWeights(NamedTuple):
@@ -133,6 +134,15 @@ class DeepseekV3ForCausalLM(nn.Module):
             elif isinstance(module, MoE):
                 module.kept = Kept(None)  # the routing: small, and the experts' rows must be the same again
         self.offload_layer_inputs = layer_input == "offload"
+
+    @property
+    def kept_bytes(self) -> dict[str, int]:
+        """Bytes per token and layer of what `set_kept` decides about, by its argument's name."""
+        size = self.lm_head.weight.element_size()
+        return {
+            "attention_output": attention_output_bytes(self.config, size),
+            "layer_input": layer_input_bytes(self.config, size),
+        }
 
     def set_sequence_parallel(self, sp: SequenceParallelGroup) -> None:
         """The group over which the rows are split; its size must divide the attention heads."""

@@ -11,10 +11,11 @@ from transformers import DeepseekV3Config
 
 from ..kernels import gated_unit, matmul_fp32
 from .attention import RowGeometry
-from .experts import Experts, Route, auto_experts_per_shard
+from .experts import Experts, Route
 from .linear import LastLinear, linear
 from .recompute import Kept, recomputing, unhooked
 from .sequence_parallel import SequenceParallelGroup, SingleProcess
+from .sizes import shard_size
 
 
 class MLP(nn.Module):
@@ -93,22 +94,16 @@ def sequence_balance(scores: Tensor, row: RowGeometry, top_k: int, sp: SequenceP
 
 class MoE(nn.Module):
     def __init__(self, config: DeepseekV3Config, experts_per_shard: int | None = None) -> None:
-        """experts_per_shard: None chooses it (`auto_experts_per_shard`).
+        """experts_per_shard: None chooses it (`shard_size`).
 
         Raises:
             ValueError: the layer's experts are not a multiple of experts_per_shard.
         """
         super().__init__()
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        size = auto_experts_per_shard(experts) if experts_per_shard is None else experts_per_shard
-        if size < 1 or experts % size:
-            raise ValueError(
-                f"experts_per_shard {size} does not divide the {experts} experts of a layer (n_routed_experts); "
-                f"'auto' takes {auto_experts_per_shard(experts)}."
-            )
         self.gate = Router(config)
         self.shared_experts = MLP(hidden, width * config.n_shared_experts)
-        self.experts = Experts(experts, size, hidden, width)
+        self.experts = Experts(experts, shard_size(experts, experts_per_shard), hidden, width)
         # Set by DeepseekV3ForCausalLM for all layers at once.
         self.sp: SequenceParallelGroup = SingleProcess()
         self.with_balance = False

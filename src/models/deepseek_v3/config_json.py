@@ -1,0 +1,135 @@
+"""config.json of the DeepSeek-V3 architecture: read, and refused by name where the model does not implement it.
+
+Without torch and transformers: whoever plans reads and refuses what whoever trains does.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+# Kimi-K2 is DeepSeek-V3 under its own name.
+MODEL_TYPES = ("deepseek_v3", "kimi_k2")
+
+# Fields whose other values transformers accepts and silently ignores: training on them would be training another model.
+ONLY_VALUES: dict[str, tuple[Any, ...]] = {
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "hidden_act": ("silu",),
+    "tie_word_embeddings": (False,),
+    "moe_layer_freq": (1,),
+    "attention_dropout": (0, None),
+    "rope_interleave": (True,),
+    "pretraining_tp": (1,),
+    "num_nextn_predict_layers": (0, 1, None),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),
+    "index_topk": (None,),  # sparse attention of later models
+}
+# What decides the model; transformers would put DeepSeek-V3's own numbers where one is absent.
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "first_k_dense_replace",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+NO_INTEGERS = ("q_lora_rank", "norm_topk_prob", "routed_scaling_factor", "rms_norm_eps")  # of REQUIRED
+ROPE_TYPES = ("default", "yarn")
+
+
+def read_fields(directory: str | Path) -> dict[str, Any]:
+    """The fields of the config.json of a Hugging Face directory.
+
+    Raises:
+        ValueError: there is no config.json, it is of another architecture or asks for a feature that the model does
+            not implement; all such features are listed with their values.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist; a Hugging Face directory of a DeepSeek-V3 model is needed here "
+            "(give it with --model.pretrained)."
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; copy it again from where the weights are.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds no fields; take the config.json that came with the weights.")
+    check_fields(fields, str(path))
+    return fields
+
+
+def check_fields(fields: dict[str, Any], origin: str) -> None:
+    """Raises as `read_fields`; `origin` names the fields in errors."""
+    model_type = fields.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"{origin}: model_type is {model_type!r}; the DeepSeek-V3 architecture is trained here, "
+            f"model_type {' or '.join(MODEL_TYPES)}."
+        )
+    absent = [name for name in REQUIRED if name not in fields]
+    if absent:
+        raise ValueError(f"{origin} lacks {', '.join(absent)}; take the config.json that came with the weights.")
+    problems = [
+        f"{name} is {fields[name]!r}, which must be an integer"
+        for name in REQUIRED
+        if name not in NO_INTEGERS and type(fields[name]) is not int
+    ]
+    if problems:
+        raise ValueError(f"{origin}: " + "; ".join(problems) + ".")
+    problems = [
+        f"{name} = {fields[name]!r} (implemented: {' or '.join(map(repr, values))})"
+        for name, values in ONLY_VALUES.items()
+        if name in fields and fields[name] not in values
+    ]
+    scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        problems.append(f"RoPE type = {rope_type!r} (implemented: {' or '.join(map(repr, ROPE_TYPES))})")
+    if scaling.get("truncate") is False:
+        problems.append("YaRN truncate = False (implemented: True)")
+    if problems:
+        raise ValueError(f"{origin} asks for what this model does not implement: " + "; ".join(problems) + ".")
+    _check_sizes(fields, origin)
+
+
+def _check_sizes(fields: dict[str, Any], origin: str) -> None:
+    experts, groups, chosen_groups = fields["n_routed_experts"], fields["n_group"], fields["topk_group"]
+    top_k, heads = fields["num_experts_per_tok"], fields["num_attention_heads"]
+    problems = []
+    if fields.get("num_key_value_heads", heads) not in (heads, None):
+        problems.append(f"num_key_value_heads {fields['num_key_value_heads']} is not num_attention_heads {heads}")
+    if groups < 1 or experts % groups:
+        problems.append(f"n_routed_experts {experts} is not a multiple of n_group {groups}")
+    elif experts // groups < 2:
+        problems.append(f"n_routed_experts {experts} / n_group {groups} leaves fewer than two experts a group")
+    elif not 1 <= chosen_groups <= groups:
+        problems.append(f"topk_group {chosen_groups} is not between 1 and n_group {groups}")
+    elif top_k > chosen_groups * (experts // groups):
+        problems.append(
+            f"num_experts_per_tok {top_k} is more than the {chosen_groups * (experts // groups)} experts of "
+            f"topk_group {chosen_groups} groups"
+        )
+    if fields["q_lora_rank"] is not None and fields["q_lora_rank"] < 1:
+        problems.append(f"q_lora_rank is {fields['q_lora_rank']}; null means no compression of queries")
+    if not fields["n_shared_experts"]:
+        problems.append(f"n_shared_experts is {fields['n_shared_experts']}; at least one is implemented")
+    if problems:
+        raise ValueError(f"{origin}: " + "; ".join(problems) + ".")
