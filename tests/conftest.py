@@ -23,3 +23,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not CUDA and item.get_closest_marker("gpu"):
             item.add_marker(skip_gpu)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a small run takes: `model/` with config and tokenizer, `train.jsonl`, `val.jsonl` (small.py); only read."""
+    from tests.small import save_inputs
+
+    folder = tmp_path_factory.mktemp("inputs")
+    save_inputs(folder)
+    return folder

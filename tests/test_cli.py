@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,47 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.cli import main
+from tests.commands import Command, run, start_afresh
 
 pytestmark = pytest.mark.xdist_group("cli")  # several share a run
-ROOT = Path(__file__).parents[1]
-
-# Small in every way, with the real tokenizer: 24 conversations, two layers and the multi-token prediction.
-SMALL = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_nextn_predict_layers": 1,
-    "n_routed_experts": 8,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-}
-
-
-def run(*args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [sys.executable, "-m", "src.cli", *args], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    if check and result.returncode != 0:
-        raise AssertionError(f"{args} failed:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}")
-    return result
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the model's config and a little data."""
-    folder = tmp_path_factory.mktemp("inputs")
-    (folder / "model").mkdir()
-    fields = json.loads((ROOT / "configs/models/tiny/config.json").read_text()) | SMALL
-    (folder / "model/config.json").write_text(json.dumps(fields))
-    (folder / "model/generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1}')
-    lines = (ROOT / "data/demo/train.jsonl").read_text().splitlines()
-    (folder / "train.jsonl").write_text("\n".join(lines[:24]))
-    (folder / "val.jsonl").write_text("\n".join(lines[24:30]))
-    return folder
 
 
 def fit_args(inputs: Path, root: Path, *more: str) -> list[str]:
@@ -66,6 +25,7 @@ def fit_args(inputs: Path, root: Path, *more: str) -> list[str]:
         f"--trainer.default_root_dir={root}",
         "--trainer.enable_progress_bar=false",
         f"--model.pretrained={inputs}/model",
+        f"--data.tokenizer={inputs}/model",
         f"--data.train_files=[{inputs}/train.jsonl]",
         f"--data.val_files=[{inputs}/val.jsonl]",
         f"--data.cache_dir={inputs}/cache",
@@ -93,7 +53,7 @@ def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"--trainer.callbacks.out={root}/fp8",
         "--trainer.callbacks.dtype=fp8",
     ]
-    run(*fit_args(inputs, root, f"--export.out={root}/hf", "--export.dtype=fp32", *as_a_callback))
+    start_afresh(*fit_args(inputs, root, f"--export.out={root}/hf", "--export.dtype=fp32", *as_a_callback))
     return root
 
 
@@ -135,17 +95,15 @@ def test_the_checkpoint_tells_what_made_it(trained: Path, inputs: Path) -> None:
 
 def test_a_killed_run_resumes_bit_for_bit(trained: Path, inputs: Path, tmp_path: Path) -> None:
     """Killed after its checkpoint in the middle of the first epoch; the weights it began with are not read again."""
-    command = [sys.executable, "-m", "src.cli", *fit_args(inputs, tmp_path)]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 300
-        while not (tmp_path / "checkpoints/last.ckpt").exists():
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    reached = tmp_path / "reached"
+    pause = ["--trainer.callbacks+=tests.launch.pause.Pause", "--trainer.callbacks.step=4"]
+    command = Command(*fit_args(inputs, tmp_path, *pause, f"--trainer.callbacks.reached={reached}"), ranks=2)
+    while not (reached.exists() and (tmp_path / "checkpoints/last.ckpt").exists()):
+        assert command.running(), command.output("stderr")[-3000:]
+        time.sleep(0.02)
+    command.kill()
     assert os.readlink(tmp_path / "checkpoints/last.ckpt") == "step=3.ckpt"
-    result = run(*fit_args(inputs, tmp_path, "--ckpt_path=last"))
+    result = run(*fit_args(inputs, tmp_path, "--ckpt_path=last"), ranks=2)
     assert "Loading weights" not in result.stderr
     losses, whole = scalars(tmp_path, "train/loss"), scalars(trained, "train/loss")
     # The killed process may not have written its last values; what was written and what followed are the same bits.
@@ -160,9 +118,10 @@ def test_a_run_resumes_on_other_layouts(trained: Path, inputs: Path, tmp_path: P
     steps = int(oldest.stem.removeprefix("step="))
     sp = "--trainer.strategy.init_args.sequence_parallel_size=1"
     changed = fit_args(inputs, tmp_path / "2x1", f"--ckpt_path={oldest}", sp)
-    refused = run(*changed, check=False)
+    refused = run(*changed, ranks=2, check=False)
     assert refused.returncode != 0 and "set --trainer.accumulate_grad_batches 1" in refused.stderr
-    run(*changed, "--trainer.accumulate_grad_batches=1", "--checkpoint.every_n_train_steps=1", "--checkpoint.keep=9")
+    often = ["--checkpoint.every_n_train_steps=1", "--checkpoint.keep=9"]
+    run(*changed, "--trainer.accumulate_grad_batches=1", *often, ranks=2)
     between = tmp_path / f"2x1/checkpoints/step={steps + 1}.ckpt"
     run(*fit_args(inputs, tmp_path / "1x1", f"--ckpt_path={between}", sp, "--trainer.devices=1"))
     for tag in ("train/loss", "train/grad_norm", "lr-AdamW/pg1", "val/loss"):
@@ -176,7 +135,7 @@ def test_validate_prints_the_loss_of_the_checkpoint(trained: Path, inputs: Path)
     no_training_data = "--data.train_files=[/nowhere.jsonl]"  # none is needed
     again = f"--data.val_sets={{again: [{inputs}/val.jsonl]}}"  # which leaves the mean of all as it was
     args = ["validate", *fit_args(inputs, trained)[1:], no_training_data, again, "--ckpt_path=last"]
-    result = run(*[a for a in args if not a.startswith("--trainer.accumulate")])
+    result = start_afresh(*[a for a in args if not a.startswith("--trainer.accumulate")])
     (loss, of_all), (of_set, its_loss) = (line.split() for line in result.stdout.splitlines()[-2:])
     assert (loss, of_set) == ("val/loss", "val/again/loss")
     recorded = scalars(trained, "val/loss")
@@ -184,7 +143,7 @@ def test_validate_prints_the_loss_of_the_checkpoint(trained: Path, inputs: Path)
 
 
 def test_export_loads_in_transformers(trained: Path, tmp_path: Path) -> None:
-    run("export", f"--ckpt={trained}/checkpoints/last.ckpt", f"--out={tmp_path}/hf", "--dtype=fp32")
+    start_afresh("export", f"--ckpt={trained}/checkpoints/last.ckpt", f"--out={tmp_path}/hf", "--dtype=fp32")
     for file in (tmp_path / "hf").iterdir():  # the same as at the end of fit, from the live partitions
         if file.name != "README.md":  # which knows the losses of the last step, logged after the last save
             assert file.read_bytes() == (trained / "hf" / file.name).read_bytes(), file.name
@@ -198,7 +157,7 @@ def test_export_loads_in_transformers(trained: Path, tmp_path: Path) -> None:
     assert biases and all(b.any() and torch.allclose(100 * b, (100 * b).round(), atol=1e-4) for b in biases.values())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.chat_template and model.generation_config.eos_token_id == 1
-    result = run("verify", f"--model={tmp_path}/hf")
+    result = start_afresh("verify", f"--model={tmp_path}/hf")
     assert result.stdout.count(" ok") == 3
 
 
@@ -233,7 +192,7 @@ def test_a_second_fit_into_the_folder_is_refused(trained: Path, inputs: Path) ->
     ],
 )
 def test_what_cannot_work_is_refused(change: list[str], message: str, inputs: Path, tmp_path: Path) -> None:
-    result = run(*fit_args(inputs, tmp_path, *change), check=False)
+    result = run(*fit_args(inputs, tmp_path, *change), ranks=2, check=False)
     assert result.returncode != 0 and message in result.stderr
 
 
@@ -258,12 +217,11 @@ def test_segments_of_gpu_memory_grow_unless_something_else_is_set(
 
 @pytest.mark.parametrize("args", [[], ["fly"]])
 def test_what_is_no_command_shows_the_usage(args: list[str]) -> None:
-    result = run(*args, check=False)
+    result = start_afresh(*args, check=False)  # at once, since nothing heavy is imported
     assert result.returncode != 0 and "usage: python -m src.cli" in result.stdout
 
 
 @pytest.mark.parametrize("command", ["export", "verify"])
 def test_help_needs_no_files(command: str) -> None:
-    code = f"import sys; sys.argv=['x']; from src.cli import main; main(['{command}', '--help'])"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = run(command, "--help")
     assert result.returncode == 0 and "--" in result.stdout

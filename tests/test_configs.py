@@ -5,8 +5,6 @@ Each says in its head how it is launched and what `plan` says of it; both are ke
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ from src.checkpoints.key_map import hf_shapes
 from src.commands.config_command import ConfigCommand
 from src.commands.plan import verdict
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, load_config
+from tests.commands import ROOT, run
 
-ROOT = Path(__file__).parents[1]
 PARTS = ("base.yaml", "671b.yaml")  # of the other files, no runs of their own
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name not in PARTS)
 GUIDE = {  # nodes, SP, optimizer on the host, rows a DP rank: the guide's table
@@ -62,9 +60,7 @@ def test_none_is_missed() -> None:
 
 
 def test_fit_takes_a_file_and_prints_all_of_it() -> None:
-    command = [sys.executable, "-m", "src.cli", "fit", "--config", "configs/32n_sp4.yaml", "--print_config"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-2000:]
+    result = run("fit", "--config", "configs/32n_sp4.yaml", "--print_config")
     options = yaml.safe_load(result.stdout)["trainer"]["strategy"]["init_args"]
     assert options["sequence_parallel_size"] == 4 and options["offload_optimizer"] is True
 

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import multiprocessing
 import os
 import random
 import threading
@@ -22,7 +21,7 @@ from src.checkpoints import disk_space, durable, saving
 from src.checkpoints.durable import CheckedFile, remove_leftovers
 from src.checkpoints.manifest import check_manifest
 from src.checkpoints.saving import TAG, CheckpointSaver, SaveFailed
-from tests.distributed.spawn import PRELOAD
+from tests.distributed.spawn import server
 
 from .disk import Disk, Stop
 
@@ -127,8 +126,7 @@ def train_until_killed(folder: Path) -> None:
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    multiprocessing.set_forkserver_preload(PRELOAD)
-    context, generator = multiprocessing.get_context("forkserver"), random.Random(0)
+    context, generator = server(), random.Random(0)
     reached, leftovers = 0, 0
     for _ in range(25):
         process = context.Process(target=train_until_killed, args=(folder,))

@@ -27,8 +27,17 @@ PRELOAD = [
     "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed's initialize imports it, and all of torch.compile with it
     "lightning.pytorch",
     "transformers.models.deepseek_v3.modeling_deepseek_v3",
+    "torch.utils.tensorboard",
+    *(f"src.commands.{name}" for name in ("training", "plan", "check_data", "preflight", "rehearse", "verify")),
+    "src.checkpoints.export",
     "tests.distributed.training",
 ]
+
+
+def server() -> multiprocessing.context.ForkServerContext:
+    """Starts processes by a fork of the server."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    return multiprocessing.get_context("forkserver")
 
 
 def free_port() -> int:
@@ -40,17 +49,21 @@ def free_port() -> int:
             return port
 
 
+def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher tells each process of one node."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
 def _entry(rank: int, fn: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        NODE_RANK="0",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-    )
+    os.environ.update(rank_variables(rank, world_size, port), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
     faulthandler.enable()
     gc.freeze()  # a million objects of the libraries, which DeepSpeed's gc.collect() would look through
@@ -63,7 +76,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
 
     No process group is made: fn makes its own (or a Trainer does). Returns each rank's value, in rank order.
     """
-    multiprocessing.set_forkserver_preload(PRELOAD)
+    server()
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
             _entry,

@@ -2,8 +2,6 @@
 
 import functools
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from src.models.sft_module import SFTModule
 from src.rehearsal.job import Job, Measured, Rows, rehearse
 from src.rehearsal.loopback import join
 from src.strategies import DeepSpeedSPStrategy
-from tests.launch.cluster import ROOT
+from tests.commands import run, start_afresh
 from tests.models.tiny import DEEPSEEK_V3, oracle
 
 from .spawn import run_distributed
@@ -127,15 +125,10 @@ def test_other_ranks_parts_are_its_own_moved_on() -> None:
     assert torch.equal(own, part) and objects == [7] * 256
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "src.cli", "rehearse", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
 def test_the_command(tmp_path: Path) -> None:
     config = ["--config", "configs/tiny_cpu.yaml", "--trainer.default_root_dir", str(tmp_path / "run")]
-    result = run(*config, "--trainer.num_nodes=128", "--trainer.accumulate_grad_batches=2", "--data.max_length=32")
-    assert result.returncode == 0, result.stderr
+    job = ["--trainer.num_nodes=128", "--trainer.accumulate_grad_batches=2", "--data.max_length=32"]
+    result = start_afresh("rehearse", *config, *job)
     assert "rank 0 of 256 (DP 128 x SP 2), everything but the network:" in result.stdout
     for row in ("a micro-step, s", "the last and the optimizer, s", "host memory, GiB", "the busiest expert's load"):
         assert row in result.stdout
@@ -145,9 +138,11 @@ def test_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_what_cannot_be_rehearsed_is_said() -> None:
-    result = run("--config", "configs/32n_sp4.yaml")
-    assert result.returncode == 2 and "no GPU can be used here" in result.stderr
-    once = run("--config", "configs/tiny_cpu.yaml", "--steps", "1")
-    assert once.returncode == 2 and "--steps is 1; the first compiles" in once.stderr
-    small = run("--config", "configs/32n_sp4.yaml", "--trainer.accelerator", "cpu", "--trainer.num_nodes", "8")
-    assert small.returncode == 2 and "GiB of host memory by the plan" in small.stderr
+    large, on_cpu = ["--config", "configs/32n_sp4.yaml"], ["--trainer.accelerator", "cpu", "--trainer.num_nodes", "8"]
+    for args, message in (
+        (large, "no GPU can be used here"),
+        (["--config", "configs/tiny_cpu.yaml", "--steps", "1"], "--steps is 1; the first compiles"),
+        ([*large, *on_cpu], "GiB of host memory by the plan"),
+    ):
+        result = run("rehearse", *args, check=False)
+        assert result.returncode == 2 and message in result.stderr

@@ -1,7 +1,6 @@
 """Checkpoints written beside training: as DeepSpeed's own, whole after a kill, apart from training when they fail."""
 
 import logging
-import multiprocessing
 import os
 import resource
 import threading
@@ -24,7 +23,7 @@ from src.models.sft_module import Batch, SFTModule
 from tests.checkpoints.equality import differences
 from tests.models.tiny import DEEPSEEK_V3, oracle
 
-from .spawn import PRELOAD, run_distributed
+from .spawn import run_distributed, server
 from .training import Layout, Recipe, fit, save_model
 
 TWO = Layout(dp=2, sp=1, accumulation=2, batch_size=1)
@@ -226,8 +225,7 @@ def resume(directory: str, root: str, port: int) -> None:
 def test_a_run_killed_while_it_saves_goes_on_to_the_same_weights(directory: str, tmp_path: Path) -> None:
     from .spawn import free_port
 
-    multiprocessing.set_forkserver_preload(PRELOAD)
-    context, folder = multiprocessing.get_context("forkserver"), tmp_path / "checkpoints"
+    context, folder = server(), tmp_path / "checkpoints"
     for reached, pause in ((2, 0.05), (4, 0.1), (6, 0.15)):
         process = context.Process(target=resume, args=(directory, str(tmp_path), free_port()))
         process.start()

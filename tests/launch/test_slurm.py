@@ -1,7 +1,6 @@
 """The scripts under a real slurmctld with two nodes on this machine: a preempted run, and a node that is not as it
 should be."""
 
-import json
 import os
 import shutil
 import sys
@@ -12,7 +11,6 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.launch.cluster import ROOT, SlurmCluster, why_not
-from tests.test_cli import SMALL
 
 reason = why_not()
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.skipif(reason is not None, reason=str(reason))]
@@ -33,17 +31,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     slurm.stop()
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    (folder / "model").mkdir()
-    fields = json.loads((ROOT / "configs/models/tiny/config.json").read_text()) | SMALL
-    (folder / "model/config.json").write_text(json.dumps(fields))
-    lines = (ROOT / "data/demo/train.jsonl").read_text().splitlines()
-    (folder / "train.jsonl").write_text("\n".join(lines[:24]))
-    return folder
-
-
 def arguments(inputs: Path, root: Path, *more: str) -> list[str]:
     return [
         "configs/tiny_cpu.yaml",
@@ -52,8 +39,9 @@ def arguments(inputs: Path, root: Path, *more: str) -> list[str]:
         f"--trainer.default_root_dir={root}",
         "--trainer.enable_progress_bar=false",
         "--trainer.limit_val_batches=0",
-        "--trainer.max_epochs=1",
+        "--trainer.max_steps=5",
         f"--model.pretrained={inputs}/model",
+        f"--data.tokenizer={inputs}/model",
         f"--data.train_files=[{inputs}/train.jsonl]",
         "--data.val_files=[]",
         f"--data.cache_dir={inputs}/cache",

@@ -10,6 +10,7 @@ from src.commands.plan import _Silent as Quiet
 from src.planner.cluster import Cluster
 from src.planner.plan import make_plan
 from src.planner.search import nearest, pays_until, scale, search
+from tests.commands import run
 from tests.planner.settings import ROWS, guide, sizes
 
 CONFIG = "configs/32n_sp4.yaml"
@@ -63,11 +64,11 @@ def test_an_epoch_is_as_long_as_the_trainer_lets_it(limit: str, steps: int) -> N
     assert plan.steps == steps and ("limit_train_batches" in plan.data.source) == (steps < 196)
 
 
-def test_json_has_what_a_script_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_what_a_script_asks_for(tmp_path: Path) -> None:
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("nics_per_node: 1\nnic_gbit: 400\n")
-    PlanCLI([*FITS, "--json", "--cluster", str(cluster), "--trainer.max_steps", "7", "--document_length", "4096"])
-    answer = json.loads(capsys.readouterr().out)
+    arguments = ["--json", "--cluster", str(cluster), "--trainer.max_steps", "7", "--document_length", "4096"]
+    answer = json.loads(run("plan", *FITS, *arguments).stdout)
     assert set(answer) == {
         *("fits", "verdict", "binding", "device", "host", "disk", "time", "tokens_per_s_per_gpu"),
         *("tokens_per_s_per_gpu_range", "mfu", "network_bytes", "steps", "rows_per_step", "data", "cluster", "assumed"),
