@@ -92,6 +92,11 @@ class SFTDataModule(LightningDataModule):
             if files:
                 self._open(files)
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest batch that can come, before it is padded to a multiple of SP."""
+        return self.options.max_length * self.batch_size
+
     def setup(self, stage: str) -> None:
         """Opens the caches and packs, the same on every rank. Needs no trainer."""
         if stage == "fit" and self.train_set is None:

@@ -22,13 +22,13 @@ IGNORE_INDEX = -100
 class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, sections: list[tuple[int, float]]
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, sections: list[tuple[int, float]], with_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = len(hidden)
         losses = hidden.new_empty(tokens, dtype=torch.float32)
         correct = hidden.new_empty(tokens, dtype=torch.bool)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_hidden = torch.empty_like(hidden) if with_grad and ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad and ctx.needs_input_grad[1] else None
         loss = losses.new_zeros(())
         begin = 0
         for count, factor in sections:
@@ -49,8 +49,7 @@ class _LinearCrossEntropy(Function):
         return (
             None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype),
             None if rounded is None else torch.mul(grad_weight, grad, out=rounded),  # in one pass
-            None,
-            None,
+            *(None, None, None),
         )
 
 
@@ -107,6 +106,8 @@ def linear_cross_entropy(
     counts = torch.stack([part.sum() for part in is_target.split([n for n, _ in sections])]).tolist()
     targets = is_target.nonzero().squeeze(-1)
     kept = [(count, factor) for count, (_, factor) in zip(counts, sections, strict=True)]
-    loss, losses, correct = _LinearCrossEntropy.apply(hidden[targets], weight, labels[targets], kept)
+    # Asked here: inside, no gradient is ever enabled, and what an input needs does not say whether one will come.
+    with_grad = torch.is_grad_enabled()
+    loss, losses, correct = _LinearCrossEntropy.apply(hidden[targets], weight, labels[targets], kept, with_grad)
     every = losses.new_zeros(len(labels)).index_copy_(0, targets, losses)
     return loss, every, torch.zeros_like(labels, dtype=torch.bool).index_copy_(0, targets, correct)

@@ -1,10 +1,12 @@
 """Tensors that wait in pinned host memory from the forward pass to the backward, copied beside the computation."""
 
-from collections import defaultdict
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .pinned import pinned
 
 # What is fetched ahead while a layer's backward runs: as many tensors as a layer leaves here (its input, its
 # attention's output and log-sums, its output projection).
@@ -24,28 +26,47 @@ class Waiting:
 class HostStack:
     """A stack in pinned host memory. Copies out and in run on a stream of their own.
 
-    Tensors are taken back in about the reverse order; the next ones are fetched meanwhile. Buffers are kept for the
-    next step. Tensors that are not on a CUDA device stay where they are.
+    Tensors are taken back in about the reverse order; the next ones are fetched meanwhile. The n-th tensor of a forward
+    pass has the n-th buffer, which is as large as it would be for the longest row, so that rows of all lengths share
+    the buffers. Tensors that are not on a CUDA device stay where they are.
+
+    longest: tokens of the longest row that can come, of one SP rank; a longer one enlarges the buffers.
+    also_cpu: keeps tensors of the CPU too, for tests.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, also_cpu: bool = False) -> None:
+        self.longest = 0
+        self._also_cpu = also_cpu
+        self._tokens = 1
         self._waiting: dict[int, Waiting] = {}  # in the order of `put`
-        self._buffers: dict[int, list[Tensor]] = defaultdict(list)  # pinned, by size in bytes
+        self._buffers: list[Tensor] = []  # pinned, uint8
+        self._used = 0
         self._stream: torch.cuda.Stream | None = None
+
+    def begin(self, tokens: int) -> None:
+        """A forward pass over a row of so many tokens; forgets what was never taken back."""
+        self._waiting.clear()
+        self._tokens, self.longest, self._used = tokens, max(self.longest, tokens), 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of the buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers)
 
     def put(self, tensor: Tensor) -> Any:
         """Starts the copy to the host; returns what `take` wants. The tensor must not be changed afterwards."""
-        if not tensor.is_cuda:
+        if not (tensor.is_cuda or self._also_cpu):
             return tensor
-        if self._stream is None:
+        if self._stream is None and tensor.is_cuda:
             self._stream = torch.cuda.Stream(tensor.device)
         item = Waiting(tensor)
         source = tensor.contiguous()
         item.host = self._buffer(source.nbytes)
-        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with torch.cuda.stream(self._stream):
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+            source.record_stream(self._stream)
+        with self._beside():
             item.host.copy_(source.view(-1).view(torch.uint8), non_blocking=True)
-        source.record_stream(self._stream)
         self._waiting[id(item)] = item
         return item
 
@@ -59,35 +80,35 @@ class HostStack:
         before = list(self._waiting.values())[-AHEAD:]
         for other in reversed(before):
             self._fetch(other)
-        assert item.fetched is not None and item.ready is not None
-        current = torch.cuda.current_stream(item.device)
-        current.wait_event(item.ready)
-        item.fetched.record_stream(current)
+        assert item.fetched is not None
+        if item.ready is not None:
+            current = torch.cuda.current_stream(item.device)
+            current.wait_event(item.ready)
+            item.fetched.record_stream(current)
         tensor, item.fetched = item.fetched, None
         return tensor
 
-    def clear(self) -> None:
-        """Forgets what was never taken back: a forward pass without a backward."""
-        for item in self._waiting.values():
-            if item.host is not None:
-                self._buffers[item.host.nbytes].append(item.host)
-        self._waiting.clear()
+    def _beside(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _fetch(self, item: Waiting) -> None:
         if item.host is None:  # under way or done
             return
-        assert self._stream is not None
-        with torch.cuda.stream(self._stream):
+        with self._beside():
             fetched = torch.empty(item.shape, dtype=item.dtype, device=item.device)
             fetched.view(-1).view(torch.uint8).copy_(item.host, non_blocking=True)
-            item.ready = torch.cuda.Event()
-            item.ready.record(self._stream)
-        item.fetched = fetched
-        # Every copy runs on one stream, so the buffer's next use comes after this one.
-        self._buffers[item.host.nbytes].append(item.host)
-        item.host = None
+            if self._stream is not None:
+                item.ready = torch.cuda.Event()
+                item.ready.record(self._stream)
+        item.fetched, item.host = fetched, None
 
     def _buffer(self, nbytes: int) -> Tensor:
-        if self._buffers[nbytes]:
-            return self._buffers[nbytes].pop()
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        """The next one; every copy runs on one stream, so its use in the next forward pass comes after this one's."""
+        index, self._used = self._used, self._used + 1
+        if index == len(self._buffers):
+            self._buffers.append(torch.empty(0, dtype=torch.uint8))
+        if self._buffers[index].nbytes < nbytes:
+            if self._stream is not None:
+                self._stream.synchronize()  # the smaller one is given back, and may still be copied from
+            self._buffers[index] = pinned(-(-nbytes * self.longest // self._tokens))
+        return self._buffers[index][:nbytes]

@@ -4,7 +4,6 @@ It reaches those only through `self.trainer.strategy` (`parallelize`, `load`, `o
 data only through its batches.
 """
 
-import fnmatch
 import functools
 import math
 import os
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from .deepseek_v3 import DeepseekV3ForCausalLM, Losses, LossWeights, load_config
+from .deepseek_v3.freezing import frozen
 from .kernels import ATTENTION
 from .loss import IGNORE_INDEX
 from .metrics import MeanByTarget, ValidationMetrics
@@ -49,10 +49,10 @@ class SFTModule(pl.LightningModule):
         aux_loss_alpha: factor of the sequence-wise balance loss; 0 turns it off.
         router_bias_update_speed: by how much each router bias moves towards balance after an optimizer step; 0 leaves
             the biases as they were trained.
-        freeze: patterns (`*`, `?`) of parameter names that are not trained, e.g. "model.embed_tokens*". Routed experts
-            are named by shard, not one by one: "model.layers.3.mlp.experts.0.*" is layer 3's first experts_per_shard.
+        freeze: patterns (`*`, `?`) over published parameter names that are not trained, e.g. "model.embed_tokens*" or
+            "model.layers.3.mlp.experts.*". Experts that share a shard (experts_per_shard) are frozen together.
         activation_checkpointing: keep each layer's input alone and compute the rest again in the backward pass.
-        experts_per_shard: routed experts that ZeRO-3 gathers at once; `auto` takes about an eighth of a layer's.
+        experts_per_shard: routed experts that ZeRO-3 gathers at once; `auto` takes as many as 3 GB hold.
         attention_kernel: auto, flash_attn_4 (Hopper, bf16), varlen (CUDA, bf16) or sdpa.
         attention_output: what a layer does with its attention's output under activation checkpointing: `recompute` it,
             `keep` it on the device or `offload` it to pinned host memory. In bf16 it takes 2 x (heads x v_head_dim +
@@ -149,6 +149,8 @@ class SFTModule(pl.LightningModule):
         if self.activation_checkpointing:
             self.model.set_kept(self.attention_output, self.layer_input)
         strategy.parallelize(self.model, self.activation_checkpointing)
+        longest = getattr(self.trainer.datamodule, "longest_row", 0)  # type: ignore[attr-defined]
+        self.model.host.longest = -(-longest // self.model.sp.size)
         if self.trainer.state.fn == "fit" and checkpoint is not None:
             return  # resumed: the checkpoint holds every weight
         if checkpoint is not None:
@@ -159,16 +161,9 @@ class SFTModule(pl.LightningModule):
             strategy.load(self.model, self.pretrained)
 
     def _freeze(self, model: DeepseekV3ForCausalLM) -> None:
-        names = [name for name, _ in model.named_parameters()]
-        unmatched = [p for p in self.freeze_patterns if not fnmatch.filter(names, p)]
-        if unmatched:
-            raise ValueError(
-                f"freeze: no parameter's name matches {', '.join(map(repr, unmatched))}; names are such as {names[0]} "
-                f"and {names[-1]}, without the prefix that checkpoints put before them."
-            )
-        for name, parameter in model.named_parameters():
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.freeze_patterns):
-                parameter.requires_grad_(False)
+        parameters = dict(model.named_parameters())
+        for name in frozen(parameters, self.freeze_patterns, model.experts_per_shard):
+            parameters[name].requires_grad_(False)
 
     def configure_optimizers(self) -> Any:
         assert self.model is not None

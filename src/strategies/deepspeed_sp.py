@@ -32,6 +32,7 @@ from src.checkpoints.zero_reader import ZeroCheckpointSource
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, SequenceParallelGroup, SingleProcess
 
 from .checkpointing import CheckpointingStrategy
+from .host_optimizer import HostAdamW, allocated_once, step_in_pieces
 from .operators import prepare_builds
 from .parallel_dims import ParallelDims
 from .parallelize import (
@@ -214,25 +215,25 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         settings: lr, betas, eps, weight_decay.
         """
         if self.offloads_optimizer:
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+            return HostAdamW(groups, **settings)
         return torch.optim.AdamW(groups, fused=self.root_device.type == "cuda", **settings)
 
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRScheduler | None = None
     ) -> tuple[deepspeed.DeepSpeedEngine, Optimizer]:
         # As Lightning's, but for device_rank, which must be an int on CPU too.
-        engine, deepspeed_optimizer, _, _ = deepspeed.initialize(
-            args=argparse.Namespace(device_rank=self.root_device.index or 0),
-            config=self.config,
-            model=model,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            dist_init_required=False,
-        )
+        with allocated_once():
+            engine, deepspeed_optimizer, _, _ = deepspeed.initialize(
+                args=argparse.Namespace(device_rank=self.root_device.index or 0),
+                config=self.config,
+                model=model,
+                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                optimizer=optimizer,
+                lr_scheduler=lr_scheduler,
+                dist_init_required=False,
+            )
         reduce_by_one_view(engine.optimizer)
+        step_in_pieces(engine.optimizer)
         self._save_through(engine)
         return engine, deepspeed_optimizer
 

@@ -53,7 +53,8 @@ def restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpoin
     for name, part in parts.items():
         state = adam.state[part.flat]
         if not state:
-            state |= _fresh_state(adam, part.flat, checkpoint.step)
+            state |= _fresh_state(part.flat)
+        state["step"] = _count(adam, part.flat, checkpoint.step)
         sinks.append(Sink(weights, name, part.of(part.flat), part.start))
         sinks += [Sink(moments[slot], name, part.of(state[slot]), part.start) for slot in _MOMENTS]
     fill(sinks, "Resuming")
@@ -88,12 +89,16 @@ def _views(
     return weights, moments
 
 
-def _fresh_state(adam: torch.optim.Optimizer, flat: Tensor, step: int) -> dict[str, Any]:
-    """What `adam` would have made for a flat tensor at its first step, but for the count."""
-    count: int | Tensor = step
-    if isinstance(adam, torch.optim.AdamW):  # DeepSpeed's counts in Python
-        count = torch.tensor(float(step), device=flat.device if adam.defaults["fused"] else "cpu")
-    return {"step": count} | {slot: torch.zeros_like(flat) for slot in _MOMENTS}
+def _fresh_state(flat: Tensor) -> dict[str, Any]:
+    """The moments that AdamW makes for a flat tensor at its first step."""
+    return {slot: torch.zeros_like(flat) for slot in _MOMENTS}
+
+
+def _count(adam: torch.optim.Optimizer, flat: Tensor, step: int) -> int | Tensor:
+    """AdamW's count of steps as `adam` keeps it: DeepSpeed's in Python."""
+    if isinstance(adam, torch.optim.AdamW):
+        return torch.tensor(float(step), device=flat.device if adam.defaults["fused"] else "cpu")
+    return step
 
 
 def continue_rates(schedulers: Sequence[Any], saved: Sequence[dict[str, Any]]) -> None:

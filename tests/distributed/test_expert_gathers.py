@@ -3,12 +3,12 @@
 from typing import Any
 
 import deepspeed
-import deepspeed.runtime.zero.partition_parameters as zero
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, ExpertShard, config_from_dict, experts
+from src.strategies import zero3_collectives
 from src.strategies.parallelize import apply_activation_checkpointing, apply_zero_leaves, zero3_settings
 from src.strategies.partition import materialise
 from tests.models.tiny import DEEPSEEK_V3
@@ -17,7 +17,7 @@ from .spawn import run_distributed
 
 # Layers that are nearly all experts, in eight shards each, as DeepSeek-V3's are.
 FIELDS = DEEPSEEK_V3 | {"n_routed_experts": 16, "moe_intermediate_size": 512, "hidden_size": 64, "num_hidden_layers": 4}
-SHARDS = 8
+SHARDS = 8  # of two experts
 
 
 def one_expert_for_all(model: DeepseekV3ForCausalLM) -> None:
@@ -37,7 +37,7 @@ def train(imbalanced: bool, lean: bool) -> dict[str, Any]:
         "zero_optimization": {"stage": 3},
     }
     with torch.device("meta"):
-        model = DeepseekV3ForCausalLM(config_from_dict(FIELDS))
+        model = DeepseekV3ForCausalLM(config_from_dict(FIELDS), experts_per_shard=2)
     apply_activation_checkpointing(model)
     config["zero_optimization"] |= zero3_settings(model) | {"stage3_param_persistence_threshold": 0}
     materialise(model, config, 3, torch.device("cpu"))
@@ -53,17 +53,17 @@ def train(imbalanced: bool, lean: bool) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
 
-    collective = zero._dist_allgather_fn
+    launch = zero3_collectives._launch
     elements = most_live = 0
 
-    def watch_collective(inputs: Any, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def watch_launch(params: list[Any], device: torch.device) -> Any:
         nonlocal most_live, elements
-        elements += output.numel()
+        elements += sum(p.ds_numel_aligned for p in params)
         whole = [p for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
         most_live = max(most_live, len({experts_of[id(p)] for p in whole if id(p) in experts_of}))
-        return collective(inputs, output, *args, **kwargs)
+        return launch(params, device)
 
-    zero._dist_allgather_fn = watch_collective
+    zero3_collectives._launch = watch_launch
     head: Any = model.lm_head.weight
     release, head_releases = head.partition, 0
 

@@ -1,30 +1,85 @@
-"""What waits in host memory for a backward pass that does not come is dropped by the next forward pass."""
+"""What waits in host memory comes back as it was, and takes as much memory as the longest row, whatever rows come."""
 
+import pytest
 import torch
 
-from src.models.offload import HostStack, Waiting
+from src.models.deepseek_v3 import DeepseekV3ForCausalLM
+from src.models.deepseek_v3.attention import Attention
+from src.models.deepseek_v3.moe import MoE
+from src.models.offload import HostStack
 
 from .tiny import DEEPSEEK_V3, oracle, ours
 
 
-def left_over(stack: HostStack) -> torch.Tensor:
-    """Puts what a forward pass on a CUDA device would leave; its buffer."""
-    item = Waiting(torch.zeros(2))
-    item.host = torch.empty(8, dtype=torch.uint8)
-    stack._waiting[id(item)] = item
-    return item.host
+def offloading(attention_output: str = "offload", layer_input: str = "offload") -> DeepseekV3ForCausalLM:
+    from src.strategies.parallelize import apply_activation_checkpointing
 
-
-def test_a_forward_pass_drops_what_was_left_and_uses_its_memory_again() -> None:
     model = ours(DEEPSEEK_V3, oracle(DEEPSEEK_V3))
-    buffer = left_over(model.host)
-    ids, bounds = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4], dtype=torch.int32)
+    model.host = HostStack(also_cpu=True)
+    model.set_kept(attention_output, layer_input)
+    apply_activation_checkpointing(model)
+    return model
+
+
+def loss(model: DeepseekV3ForCausalLM, tokens: int) -> torch.Tensor:
+    torch.manual_seed(tokens)
+    ids = torch.randint(DEEPSEEK_V3["vocab_size"], (tokens,))
+    bounds = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
+    value: torch.Tensor = model(ids, ids.roll(-1), bounds, tokens - tokens // 2).loss
+    return value
+
+
+LENGTHS = [24, 7, 48, 13, 31, 48, 9, 40]
+
+
+@pytest.mark.parametrize("kept", [("offload", "offload"), ("offload", "keep"), ("recompute", "offload")], ids="-".join)
+def test_rows_of_many_lengths_share_the_memory_of_the_longest(kept: tuple[str, str]) -> None:
+    model, plain = offloading(*kept), ours(DEEPSEEK_V3, oracle(DEEPSEEK_V3))
+    model.host.longest = max(LENGTHS)
+    loss(model, max(LENGTHS)).backward()
+    full = model.host.nbytes
+    for tokens in LENGTHS:
+        model.zero_grad()
+        plain.zero_grad()
+        loss(model, tokens).backward()
+        loss(plain, tokens).backward()
+        for (name, ours_), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert ours_.grad is not None and theirs.grad is not None
+            torch.testing.assert_close(ours_.grad, theirs.grad, msg=name)
+        assert model.host.nbytes == full > 0
+
+
+def test_a_short_row_first_reserves_for_the_longest() -> None:
+    model, other = offloading(), offloading()
+    model.host.longest = 48
+    loss(model, 24).backward()
+    loss(other, 48).backward()
+    assert model.host.nbytes == other.host.nbytes
+
+
+def test_what_no_backward_pass_took_is_dropped() -> None:
+    model = offloading()
+    loss(model, 12)
+    held = model.host.nbytes
     with torch.no_grad():
-        model(ids, ids, bounds, 4)  # an evaluation may stand between a forward pass and its backward
+        loss(model, 12)  # an evaluation may stand between a forward pass and its backward
     assert model.host._waiting
-    model(ids, ids, bounds, 4)
-    assert not model.host._waiting
-    assert model.host._buffer(8) is buffer
+    loss(model, 12).backward()
+    assert not model.host._waiting and model.host.nbytes == held
+
+
+def test_frozen_bottom_layers_keep_nothing() -> None:
+    model = offloading()
+    loss(model, 16).backward()
+    full = model.host.nbytes
+    frozen = offloading()
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad_(not name.startswith(("model.embed_tokens", "model.layers.0.", "model.layers.1.")))
+    loss(frozen, 16).backward()
+    layers = DEEPSEEK_V3["num_hidden_layers"]
+    assert frozen.host.nbytes == full * (layers - 2) // layers
+    kept = [module.kept for module in frozen.modules() if isinstance(module, Attention | MoE)]
+    assert kept and all(one is not None and not one._results for one in kept)
 
 
 def test_tensors_on_the_cpu_stay_where_they_are() -> None:

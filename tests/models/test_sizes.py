@@ -8,6 +8,7 @@ import torch
 
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, load_config
 from src.models.deepseek_v3.flops import layer_weights
+from src.models.deepseek_v3.freezing import frozen, published_names
 from src.models.deepseek_v3.sizes import auto_experts_per_shard, named_parameters, read_sizes, trained_part
 from tests.planner.settings import MODEL, sizes
 
@@ -39,10 +40,13 @@ def test_deepseek_v3_has_671e9_parameters_and_a_block_of_11_6e9() -> None:
     assert sizes(mtp=True).parameters - sizes().parameters == pytest.approx(11.6e9, rel=2e-3)
 
 
-@pytest.mark.parametrize("experts", [256, 64, 32, 8, 12, 7])
-def test_experts_per_shard_is_about_an_eighth_and_divides(experts: int) -> None:
-    size = auto_experts_per_shard(experts)
-    assert experts % size == 0 and size <= max(1, experts // 8)
+@pytest.mark.parametrize(
+    ("experts", "hidden", "width", "size"),
+    [(256, 7168, 2048, 32), (64, 2048, 1408, 64), (384, 7168, 2048, 32), (7, 7168, 65536, 1), (12, 7168, 20480, 3)],
+    ids=["DeepSeek-V3", "Moonlight", "Kimi-K2", "one above the limit", "12 experts of 0.9 GB"],
+)
+def test_a_shard_is_the_most_experts_that_3_gb_hold(experts: int, hidden: int, width: int, size: int) -> None:
+    assert auto_experts_per_shard(experts, hidden, width) == size
 
 
 def test_the_formulas_for_operations_read_our_numbers() -> None:
@@ -64,3 +68,28 @@ def test_a_shard_that_does_not_divide_the_experts_is_refused() -> None:
         read_sizes(MODEL, 24, False)
     with pytest.raises(ValueError, match="does not exist"):
         read_sizes("configs/models", None, False)
+
+
+SHARD = ["model.layers.3.mlp.experts.1.gate_up_proj", "model.layers.3.mlp.experts.1.down_proj"]
+NAMES = ["model.embed_tokens.weight", "model.layers.3.mlp.gate.weight", *SHARD]
+
+
+def test_experts_are_frozen_by_their_published_numbers() -> None:
+    assert published_names(SHARD[1], 2) == [f"model.layers.3.mlp.experts.{j}.down_proj.weight" for j in (2, 3)]
+    assert frozen(NAMES, ["*.experts.*"], 2) == set(SHARD)
+    assert frozen(NAMES, ["*.experts.2.*", "*.experts.3.*"], 2) == set(SHARD)
+    assert frozen(NAMES, ["*.experts.[23].down_proj.weight", "*embed*"], 2) == {SHARD[1], NAMES[0]}
+    assert frozen(NAMES, ["*.experts.1.*"], 1) == set(SHARD)
+    assert frozen(NAMES, [], 2) == set()
+
+
+@pytest.mark.parametrize("pattern", ["*.experts.2.*", "*.experts.?.up_proj.weight"])
+def test_a_pattern_that_splits_a_shard_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="which are trained as one tensor \\(2 experts per shard\\): name them all"):
+        frozen(NAMES, [pattern], 2)
+
+
+@pytest.mark.parametrize("pattern", ["*.experts.0.*", "*.experts.1.gate_up_proj", "embed"])
+def test_a_pattern_that_names_nothing_published_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="no parameter's name matches"):
+        frozen(NAMES, [pattern], 2)

@@ -20,6 +20,7 @@ from transformers import DeepseekV3Config
 from ..loss import linear_cross_entropy
 from ..offload import HostStack
 from .attention import Attention, RMSNorm, RowGeometry
+from .experts import ExpertShard
 from .flops import packed_flops
 from .layers import DecoderLayer, MTPLayer
 from .moe import MoE, Router
@@ -114,6 +115,12 @@ class DeepseekV3ForCausalLM(nn.Module):
         self.host = HostStack()
         self.offload_layer_inputs = False
 
+    @property
+    def experts_per_shard(self) -> int:
+        """1 where no layer has experts."""
+        shards = (m for m in self.modules() if isinstance(m, ExpertShard))
+        return next((len(shard.down_proj) for shard in shards), 1)
+
     def set_attention_kernel(self, name: str) -> None:
         """By its name in `models.kernels`; resolved for device and dtype at the first forward."""
         for module in self.modules():
@@ -173,6 +180,10 @@ class DeepseekV3ForCausalLM(nn.Module):
         return RowGeometry(cu_seqlens, max_seqlen, *cos_sin(self.config, position_ids), documents, lengths)
 
     def _layer(self, layer: nn.Module, *args: Any) -> Any:
+        inputs = [arg for arg in args if isinstance(arg, Tensor)]
+        if not any(tensor.requires_grad for tensor in (*inputs, *layer.parameters())):
+            with torch.no_grad():  # no backward pass comes, which would fetch what the layer keeps for it
+                return layer(*args)
         if not (self.offload_layer_inputs and torch.is_grad_enabled()):
             return self.run_layer(layer, *args)
         # Activation checkpointing saves the layer's arguments, and them alone, under the hooks of its caller.
@@ -227,9 +238,9 @@ class DeepseekV3ForCausalLM(nn.Module):
                 multi-token prediction is built and weighs something.
             weights: what each sum counts in `loss`.
         """
-        if torch.is_grad_enabled():
-            self.host.clear()
         tokens = len(input_ids)
+        if torch.is_grad_enabled():
+            self.host.begin(tokens)
         row = self._geometry(tokens, cu_seqlens, max_seqlen, document_ids)
         mtp = len(self.model.layers) > self.config.num_hidden_layers and weights.mtp != 0
         if not mtp:

@@ -103,7 +103,7 @@ class MoE(nn.Module):
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate = Router(config)
         self.shared_experts = MLP(hidden, width * config.n_shared_experts)
-        self.experts = Experts(experts, shard_size(experts, experts_per_shard), hidden, width)
+        self.experts = Experts(experts, shard_size(experts, hidden, width, experts_per_shard), hidden, width)
         # Set by DeepseekV3ForCausalLM for all layers at once.
         self.sp: SequenceParallelGroup = SingleProcess()
         self.with_balance = False

@@ -32,7 +32,8 @@ def inverse_frequencies(config: DeepseekV3Config) -> tuple[Tensor, float]:
     rope, dim = config.rope_parameters, config.qk_rope_head_dim
     base = float(rope["rope_theta"])
     # "cpu" spelt out: a model may be built under torch.device("meta").
-    frequencies = base ** -(torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    wavelengths = base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)  # over 2 pi, in tokens
+    frequencies = 1.0 / wavelengths  # in transformers' order of operations: not an ulp off
     if rope["rope_type"] == "default":
         return frequencies, 1.0
 
@@ -44,8 +45,8 @@ def inverse_frequencies(config: DeepseekV3Config) -> tuple[Tensor, float]:
     low = max(math.floor(pair_that_turns(rope.get("beta_fast") or 32)), 0)
     high = min(math.ceil(pair_that_turns(rope.get("beta_slow") or 1)), dim - 1)
     ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
-    interpolated = ramp.clamp(0, 1)  # 0: fast pairs keep their frequency, 1: slow ones are stretched by `factor`
-    frequencies = frequencies / factor * interpolated + frequencies * (1 - interpolated)
+    kept = 1 - ramp.clamp(0, 1)  # 1: fast pairs keep their frequency, 0: slow ones are stretched by `factor`
+    frequencies = 1.0 / (factor * wavelengths) * (1 - kept) + frequencies * kept
 
     attention_factor = rope.get("attention_factor")
     if attention_factor is None:

@@ -1,6 +1,5 @@
 """What the parts of the model weigh, from the numbers of its config.json; nothing is built and no torch needed."""
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from .config_json import read_fields
+from .freezing import frozen
+
+# bf16 bytes of a shard of experts at most. Two or three shards are in memory at once, with the gradients of one. A
+# visit of a shard costs the host some 5 ms whatever its size, and the network moves these bytes between 256 GPUs in
+# 8 ms: smaller shards would let a step wait for the host (Moonlight in shards of 0.14 GB, benchmarks/RESULTS.md).
+SHARD_BYTES = 3_000_000_000
 
 
 @dataclass(frozen=True)
@@ -125,13 +130,10 @@ def named_parameters(config: Sizes) -> Iterator[tuple[str, int]]:
 
 
 def trained_part(config: Sizes, freeze: Sequence[str]) -> float:
-    """The part of the parameters that no pattern of `freeze` names."""
-    trained = sum(
-        size
-        for name, size in named_parameters(config)
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in freeze)
-    )
-    return trained / config.parameters
+    """The part of the parameters that no pattern of `freeze` names. Raises ValueError as `frozen`."""
+    sizes = dict(named_parameters(config))
+    still = frozen(sizes, freeze, config.experts_per_shard)
+    return 1 - sum(sizes[name] for name in still) / config.parameters
 
 
 def layer_input_bytes(config: Sizes, param_bytes: int) -> int:
@@ -145,22 +147,19 @@ def attention_output_bytes(config: Sizes, param_bytes: int) -> int:
     return (heads * config.v_head_dim + config.hidden_size) * param_bytes + 4 * heads
 
 
-def auto_experts_per_shard(experts: int) -> int:
-    """An eighth of a layer's experts, as near as it divides: 32 of DeepSeek-V3's 256, 2.8 GB in bf16.
-
-    Two or three shards are in memory at once, so a shard should be a small part of a layer; but a product over few
-    rows is slow, so not too small a part.
-    """
-    return max(size for size in range(1, max(1, experts // 8) + 1) if experts % size == 0)
+def auto_experts_per_shard(experts: int, hidden_size: int, moe_intermediate_size: int) -> int:
+    """As many experts as SHARD_BYTES hold and divide a layer's: 32 of DeepSeek-V3's 256, all 64 of Moonlight's."""
+    most = max(1, SHARD_BYTES // (2 * 3 * hidden_size * moe_intermediate_size))
+    return max(size for size in range(1, min(most, experts) + 1) if experts % size == 0)
 
 
-def shard_size(experts: int, asked: int | None) -> int:
+def shard_size(experts: int, hidden_size: int, moe_intermediate_size: int, asked: int | None) -> int:
     """Experts of a shard: what was asked for, or chosen where that is None; the model and the planner call it.
 
     Raises:
         ValueError: it does not divide the experts of a layer.
     """
-    chosen = auto_experts_per_shard(experts)
+    chosen = auto_experts_per_shard(experts, hidden_size, moe_intermediate_size)
     size = chosen if asked is None else asked
     if size < 1 or experts % size:
         raise ValueError(
@@ -181,6 +180,8 @@ def read_sizes(directory: str | Path, experts_per_shard: int | None, mtp: bool) 
 
 def sizes_of(fields: Mapping[str, Any], experts_per_shard: int | None, mtp: bool) -> Sizes:
     given = {name: fields[name] for name in Sizes.__dataclass_fields__ if name in fields}
-    given["experts_per_shard"] = shard_size(fields["n_routed_experts"], experts_per_shard)
+    given["experts_per_shard"] = shard_size(
+        fields["n_routed_experts"], fields["hidden_size"], fields["moe_intermediate_size"], experts_per_shard
+    )
     given["mtp"] = mtp and bool(fields.get("num_nextn_predict_layers"))
     return Sizes(**given)
