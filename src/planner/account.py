@@ -41,7 +41,7 @@ def states(settings: Settings) -> list[Line]:
         layers, small = s.sizes.num_hidden_layers, sum(small_parameters(s.sizes).values())
         kept = s.param_bytes * (layers * small + s.sizes.hidden_size)
         lines.append(Line("norms, whole", kept, f"{layers} layers x {small:,} x {s.param_bytes} bytes"))
-    if s.stage:
+    if s.stage in (1, 2):
         why = f"reduce_bucket_size {s.reduce_bucket:,} x 4 bytes"
         lines.append(Line("reduction bucket, fp32", 4 * s.reduce_bucket, why))
     return lines
@@ -87,47 +87,24 @@ def overhead(settings: Settings, nbytes: float) -> list[Line]:
     return lines
 
 
-def pinned_size(nbytes: float) -> float:
-    """PyTorch rounds a pinned allocation up to a power of two."""
-    size = 1.0
-    while size < nbytes:
-        size *= 2
-    return size
-
-
 def host(settings: Settings, work: Work) -> list[Line]:
     """Host memory of a node."""
     s, ranks = settings, settings.gpus
     own, trained = s.partition, s.partition * s.trained
     lines = []
     if s.offload_optimizer:
-        why = f"{ranks} ranks x {_g(trained)} x 12 bytes: fp32 master and two moments"
-        lines.append(Line("optimizer states, plain", ranks * 12 * trained, why))
-        size = pinned_size(4 * trained)
-        why = f"{ranks} ranks x 2 x {4 * trained / GIB:.1f} GiB, each pinned as {size / GIB:.0f} GiB (powers of two)"
-        lines.append(Line("gradients, fp32, accumulated and handed over, pinned", ranks * 2 * size, why))
+        why = f"{ranks} ranks x {_g(trained)} x 16 bytes: master and gradient (pinned), two moments, in fp32"
+        lines.append(Line("optimizer states and gradient", ranks * 16 * trained, why))
     if s.offload_parameters:
-        size = pinned_size(s.param_bytes * own)
-        why = (
-            f"{ranks} ranks x ({s.param_bytes * own / GIB:.1f} GiB pinned as {size / GIB:.0f} GiB, and the load's copy)"
-        )
-        lines.append(Line("weights, pinned", ranks * (size + s.param_bytes * own), why))
+        why = f"{ranks} ranks x {_g(own)} x {s.param_bytes} bytes"
+        lines.append(Line("weights, pinned", ranks * s.param_bytes * own, why))
     if s.activation_checkpointing:
         layers = s.sizes.layers
-        if s.attention_output == "offload":
-            b, t = s.param_bytes, s.tokens
-            parts = (
-                t * s.sizes.num_attention_heads * s.sizes.v_head_dim * b,  # attention's output
-                t * s.sizes.num_attention_heads * 4,  # its log-sums
-                t * s.sizes.hidden_size * b,  # the output projection's
-            )
-            size = sum(pinned_size(part) for part in parts)
-            why = f"{ranks} ranks x {layers} layers x {size / GIB:.2f} GiB ({work.kept_output().why}; powers of two)"
-            lines.append(Line("attention outputs, pinned", ranks * layers * size, why))
-        if s.layer_input == "offload":
-            size = pinned_size(work.layer_input().nbytes)
-            why = f"{ranks} ranks x {layers} layers x {size / GIB:.2f} GiB ({work.layer_input().why}; powers of two)"
-            lines.append(Line("layer inputs, pinned", ranks * layers * size, why))
+        waiting = {"attention outputs": s.attention_output, "layer inputs": s.layer_input}
+        for (name, kept), line in zip(waiting.items(), (work.kept_output(), work.layer_input()), strict=True):
+            if kept == "offload":
+                why = f"{ranks} ranks x {layers} layers x {line.nbytes / GIB:.2f} GiB ({line.why}), of the longest row"
+                lines.append(Line(f"{name}, pinned", ranks * layers * line.nbytes, why))
     if s.async_save:
         each = 12 if s.param_bytes == 2 else 8 + s.param_bytes
         why = f"{ranks} ranks x {_g(trained)} x {each} bytes, from the first save on"

@@ -1,8 +1,9 @@
 """ZeRO-3's gathers and reductions as DeepSpeed 0.19.8 orders them: what is fetched ahead, what is copied, what waits.
 
-Follows `PartitionedParameterCoordinator.fetch_sub_module` and `release_sub_module`, `AllGatherCoalescedHandle.wait`
-and `DeepSpeedZeroOptimizer_Stage3.__reduce_and_partition_ipg_grads`. The host runs ahead of the device; it waits for a
-gather where more than two are under way, and for a reduction likewise, and what it has not come to cannot start.
+Follows `PartitionedParameterCoordinator.fetch_sub_module` and `release_sub_module`,
+`DeepSpeedZeroOptimizer_Stage3.__reduce_and_partition_ipg_grads` and `src/strategies/zero3_collectives.py`. The host
+runs ahead of the device; it waits for a gather where more than two are under way, and for a reduction likewise, and
+what it has not come to cannot start.
 """
 
 from collections import deque
@@ -16,7 +17,7 @@ from src.planner.schedule import Schedule
 from src.planner.settings import Settings
 from src.planner.steps import Visit
 from src.planner.streams import CAST, FROM_HOST, GATHER, REDUCE, TO_HOST
-from src.strategies.zero_limits import zero3_limits
+from src.strategies.zero_limits import OWN_MEMORY, PIECE, reduced_in_pieces, zero3_limits
 
 EVENTS = 2  # gathers, and reductions, that may be unfinished when the host comes to the next
 NORM_ELEMENTS = 250_000_000  # whose norm is taken at once (`_constant_buffered_norm2`)
@@ -35,12 +36,11 @@ def collective_seconds(settings: Settings, cluster: Cluster, nbytes: float) -> f
 
 @dataclass
 class _Group:
-    """Parameters gathered by one collective; copied out of its flat buffer, which the last of them frees."""
+    """Parameters gathered by one collective; the small ones are copied out of a flat buffer, which their copy frees."""
 
     op: int
-    waiting: set[str]
     flat: str | None
-    copied: bool = False
+    small: set[str]
 
 
 class Zero:
@@ -118,21 +118,25 @@ class Zero:
         add, settings = self.schedule.add, self.settings
         last = self.schedule.host
         size = settings.param_bytes * sum(params.values())
+        small = {name: n for name, n in params.items() if n * settings.param_bytes < OWN_MEMORY}
         flat = None
-        if not self._alone and len(params) > 1:
+        if not self._alone and len(small) > 1:
             self._copies += 1
             flat = f"flat {self._copies}"
-            why = f"{size / 1e9:.2f} GB under way, gathered together: {next(iter(params))} ..."
-            self.ledger.take(flat, Line(SHARDS, size, why))
+            nbytes = settings.param_bytes * sum(small.values())
+            why = f"{nbytes / 1e9:.2f} GB under way, gathered together: {next(iter(small))} ..."
+            self.ledger.take(flat, Line(SHARDS, nbytes, why))
         else:
-            for name, n in params.items():
+            small = {}
+        for name, n in params.items():
+            if name not in small:
                 self._take(name, n)
         if settings.offload_parameters:
             rate = self.cluster.pcie_in_gb_s * 1e9
             last = add(FROM_HOST, size / settings.world / rate, f"partitions of {what}", last)
         if not self._alone:
             last = add(GATHER, collective_seconds(settings, self.cluster, size), f"gather {what}", last)
-        group = _Group(last, set(params), flat)
+        group = _Group(last, flat, set(small))
         self._available |= params
         self._groups |= dict.fromkeys(params, group)
         self.schedule.gathered += sum(params.values())
@@ -141,18 +145,16 @@ class Zero:
         self.ledger.take(name, Line(SHARDS, n * self.settings.param_bytes, f"{n / 1e6:.0f}e6 elements of {name}"))
 
     def _arrive(self, name: str) -> int:
-        """Waits for a parameter's gather. The first of a group has them all copied out of the flat buffer."""
+        """Waits for a parameter's gather. The first of a group has the small ones copied out of the flat buffer."""
         self._back_pressure(self._arrivals)
         group = self._groups.pop(name)
         self._arrivals.append(group.op)
-        if group.flat is not None and not group.copied:
-            for other in group.waiting:
+        if group.flat is not None:
+            for other in group.small:
                 self._take(other, self._available[other])
                 self.schedule.stolen += 2 * self._available[other] * self.settings.param_bytes / self.cluster.copy
-            group.copied = True
-        group.waiting.discard(name)
-        if not group.waiting and group.flat is not None:
             self.ledger.give(group.flat)
+            group.flat = None
         return group.op
 
     def release(self, visit: Visit) -> None:
@@ -182,8 +184,6 @@ class Zero:
             if self._bucket and filled + n > self.settings.reduce_bucket:
                 self._reduce()
                 filled = 0
-            if filled + n <= self.settings.reduce_bucket:
-                self.ledger.give(f"d {name}")  # copied into the bucket's own memory
             self._bucket.append((name, n, made_by))
 
     def flush(self) -> None:
@@ -199,9 +199,11 @@ class Zero:
         # Cast, reduction and sum of one bucket end before the next one's begin: they share a stream.
         made = (*{op for _, _, op in self._bucket}, *self._reductions[-1:], self.schedule.host)
         own = 4 * n / settings.world
-        # Cast and, in place, the division before the sum: 2 + 4 + 8 bytes an element.
-        last = add(CAST, 14 * n / cluster.copy, f"cast gradient of {first}", *made)
-        self.schedule.stolen += 14 * n / cluster.copy + (0 if settings.offload_optimizer else 3 * own / cluster.copy)
+        # Cast, division and layout by rank in one pass; of a gradient in pieces all but the first beside the reduction.
+        cast = (settings.param_bytes + 4) / cluster.copy
+        begun = min(n, PIECE) if self._in_pieces(n) else n
+        last = add(CAST, cast * begun, f"cast gradient of {first}", *made)
+        self.schedule.stolen += cast * n + (0 if settings.offload_optimizer else 3 * own / cluster.copy)
         if settings.world > 1:
             last = add(REDUCE, collective_seconds(settings, cluster, 4 * n), f"reduce gradient of {first}", last)
         accumulated = f"accumulated gradient of {first}"
@@ -212,19 +214,24 @@ class Zero:
             last = add(TO_HOST, out / cluster.pcie_out_gb_s / 1e9, accumulated, last)
         else:
             last = add(CAST, 3 * own / cluster.copy, accumulated, last)
-        for name, m, _ in self._bucket:
-            if m > settings.reduce_bucket:
-                self.ledger.give(f"d {name}")
+        for name, _, _ in self._bucket:
+            self.ledger.give(f"d {name}")
         self._reductions.append(last)
         self._bucket = []
         self.schedule.reduced += n
 
+    def _in_pieces(self, n: int) -> bool:
+        return len(self._bucket) == 1 and reduced_in_pieces(n, self.settings.world)
+
     def _copies_of_a_bucket(self, n: int, first: str) -> Line:
-        """What its reduction allocates: n elements in fp32, where they are not in the bucket's own memory alone."""
+        """What its reduction allocates: its elements in fp32, or two pieces of them and this rank's part."""
         settings = self.settings
-        inside = n <= settings.reduce_bucket and (len(self._bucket) == 1 or settings.world == 1)
-        nbytes = 0.0 if inside else 4.0 * n
+        alone = len(self._bucket) == 1 and settings.param_bytes == 4  # overwritten
+        nbytes = 0.0 if alone else 4.0 * n
         why = f"fp32 copy of the gradient of {first}, {n / 1e6:.0f}e6 elements x 4 bytes"
+        if self._in_pieces(n):
+            nbytes = 4.0 * (2 * PIECE + n / settings.world)
+            why = f"fp32 copies of the gradient of {first}: two pieces of {PIECE / 1e6:.0f}e6 elements x 4 bytes"
         if settings.offload_optimizer:  # the accumulated gradient comes to the device, and its norm is taken in fp64
             largest = max(m for _, m, _ in self._bucket) / settings.world
             nbytes += 4 * largest + 8 * min(largest, NORM_ELEMENTS)

@@ -11,6 +11,8 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from torch import nn
 
+from src.models.pinned import pinned
+
 from .zero3_collectives import gather_by_one_view
 
 
@@ -26,8 +28,10 @@ class _EmptyPartitions(deepspeed.zero.Init):
         aligned = self._aligned_size(parameter)
         size = aligned // parameter.ds_zero_partition_world_size
         on_device = self.local_device if parameter.ds_persist else self.remote_device
-        pinned = self.pin_memory and str(on_device) == "cpu"
-        partition: Any = torch.zeros(size, dtype=dtype, device=on_device, pin_memory=pinned)
+        if self.pin_memory and str(on_device) == "cpu":
+            partition: Any = pinned(size * dtype.itemsize).view(dtype)
+        else:
+            partition = torch.zeros(size, dtype=dtype, device=on_device)
         partition.ds_numel = size
         partition.status = PartitionedParamStatus.AVAILABLE
         partition.final_location = None

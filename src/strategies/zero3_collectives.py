@@ -25,11 +25,7 @@ from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-# Bytes of a whole parameter from which it has its own memory: copying it would cost more than one more collective.
-OWN_MEMORY = 32 * 2**20
-# Elements of a gradient that are fp32 at once, twice: one piece is cast while the one before is on its way. 1 GiB keeps
-# NCCL at its full bandwidth over 256 ranks.
-PIECE = 2**28
+from . import zero_limits
 
 
 class _Gathered:
@@ -58,8 +54,8 @@ def _launch(params: list[Any], device: torch.device) -> tuple[Any, list[tuple[Te
     first = params[0]
     group, world, rank = first.ds_process_group, first.ds_zero_partition_world_size, first.ds_zero_partition_rank
     dtype = first.ds_tensor.dtype
-    large = [p for p in params if p.ds_numel * dtype.itemsize >= OWN_MEMORY]
-    small = [p for p in params if p.ds_numel * dtype.itemsize < OWN_MEMORY]
+    large = [p for p in params if p.ds_numel * dtype.itemsize >= zero_limits.OWN_MEMORY]
+    small = [p for p in params if p.ds_numel * dtype.itemsize < zero_limits.OWN_MEMORY]
     buffers, parts = list[tuple[Tensor, list[Any]]](), list[Tensor]()
     for members in [*([p] for p in large), *([small] if small else [])]:
         sizes = [p.ds_tensor.ds_numel for p in members]
@@ -137,7 +133,7 @@ def reduce_scatter(
         parts = _scatter(flat, flat[rank], group)
         return [parts]
     by = torch.full((1,), float(divisor), dtype=dtype, device=first.device)  # of one element, not none: it promotes
-    if len(gradients) == 1 and 2 * PIECE + total < world * total:
+    if len(gradients) == 1 and zero_limits.reduced_in_pieces(first.numel(), world):
         return [_in_pieces(first, total, group, by)[: own[0]]]
     flat = first.new_empty(world, total, dtype=dtype)  # [W, N]
     for rows, gradient, n in zip(flat.split(sizes, 1), gradients, sizes, strict=True):
@@ -153,10 +149,10 @@ def _scatter(flat: Tensor, out: Tensor, group: dist.ProcessGroup | None) -> Tens
 
 
 def _in_pieces(gradient: Tensor, size: int, group: dist.ProcessGroup | None, by: Tensor) -> Tensor:
-    """`reduce_scatter` of one large gradient, PIECE elements at a time. Returns [n]."""
+    """`reduce_scatter` of one large gradient, `zero_limits.PIECE` elements at a time. Returns [n]."""
     world = dist.get_world_size(group)
     out = torch.empty(size, dtype=by.dtype, device=by.device)
-    columns, works = max(1, PIECE // world), list[Any]()
+    columns, works = max(1, zero_limits.PIECE // world), list[Any]()
     for begin in range(0, size, columns):
         if len(works) > 1:
             works.pop(0).wait()  # its memory is the next piece's

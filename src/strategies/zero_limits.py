@@ -1,4 +1,17 @@
-"""How much ZeRO-3 gathers ahead and holds; without torch, so that the planner reads what the strategy sets."""
+"""How much ZeRO-3 gathers ahead, copies and holds; without torch, so that the planner reads what the strategy does."""
+
+# Bytes of a whole parameter from which it is gathered into memory of its own: copying it out of a buffer that it shares
+# would cost more than one more collective.
+OWN_MEMORY = 32 * 2**20
+# Elements of a gradient that are fp32 at once, twice: one piece is cast while the one before is on its way. 1 GiB keeps
+# NCCL at its full bandwidth over 256 ranks.
+PIECE = 2**28
+
+
+def reduced_in_pieces(size: int, world: int) -> bool:
+    """Whether a gradient of so many elements is: where two pieces and this rank's part are less than the whole."""
+    part = -(-size // world)
+    return 2 * PIECE + part < world * part
 
 
 def zero3_limits(shard: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.rehearsal.loopback import LoopbackGroup, join
-from src.strategies import zero3_collectives
+from src.strategies import zero_limits
 from src.strategies.partition import _EmptyPartitions
 from src.strategies.zero3_collectives import reduce_scatter
 from tests.distributed.spawn import run_distributed
@@ -77,7 +77,7 @@ def begin(world: int, device: str = "cpu") -> None:
 def gathers(world: int, dtype: torch.dtype, own_memory: int, device: str = "cpu", offload: bool = False) -> None:
     begin(world, device)
     torch.manual_seed(dist.get_rank())
-    zero3_collectives.OWN_MEMORY = own_memory
+    zero_limits.OWN_MEMORY = own_memory
     params = parameters(SHAPES, dtype, offload)
     assert params[0].ds_tensor.device.type == ("cpu" if offload else device)
     for chosen in (params, params[:1], params[-2:], params[::-1]):
@@ -109,7 +109,7 @@ def test_gathers_are_deepspeeds_on_a_gpu(world: int, own_memory: int, offload: b
 def reductions(world: int, dtype: torch.dtype, piece: int, device: str = "cpu") -> None:
     begin(world, device)
     torch.manual_seed(dist.get_rank())
-    zero3_collectives.PIECE = piece
+    zero_limits.PIECE = piece
     whole: list[tuple[int, ...]] = [(world * 37,), (world, 8), (world * 40 + 3,), (world - 1, 3)]
     buckets: list[list[tuple[int, ...]]] = [SHAPES, [(512,)], *([s] for s in whole), whole]
     for shapes in buckets:
