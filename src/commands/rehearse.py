@@ -124,15 +124,16 @@ def report(plan: Plan, measured: Measured) -> str:
         rows.append(("a micro-step, s", f"{measured.micro:.2f}", seconds((n * planned.time.micro - last) / (n - 1))))
     rows.append(("the last and the optimizer, s", f"{measured.last:.2f}", seconds(last + planned.time.optimizer)))
     if measured.busy is not None:
-        rows.append(("compute stream busy in a micro-step", f"{measured.busy:.1%}", ""))
+        rows.append(("compute stream busy in a micro-step", f"{measured.busy[0]:.1%}", ""))
+        rows.append(("  any stream; else it waits for the host", f"{measured.busy[1]:.1%}", ""))
     if measured.load is not None:
         rows.append(("the busiest expert's load", f"{measured.load:.1f} x", "1.0 x"))
     return "\n".join(
         [
             f"rank 0 of {s.world} (DP {s.dp} x SP {s.sp}), everything but the network:",
             "",
-            f"  {'':34}{'here':>10}{'planned':>10}",
-            *(f"  {name:34}{here:>10}{there:>10}" for name, here, there in rows),
+            f"  {'':40}{'here':>10}{'planned':>10}",
+            *(f"  {name:40}{here:>10}{there:>10}" for name, here, there in rows),
             "",
             f"Gathers are copies at {measured.gather / 1e9:.0f} GB/s, and planned as such.",
             f"Losses {', '.join(f'{loss:.2f}' for loss in measured.losses)}: of random weights, and not the job's.",

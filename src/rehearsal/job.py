@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from src.datamodules.sequence_shard import Batch, Document, collate, shard
 
 from .loopback import join
-from .timeline import compute_busy, read
+from .timeline import busy, read
 
 
 def host_in_use() -> int:
@@ -68,7 +68,7 @@ class Measured:
     optimizer's; bytes of the device at most, allocated and reserved. set_up: bytes allocated at most before them.
 
     host: bytes of the machine's memory in use at most, less what was before; of any process, sampled all along.
-    busy: the part of a micro-step, neither a step's first nor its last, in which the compute stream runs something.
+    busy: parts of a micro-step, neither a step's first nor its last, in which the compute stream and any stream run.
     load: max/mean expert load, averaged over layers. gather: bytes per second of the copies that stand for one.
     """
 
@@ -78,7 +78,7 @@ class Measured:
     allocated: int = 0
     reserved: int = 0
     host: int = 0
-    busy: float | None = None
+    busy: tuple[float, float] | None = None
     load: float | None = None
     gather: float = 0.0
 
@@ -143,7 +143,7 @@ class _Record(pl.Callback):
         else:
             self._profile.stop()
             self._profile.export_chrome_trace(str(self.timeline))
-            self.measured.busy, self._profile = compute_busy(read(Path(str(self.timeline)))), None
+            self.measured.busy, self._profile = busy(read(Path(str(self.timeline)))), None
         measured = self.measured
         if torch.cuda.is_initialized() and len(self._steps) > 1:
             measured.allocated = max(measured.allocated, torch.cuda.max_memory_allocated())

@@ -44,10 +44,9 @@ def spans_of(events: Sequence[dict[str, Any]]) -> list[Span]:
     return sorted((e["ts"], e["ts"] + e["dur"]) for e in events)
 
 
-def compute_busy(events: Sequence[dict[str, Any]]) -> float | None:
-    """The part of the trace's time in which the compute stream, the one with the most kernels, runs something.
-
-    None without device events.
+def busy(events: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+    """The parts of the trace's time in which the compute stream, the one with the most kernels, and any stream run
+    something; None without device events.
     """
     device = [e for e in events if e.get("cat") in DEVICE and e.get("dur", 0) > 0]
     if not device:
@@ -57,4 +56,5 @@ def compute_busy(events: Sequence[dict[str, Any]]) -> float | None:
         streams.setdefault(event["args"].get("stream"), []).append(event)
     compute = max(streams.values(), key=len)
     whole = max(e["ts"] + e["dur"] for e in device) - min(e["ts"] for e in device)
-    return sum(stop - start for start, stop in merged(spans_of(compute))) / whole
+    parts = [sum(stop - start for start, stop in merged(spans_of(chosen))) / whole for chosen in (compute, device)]
+    return parts[0], parts[1]

@@ -69,6 +69,8 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         offload_optimizer: keep the optimizer's states in host memory and step there (DeepSpeedCPUAdam).
         offload_parameters: keep the parameters' partitions in host memory (stage 3).
         pin_memory: pin what is offloaded, for copies beside the computation; without CUDA nothing is.
+        contiguous_gradients: copy gradients into a buffer before they are reduced. By default at stages 1 and 2; the
+            reduction at stage 3 lays them out itself.
         kwargs: as Lightning's DeepSpeedStrategy.
 
     Raises:
@@ -82,14 +84,14 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         offload_optimizer: bool = False,
         offload_parameters: bool = False,
         pin_memory: bool = True,
+        contiguous_gradients: bool | None = None,
         **kwargs: Any,
     ) -> None:
         if offload_parameters and stage != 3:
             raise ValueError(f"offload_parameters needs ZeRO stage 3, stage is {stage}.")
-        if stage == 3:  # a copy of each gradient that our reduction does not need (zero3_collectives.py)
-            kwargs.setdefault("contiguous_gradients", False)
         super().__init__(
             stage=stage,
+            contiguous_gradients=stage != 3 if contiguous_gradients is None else contiguous_gradients,
             offload_optimizer=offload_optimizer,
             offload_parameters=offload_parameters,
             pin_memory=pin_memory and torch.cuda.is_available(),
