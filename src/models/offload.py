@@ -11,8 +11,8 @@ from .pinned import pinned
 # What is fetched ahead while a layer's backward runs: as many tensors as a layer leaves here (its input, its
 # attention's output and log-sums, its output projection).
 AHEAD = 4
-# Bytes that are copied out at once: the device's engine takes one copy after the other, and the experts' route, which the
-# host waits for, would otherwise wait behind a layer's whole output (7 ms a layer of 671B, measured).
+# Bytes that are copied out at once: the device's engine takes one copy after the other, and the experts' route, which
+# the host waits for, would otherwise wait behind a layer's whole output (7 ms per layer of 671B, measured).
 CHUNK = 32 * 2**20
 
 
