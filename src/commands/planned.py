@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from src.datamodules import SFTDataModule
-from src.datamodules.reader import expand
+from src.datamodules.files import NoMatch, expand
 from src.datamodules.tokenizer import load_tokenizer
 from src.models.deepseek_v3.sizes import read_sizes, trained_part
 from src.planner.cluster import Cluster
@@ -158,5 +158,5 @@ def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, floa
 def _present(patterns: list[str]) -> list[str] | None:
     try:
         return expand(patterns)
-    except ValueError:
+    except NoMatch:
         return None

@@ -31,7 +31,7 @@ from src.commands.checks import (
     refuse_other_run,
 )
 from src.datamodules import SFTDataModule
-from src.datamodules.reader import expand
+from src.datamodules.files import expand
 from src.datamodules.tokenizer import load_tokenizer
 from src.models.sft_module import SFTModule
 

@@ -39,7 +39,9 @@ def report_lines(reports: Sequence[SetReport], tokenizer: PreTrainedTokenizerFas
             yield from _bars(report.lengths)
         for note in report.notes:
             yield f"  note: {printable(note)}"
-        yield from _listed("suspicious", report.remarks)
+        yield from _listed("skipped", report.skipped)
+        for remarks in report.remarks:
+            yield from _listed("suspicious", remarks)
         for problem in report.problems:
             yield f"  WRONG: {printable(problem)}"
         yield from _listed("WRONG", report.errors)

@@ -214,7 +214,7 @@ def test_what_is_shown_is_spread_over_the_set(
 
 
 def test_first_of_equal_digests() -> None:
-    digests = np.array([[5, 1], [7, 0], [5, 1], [5, 2], [0, 9], [7, 0], [5, 1]], dtype=np.uint64)
+    digests = np.array([[5, 1], [7, 0], [5, 1], [5, 2], [0, 9], [7, 0], [5, 1]], dtype=np.int64)
     assert firsts(digests).tolist() == [0, 1, 0, 3, 4, 1, 0]
 
 
