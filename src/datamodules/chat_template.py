@@ -14,7 +14,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from .tool_probe import declares_tools
+from .template_fields import declares_tools, reads_field
 
 HistoryReasoning = Literal["strip", "keep"]
 Message = dict[str, Any]
@@ -71,7 +71,8 @@ class ChatTemplate:
         stops = [(end.find(token), -len(token)) for token in self._added_tokens() if token in end]
         cut = min(stops)[0] - min(stops)[1] if stops else len(end)
         self._end, self._between = end[:cut], end[cut:]
-        self._declares_tools = {system: declares_tools(tokenizer, system) for system in (False, True)}
+        self._declares_tools = {system: declares_tools(self._apply, system) for system in (False, True)}
+        self._reads: dict[tuple[str, str], bool] = {}
 
     def render(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[Sample]:
         """Samples of one valid conversation (see `rows.row_errors`); each trained turn is a target exactly once.
@@ -87,10 +88,11 @@ class ChatTemplate:
         turns = [_turn(message) for message in messages]
         return self._keep(turns, tools) if self.history_reasoning == "keep" else self._strip(turns, tools)
 
-    def reads(self, field: str) -> bool:
-        """Whether the template's text asks for a message's (or a tool call's) field of this name."""
-        name = re.escape(field)
-        return re.search(rf"""['"]{name}['"]|\.{name}\b""", str(self.tokenizer.chat_template)) is not None
+    def reads(self, role: str, field: str) -> bool:
+        """Whether the template looks at a field of this name, beside those of `rows.MESSAGE_FIELDS`, on such a turn."""
+        if (role, field) not in self._reads:
+            self._reads[role, field] = reads_field(self._apply, role, field)
+        return self._reads[role, field]
 
     def _strip(self, turns: list[_Turn], tools: list[Any] | None) -> list[Sample]:
         samples: list[Sample] = []

@@ -100,9 +100,9 @@ def open_bytes(path: str, start: int = 0) -> Iterator[BinaryIO]:
         whole = (
             gzip.GzipFile(fileobj=file) if packed == "gzip" else pa.CompressedInputStream(pa.PythonFile(file), packed)
         )
-        with whole, io.BufferedReader(whole, 1 << 20) as stream:
+        with whole, io.BufferedReader(whole, 1 << 16) as stream:
             while start:
-                skipped = len(stream.read(min(start, 1 << 20)))
+                skipped = len(stream.read(min(start, 1 << 16)))
                 if not skipped:
                     raise EOFError("the file has become shorter")
                 start -= skipped

@@ -58,7 +58,7 @@ def row_remarks(messages: Sequence[dict[str, Any]], source: str) -> Iterator[Row
 
 
 def unread_remark(field: str, source: str) -> RowError:
-    """On a field of which the first row is named alone: others have it too, most likely all."""
+    """On a field, of whose rows the first is named alone: most likely all have it."""
     return RowError(
-        source, field, f"is not read; if it is to be trained on, map it to a field that is: --data.fields, {field}"
+        source, field, "is not read; --data.fields maps a field to one of ours, or to null where it may be left out"
     )

@@ -4,15 +4,15 @@ Whatever a row says is read, or an error, or named as not read (`Conversation.un
 """
 
 import json
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .rows import MESSAGE_FIELDS, RowError, kind_of, row_errors
+from .rows import MESSAGE_FIELDS, RowError, kind_of, row_errors, shown
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca"]
 Fields = Mapping[str, str | None]  # a name in the data -> ours, or None: left out
+TemplateReads = Callable[[str, str], bool]  # (role, field)
 
 # What a row of each format has, its turns first.
 ROW_FIELDS = {
@@ -74,13 +74,11 @@ def check_fields(fields: Fields) -> None:
             )
 
 
-def read_row(
-    value: Any, source: str, fields: Fields, format: Format, template_reads: Callable[[str], bool]
-) -> Conversation:
+def read_row(value: Any, source: str, fields: Fields, format: Format, template_reads: TemplateReads) -> Conversation:
     """The conversation of one row as `reader.read_span` yields it.
 
     Args:
-        template_reads: whether the chat template looks at a message's field of this name.
+        template_reads: whether the chat template looks at a field of this name on a message of this role.
     """
     found = Conversation(source)
     if isinstance(value, RowError):
@@ -98,7 +96,7 @@ def read_row(
     return found
 
 
-def _take(turns: list[Any], row: dict[str, Any], found: Conversation, template_reads: Callable[[str], bool]) -> None:
+def _take(turns: list[Any], row: dict[str, Any], found: Conversation, template_reads: TemplateReads) -> None:
     """Checks what a row comes to in our own form, and keeps it."""
     for index, turn in enumerate(turns):
         if isinstance(turn, dict):
@@ -148,15 +146,13 @@ def _check_row_fields(row: dict[str, Any], found: Conversation) -> None:
             found.unread.append(key)
 
 
-def _check_turn_fields(
-    turn: dict[str, Any], where: str, found: Conversation, template_reads: Callable[[str], bool]
-) -> None:
+def _check_turn_fields(turn: dict[str, Any], where: str, found: Conversation, template_reads: TemplateReads) -> None:
     for key, value in turn.items():
         if key in MESSAGE_FIELDS or value is None:
             continue
         if key in _OTHER_NAMES:
             found.wrong(f"{where}.{key}", _mapped(key, _OTHER_NAMES[key]))
-        elif not template_reads(key) and (name := f"messages[].{key}") not in found.unread:
+        elif not template_reads(str(turn.get("role")), key) and (name := f"messages[].{key}") not in found.unread:
             found.unread.append(name)
 
 
@@ -241,7 +237,7 @@ def _sharegpt(row: dict[str, Any], fields: Fields, found: Conversation) -> list[
                 message[ours] = turn[theirs]
         role = message.get("role")
         if not isinstance(role, str) or role not in _ROLES:
-            found.wrong(f"{where}.from", f"is {reprlib.repr(role)}; it must be one of {', '.join(_ROLES)}")
+            found.wrong(f"{where}.from", f"is {shown(role)}; it must be one of {', '.join(_ROLES)}")
             return None
         messages.append({**message, "role": _ROLES[role]})
     return messages

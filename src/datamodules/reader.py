@@ -147,7 +147,7 @@ def _texts(file: BinaryIO, kind: Kind, row: int, offset: int) -> Iterator[tuple[
     """Yields (kind, row number, first byte, text) of the rows of a file that reads on from byte `offset`, at a row."""
     if kind == "lines":
         for number, line in enumerate(file, row):
-            if not line.isspace():
+            if line.removeprefix(_BOM).strip():
                 yield kind, number, offset, line
             offset += len(line)
     elif kind != "parquet":

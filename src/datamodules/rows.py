@@ -4,6 +4,10 @@ import reprlib
 from collections.abc import Iterator
 from typing import Any
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
+shown = _REPR.repr  # a value of the data for a message, cut in its middle where it is long
+
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "loss")
 
@@ -37,7 +41,7 @@ def row_errors(row: Any, source: str) -> Iterator[RowError]:
             return
         role = message.get("role")
         if role not in ROLES:
-            yield RowError(source, f"{field}.role", f"is {reprlib.repr(role)}; it must be one of {', '.join(ROLES)}")
+            yield RowError(source, f"{field}.role", f"is {shown(role)}; it must be one of {', '.join(ROLES)}")
             return  # without a role nothing more can be said about the order of turns
         for where, problem in _message_problems(message):
             yield RowError(source, f"{field}.{where}", problem)
@@ -65,7 +69,7 @@ def _message_problems(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if not isinstance(loss, bool | None):
         yield (
             "loss",
-            f"is {reprlib.repr(loss)}; it must be true, false or absent (absent: assistant turns are trained on)",
+            f"is {shown(loss)}; it must be true, false or absent (absent: assistant turns are trained on)",
         )
     elif loss and not assistant:
         yield "loss", f"is true on a {message['role']} turn; only assistant turns are trained on: remove it"
@@ -130,4 +134,4 @@ def _surrogates(row: dict[str, Any], source: str) -> Iterator[RowError]:
 def kind_of(value: Any) -> str:
     """What a value is, for people."""
     names = {type(None): "null", dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return names.get(type(value)) or reprlib.repr(value)
+    return names.get(type(value)) or shown(value)

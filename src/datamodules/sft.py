@@ -87,7 +87,7 @@ class SFTDataModule(LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
         self.num_workers, self.seed = num_workers, seed
         self.tokenizer: PreTrainedTokenizerFast | None = None
-        self.check_command = "python -m src.cli check-data with the arguments of this run"  # for what it says of data
+        self.check_command = "python -m src.cli check-data, with the arguments of this run"
         self.train_set: PackedSet | None = None
         self.val_set: PackedSet | None = None  # of val_files
         self.named_val_sets: dict[str, PackedSet] = {}
@@ -131,7 +131,10 @@ class SFTDataModule(LightningDataModule):
             copies = Copies.among(found, None if name == "train" else train)
             for remarks in (packed.cache.report.remarks, packed.cache.report.unread, copies.remarks):
                 for count, examples in remarks.by_kind():
-                    rank_zero_warn(f"{name}: suspicious, {count:,} times, first {examples[0]}")
+                    times = f"{count:,} time{'s' if count > 1 else ''}"
+                    rank_zero_warn(
+                        f"{name}: suspicious, {times}, first {examples[0]}. To list the rows: {self.check_command}"
+                    )
 
     def _prepare(self, files: list[str]) -> str:
         """The fingerprint of a cache that is there."""
