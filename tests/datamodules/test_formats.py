@@ -11,11 +11,11 @@ SYSTEM = {"role": "system", "content": "s"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
-def read(row: Any, format: Format = "auto", **fields: str | None) -> Conversation:
+def read(row: Any, format: Format = "auto", **fields: Any) -> Conversation:
     return read_row(row, "f:9", fields, format, lambda role, field: (role, field) == ("user", "read"))
 
 
-def sound(row: Any, format: Format = "auto", **fields: str | None) -> list[Any]:
+def sound(row: Any, format: Format = "auto", **fields: Any) -> list[Any]:
     found = read(row, format, **fields)
     assert [str(error) for error in found.errors] == []
     return found.messages
