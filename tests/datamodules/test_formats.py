@@ -11,11 +11,11 @@ SYSTEM = {"role": "system", "content": "s"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
-def read(row: Any, format: Format = "auto", **fields: Any) -> Conversation:
+def read(row: Any, format: Any = "auto", **fields: Any) -> Conversation:
     return read_row(row, "f:9", fields, format, lambda role, field: (role, field) == ("user", "read"))
 
 
-def sound(row: Any, format: Format = "auto", **fields: Any) -> list[Any]:
+def sound(row: Any, format: Any = "auto", **fields: Any) -> list[Any]:
     found = read(row, format, **fields)
     assert [str(error) for error in found.errors] == []
     return found.messages
@@ -127,7 +127,8 @@ def test_the_system_prompt_beside_the_messages_comes_first() -> None:
     ]
     for row in rows:
         assert sound(row) == [SYSTEM, USER, ANSWER]
-    for nothing in (None, ""):
+    nothings: list[Any] = [None, ""]
+    for nothing in nothings:
         assert sound({"messages": [USER, ANSWER], "system": nothing}) == [USER, ANSWER]
     assert sound({"messages": [ANSWER, USER], "system": "s"}) == [SYSTEM, ANSWER, USER]
     (error,) = read({"messages": [USER, ANSWER | {"loss": 1}], "system": "s"}).errors
@@ -137,7 +138,8 @@ def test_the_system_prompt_beside_the_messages_comes_first() -> None:
 def test_tools_are_a_list_or_its_text() -> None:
     for tools in ([TOOL], json.dumps([TOOL])):
         assert read({"messages": [USER, ANSWER], "tools": tools}).tools == [TOOL]
-    for nothing in (None, [], "", "[]"):
+    nothings: list[Any] = [None, [], "", "[]"]
+    for nothing in nothings:
         found = read({"messages": [USER, ANSWER], "tools": nothing})
         assert found.tools is None and not found.errors
 
