@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from src.datamodules import SFTDataModule
-from src.datamodules.reader import expand
+from src.datamodules.files import NoMatch, expand
 from src.datamodules.tokenizer import load_tokenizer
 from src.models.deepseek_v3.sizes import read_sizes, trained_part
 from src.planner.cluster import Cluster
@@ -16,6 +16,7 @@ from src.planner.settings import Settings
 
 ASSUMED_ROWS = 100_000
 TOKENISED_HERE = 256 << 20  # bytes of data files; larger ones are estimated
+PACKED = (".parquet", ".gz", ".zst")
 BYTES_A_TOKEN = 4.2  # of JSON with English text: gsm8k's files have 4.1
 
 
@@ -132,9 +133,7 @@ def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, floa
         tokens = int(size / BYTES_A_TOKEN)
         rows = max(1, -(-tokens // length))
         many = f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
-        rough = (
-            " (a rough guess for Parquet, which is compressed)" if any(f.endswith(".parquet") for f in files) else ""
-        )
+        rough = " (a rough guess for files that are compressed)" if any(f.endswith(PACKED) for f in files) else ""
         source = (
             f"{many} of files, not tokenised: {reason}; estimated: {BYTES_A_TOKEN} bytes a token{rough}, full rows, "
             "one document each (give --document_length; `check-data` counts)"
@@ -158,5 +157,5 @@ def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, floa
 def _present(patterns: list[str]) -> list[str] | None:
     try:
         return expand(patterns)
-    except ValueError:
+    except NoMatch:
         return None

@@ -1,5 +1,7 @@
 """LightningCLI for this project: which classes, which defaults, and what is checked before any GPU time is spent."""
 
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from src.commands.checks import (
     refuse_other_run,
 )
 from src.datamodules import SFTDataModule
-from src.datamodules.reader import expand
+from src.datamodules.files import expand
 from src.datamodules.tokenizer import load_tokenizer
 from src.models.sft_module import SFTModule
 
@@ -44,6 +46,7 @@ class TrainingCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None, **kwargs: Any) -> None:
+        self._arguments = list(sys.argv[1:] if args is None else args)[1:]  # behind `fit` or `validate`
         super().__init__(
             SFTModule,
             SFTDataModule,
@@ -89,6 +92,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         self.datamodule.tokenizer = load_tokenizer(self.datamodule.tokenizer_spec)
+        self.datamodule.check_command = shlex.join(["python", "-m", "src.cli", "check-data", *self._arguments])
         check_data_fits_model(self.datamodule, self.model.config, self.model.pretrained)
         settings = self.config[self.subcommand]
         self._dump_config()

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from .template_fields import declares_tools, reads_field
+
 HistoryReasoning = Literal["strip", "keep"]
 Message = dict[str, Any]
 
@@ -69,27 +71,35 @@ class ChatTemplate:
         stops = [(end.find(token), -len(token)) for token in self._added_tokens() if token in end]
         cut = min(stops)[0] - min(stops)[1] if stops else len(end)
         self._end, self._between = end[:cut], end[cut:]
+        self._declares_tools = {system: declares_tools(self._apply, system) for system in (False, True)}
+        self._reads: dict[tuple[str, str], bool] = {}
 
-    def render(self, messages: Sequence[Message]) -> list[Sample]:
-        """Samples of one valid conversation (see `reader.row_errors`); each trained turn is a target exactly once.
+    def render(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[Sample]:
+        """Samples of one valid conversation (see `rows.row_errors`); each trained turn is a target exactly once.
 
         Raises:
             ValueError: the template refuses the conversation, or has no place for what it says.
         """
+        if tools and not self._declares_tools[messages[0]["role"] == "system"]:
+            raise ValueError(
+                "has tools beside it, which the chat template does not write into the prompt; write them into the "
+                "system message, as they are when the model is served, or leave them out: --data.fields '{tools: null}'"
+            )
         turns = [_turn(message) for message in messages]
-        return self._keep(turns) if self.history_reasoning == "keep" else self._strip(turns)
+        return self._keep(turns, tools) if self.history_reasoning == "keep" else self._strip(turns, tools)
 
-    def reads(self, field: str) -> bool:
-        """Whether the template's text asks for a message's (or a tool call's) field of this name."""
-        name = re.escape(field)
-        return re.search(rf"""['"]{name}['"]|\.{name}\b""", str(self.tokenizer.chat_template)) is not None
+    def reads(self, role: str, field: str) -> bool:
+        """Whether the template looks at a field of this name, beside those of `rows.MESSAGE_FIELDS`, on such a turn."""
+        if (role, field) not in self._reads:
+            self._reads[role, field] = reads_field(self._apply, role, field)
+        return self._reads[role, field]
 
-    def _strip(self, turns: list[_Turn]) -> list[Sample]:
+    def _strip(self, turns: list[_Turn], tools: list[Any] | None) -> list[Sample]:
         samples: list[Sample] = []
         for index, turn in enumerate(turns):
             if not turn.trained:
                 continue
-            prompt = self._apply([earlier.message for earlier in turns[:index]], generate=True)
+            prompt = self._apply([earlier.message for earlier in turns[:index]], generate=True, tools=tools)
             prompt_ids = self._encode(prompt)
             target_ids = self._encode(self._target(turn, prompt))
             spans = [(len(prompt_ids), len(prompt_ids) + len(target_ids))]
@@ -98,7 +108,7 @@ class ChatTemplate:
             samples.append(Sample(prompt_ids + target_ids, spans))
         return samples
 
-    def _keep(self, turns: list[_Turn]) -> list[Sample]:
+    def _keep(self, turns: list[_Turn], tools: list[Any] | None) -> list[Sample]:
         messages = [turn.message for turn in turns]
         input_ids: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -107,7 +117,7 @@ class ChatTemplate:
         for index, turn in enumerate(turns[: last + 1]):
             if turn.message["role"] != "assistant":
                 continue
-            prompt = self._apply(messages[:index], generate=True)
+            prompt = self._apply(messages[:index], generate=True, tools=tools)
             if not prompt.startswith(rendered):
                 raise ValueError(
                     f"the chat template renders the turns before messages[{index}] differently once they are history; "
@@ -119,7 +129,7 @@ class ChatTemplate:
             if turn.trained:
                 spans.append((len(input_ids), len(input_ids) + len(target_ids)))
             input_ids += target_ids
-            rendered = self._apply(messages[: index + 1], generate=False)
+            rendered = self._apply(messages[: index + 1], generate=False, tools=tools)
         return [Sample(input_ids, spans)] if spans else []
 
     def _target(self, turn: _Turn, prompt: str) -> str:
@@ -158,11 +168,15 @@ class ChatTemplate:
             )
         return text[len(before) :]
 
-    def _apply(self, messages: list[Message], generate: bool) -> str:
+    def _apply(self, messages: list[Message], generate: bool, tools: list[Any] | None = None) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-        except (TemplateError, TypeError) as error:  # TypeError: the template adds a string to what is absent
+            text = self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=generate
+            )
+        except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        except Exception as error:  # a template raises what Python does with the data: TypeError, KeyError, ...
+            raise ValueError(f"the chat template refuses the conversation: {type(error).__name__}: {error}") from error
         assert isinstance(text, str)
         return text
 

@@ -9,18 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from .cache import TokenCache, default_cache_dir, nothing_to_train_on, open_or_check, remembered_scan
-from .copies import Conversations, first_samples, firsts
+from .cache import TokenCache, nothing_to_train_on, open_or_check
+from .copies import Conversations, Copies, first_samples
+from .files import look_up
 from .findings import Findings
 from .packed_set import PackedSet
-from .reader import RowError, expand
 from .sequence_shard import Document
 from .sft import SFTDataModule
-
-_LEAK = (
-    "trains on the same tokens as {}; the validation loss then measures memory: remove the row from one of the files"
-)
-_COPY = "trains on the same tokens as {}; remove one, unless it is to count twice"
 
 
 @dataclass
@@ -30,7 +25,8 @@ class SetReport:
     name: str  # train, val, or "val NAME"
     problems: list[str] = field(default_factory=list)  # of whole files
     errors: Findings = field(default_factory=Findings)  # of rows
-    remarks: Findings = field(default_factory=Findings)
+    skipped: Findings = field(default_factory=Findings)  # errors of rows that are skipped
+    remarks: list[Findings] = field(default_factory=list)
     numbers: list[tuple[str, str]] = field(default_factory=list)  # (what, how much), to be read
     notes: list[str] = field(default_factory=list)  # what became of rows that do not fit
     lengths: list[tuple[int, int, int]] = field(default_factory=list)  # (from, to, samples), both ends included
@@ -71,18 +67,25 @@ def _check_files(
         train: the training data's conversations, which those of a validation set should not be among.
     """
     assert data.tokenizer is not None
-    paths = _readable(files, data, report.problems)
+    paths, problems = look_up(files)
+    report.problems += map(str, problems)
     if not paths:
         if not report.problems:
             report.problems.append(f"{report.name}: no files; name at least one, or leave the set out")
         return None
     with open_or_check(paths, data.tokenizer, data.options, data.cache_dir) as cache:
-        report.errors, report.remarks = cache.report.errors, cache.report.remarks
+        report.problems += cache.report.problems
+        if data.options.bad_rows == "skip":
+            report.skipped = cache.report.errors
+        else:
+            report.errors = cache.report.errors
+        report.remarks = [cache.report.remarks, cache.report.unread]
         if not len(cache):
             report.problems.append(nothing_to_train_on(paths, cache.report, data.options))
             return None
         found = Conversations.of(cache)
-        copies, leaks = _compare(report, found, train)
+        copies = Copies.among(found, train)
+        report.remarks.append(copies.remarks)
         is_train, mixed = report.name == "train", []
         packed = data.pack(cache)
         if is_train and data.train_weights is not None and not report.problems:
@@ -91,51 +94,11 @@ def _check_files(
                 mixed = packed.mixture.lines() if packed.mixture is not None else []
             except ValueError as error:
                 report.problems.append(str(error))
-        report.numbers = [*_numbers(data, packed, copies, None if is_train else leaks), *mixed]
-        report.notes = cache.statistics.lines(data.options)[1:]
+        report.numbers = [*_numbers(data, packed, copies, is_train), *mixed]
+        report.notes = cache.summary(data.options)[1:]
         report.lengths = _histogram(cache.lengths)
         report.shown = _spread(cache, show)
         return found, packed.rows_an_epoch
-
-
-def _compare(report: SetReport, found: Conversations, train: Conversations | None) -> tuple[int, int]:
-    """Remarks on conversations that are there twice, and on those of validation that are in the training data too."""
-    leaks = copies = 0
-    before = 0 if train is None else len(train.digests)
-    own = firsts(found.digests)
-    if train is not None:
-        of_both = firsts(np.concatenate([train.digests, found.digests]))[before:]
-        leaked = of_both < before
-    else:
-        of_both, leaked = own, np.zeros(len(own), dtype=bool)
-    copied = own != np.arange(len(own))
-    for index in np.flatnonzero(leaked | copied).tolist():
-        if leaked[index]:
-            assert train is not None
-            leaks += 1
-            report.remarks.add(RowError(found.source(index), "", _LEAK.format(train.source(int(of_both[index])))))
-        if copied[index]:
-            copies += 1
-            report.remarks.add(RowError(found.source(index), "", _COPY.format(found.source(int(own[index])))))
-    return copies, leaks
-
-
-def _readable(patterns: Sequence[str], data: SFTDataModule, problems: list[str]) -> list[str]:
-    """The files that the patterns match, as `expand` has them; what cannot be found or read becomes a problem."""
-    found: list[str] = []
-    for pattern in patterns:
-        try:
-            found += expand([pattern])
-        except ValueError as error:
-            problems.append(str(error))
-    readable: list[str] = []
-    for path in dict.fromkeys(found):
-        try:
-            remembered_scan(path, data.cache_dir or default_cache_dir())
-            readable.append(path)
-        except ValueError as error:
-            problems.append(str(error))
-    return readable
 
 
 def _spread(cache: TokenCache, conversations: int) -> list[Document]:
@@ -146,11 +109,12 @@ def _spread(cache: TokenCache, conversations: int) -> list[Document]:
     return [cache.document(index) for place in picked for index in range(starts[place], ends[place])]
 
 
-def _numbers(data: SFTDataModule, packed: PackedSet, copies: int, leaks: int | None) -> list[tuple[str, str]]:
+def _numbers(data: SFTDataModule, packed: PackedSet, copies: Copies, is_train: bool) -> list[tuple[str, str]]:
     statistics, lengths = packed.cache.statistics, packed.cache.lengths
     middle, most, nearly_all = np.percentile(lengths, [50, 90, 99], method="higher").astype(int)
     return [
         ("rows", f"{statistics.rows:,}"),
+        *([("skipped", f"{statistics.skipped:,} rows")] if statistics.skipped else []),
         ("turns", f"{statistics.turns:,}"),
         ("samples", f"{statistics.samples:,} ({data.options.history_reasoning} reasoning of earlier turns)"),
         ("tokens", f"{statistics.tokens:,}"),
@@ -159,8 +123,8 @@ def _numbers(data: SFTDataModule, packed: PackedSet, copies: int, leaks: int | N
         ("cut to max_length", f"{statistics.truncated:,} samples"),
         ("dropped", f"{statistics.dropped_truncated + statistics.dropped_overlong:,} samples"),
         ("without targets", f"{statistics.rows_without_targets:,} rows"),
-        ("copies of another row", f"{copies:,} rows"),
-        *([("also in train", f"{leaks:,} rows")] if leaks is not None else []),
+        ("copies of another row", f"{copies.copies:,} rows"),
+        *([] if is_train else [("also in train", f"{copies.leaks:,} rows")]),
         (
             "packed" if data.packing else "not packed",
             f"{len(packed.rows):,} rows of up to {data.options.max_length:,} tokens, "

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from .check import SetReport
 from .check_text import verdict
 from .findings import Findings
-from .segments import segments
+from .segments import printable, segments
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a;
@@ -37,7 +37,7 @@ def _lines(reports: Sequence[SetReport], tokenizer: PreTrainedTokenizerFast, tit
     yield f"<p{' class=wrong' if wrong else ''}><strong>{verdict(wrong)}</strong></p>"
     for report in reports:
         yield f"<h2>{report.name}</h2>"
-        yield from _list("Wrong", len(report.problems), report.problems)
+        yield from _list("Wrong", len(report.problems), [printable(problem) for problem in report.problems])
         yield from _findings("Wrong", report.errors)
         if report.numbers:
             rows = "".join(f"<tr><td>{escape(what)}</td><td>{escape(text)}</td></tr>" for what, text in report.numbers)
@@ -47,7 +47,9 @@ def _lines(reports: Sequence[SetReport], tokenizer: PreTrainedTokenizerFast, tit
             yield _bars(report.lengths)
         if report.notes:
             yield from _list("Notes", len(report.notes), report.notes)
-        yield from _findings("Suspicious", report.remarks)
+        yield from _findings("Skipped", report.skipped)
+        for remarks in report.remarks:
+            yield from _findings("Suspicious", remarks)
     if any(report.shown for report in reports):
         yield "<h2>Conversations as training sees them</h2>"
         yield '<p>Legend: <mark>trained on</mark>, <span class="special">special token</span></p>'
@@ -68,7 +70,7 @@ def _lines(reports: Sequence[SetReport], tokenizer: PreTrainedTokenizerFast, tit
 
 def _findings(word: str, findings: Findings) -> Iterator[str]:
     for count, examples in findings.by_kind():
-        yield from _list(word, count, [str(error) for error in examples])
+        yield from _list(word, count, [printable(str(error)) for error in examples])
 
 
 def _list(word: str, count: int, items: Sequence[str]) -> Iterator[str]:

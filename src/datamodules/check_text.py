@@ -39,7 +39,9 @@ def report_lines(reports: Sequence[SetReport], tokenizer: PreTrainedTokenizerFas
             yield from _bars(report.lengths)
         for note in report.notes:
             yield f"  note: {printable(note)}"
-        yield from _listed("suspicious", report.remarks)
+        yield from _listed("skipped", report.skipped)
+        for remarks in report.remarks:
+            yield from _listed("suspicious", remarks)
         for problem in report.problems:
             yield f"  WRONG: {printable(problem)}"
         yield from _listed("WRONG", report.errors)
@@ -78,7 +80,8 @@ def _bars(lengths: list[tuple[int, int, int]]) -> Iterator[str]:
 def _listed(word: str, findings: Findings) -> Iterator[str]:
     for count, examples in findings.by_kind():
         yield f"  {word}, {count:,} time{'s' if count > 1 else ''}:"
-        for error in examples[:EXAMPLES]:
+        shown = examples[:EXAMPLES]
+        for error in shown:
             yield f"    {printable(str(error))}"
-        if count > EXAMPLES:
-            yield f"    ... and {count - min(EXAMPLES, len(examples)):,} more of this kind"
+        if count > len(shown):
+            yield f"    ... and {count - len(shown):,} more of this kind"

@@ -1,24 +1,30 @@
 """Conversations with the same tokens and targets, found by digests in constant memory a conversation."""
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from .cache import TokenCache
+from .findings import Findings
+from .rows import RowError
+
+_LEAK = (
+    "trains on the same tokens as {}; the validation loss then measures memory: remove the row from one of the files"
+)
+_COPY = "trains on the same tokens as {}; remove one, unless it is to count twice"
 
 
 @dataclass(frozen=True)
 class Conversations:
     """The rows of a set that have samples, 28 bytes each.
 
-    `digests`: uint64 [n, 2], of the tokens and targets of all samples; `files`, `rows`: int32 and int64 [n], where each
+    `digests`: int64 [n, 2], of the tokens and targets of all samples; `files`, `rows`: int32 and int64 [n], where each
     stands, by number in `paths`.
     """
 
     paths: tuple[str, ...]
-    digests: npt.NDArray[np.uint64]
+    digests: npt.NDArray[np.int64]
     files: npt.NDArray[np.int32]
     rows: npt.NDArray[np.int64]
 
@@ -28,16 +34,38 @@ class Conversations:
     @classmethod
     def of(cls, cache: TokenCache) -> "Conversations":
         starts = first_samples(cache)
-        digests = bytearray()
-        for start, stop in zip(starts, np.append(starts[1:], len(cache)), strict=True):
-            digest = hashlib.blake2b(digest_size=16)
-            for index in range(start, stop):
-                document = cache.document(index)
-                digest.update(np.asarray([len(document.input_ids), len(document.target_spans)]).tobytes())
-                digest.update(document.input_ids.tobytes() + document.target_spans.tobytes())
-            digests += digest.digest()
-        found = np.frombuffer(bytes(digests), dtype=np.uint64).reshape(-1, 2)
-        return cls(tuple(cache.paths), found, cache.files[starts], cache.file_rows[starts])
+        return cls(tuple(cache.paths), cache.row_digests()[starts], cache.files[starts], cache.file_rows[starts])
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Remarks on conversations that are there twice, and on those of validation that are in the training data too."""
+
+    remarks: Findings
+    copies: int
+    leaks: int
+
+    @classmethod
+    def among(cls, found: Conversations, train: Conversations | None) -> "Copies":
+        """Those among `found`, and, of a validation set, between it and the training data."""
+        remarks, leaks, copies = Findings(), 0, 0
+        before = 0 if train is None else len(train.digests)
+        own = firsts(found.digests)
+        if train is not None:
+            of_both = firsts(np.concatenate([train.digests, found.digests]))[before:]
+            leaked = of_both < before
+        else:
+            of_both, leaked = own, np.zeros(len(own), dtype=bool)
+        copied = own != np.arange(len(own))
+        for index in np.flatnonzero(leaked | copied).tolist():
+            if leaked[index]:
+                assert train is not None
+                leaks += 1
+                remarks.add(RowError(found.source(index), "", _LEAK.format(train.source(int(of_both[index])))))
+            if copied[index]:
+                copies += 1
+                remarks.add(RowError(found.source(index), "", _COPY.format(found.source(int(own[index])))))
+        return cls(remarks, copies, leaks)
 
 
 def first_samples(cache: TokenCache) -> npt.NDArray[np.int64]:
@@ -47,7 +75,7 @@ def first_samples(cache: TokenCache) -> npt.NDArray[np.int64]:
     return np.flatnonzero(begins)
 
 
-def firsts(digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+def firsts(digests: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """For each digest [n, 2] the place of the first that is equal, its own where it is the first: int64 [n]."""
     order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable, so that equal ones stay in their order
     begins = np.ones(len(order), dtype=bool)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from .cache import TokenCache
+from .files import expand
 from .mixture import Mixture, mix
 from .packing import PackedRows, one_sample_a_row, pack
-from .reader import expand
 from .tokenization import TokenizeOptions
 
 
@@ -47,6 +47,8 @@ class PackedSet:
             "targets": int(self.cache.targets.sum(dtype="int64")),
             "rows": len(self.rows),
         }
+        if self.cache.statistics.skipped:
+            facts["skipped"] = self.cache.statistics.skipped
         if self.mixture is not None:
             facts["mixture"] = {
                 part.entry: {"weight": part.weight, "rows": part.rows, "rows_an_epoch": part.rows_an_epoch}
@@ -67,16 +69,9 @@ def mix_samples(
     """The rows of each entry (a file or a glob), packed by itself, mixed by weight.
 
     Raises:
-        ValueError: two entries match one file; as `mixture.mix`.
+        ValueError: as `mixture.mix`.
     """
-    entry_of: dict[str, int] = {}
-    for index, entry in enumerate(entries):
-        for path in expand([entry]):
-            if entry_of.setdefault(path, index) != index:
-                raise ValueError(
-                    f"{path} is matched by {entries[entry_of[path]]!r} and by {entry!r}: with data.train_weights a "
-                    "file belongs to one entry of data.train_files"
-                )
+    entry_of = {path: index for index, entry in enumerate(entries) for path in expand([entry])}
     # [samples] -> entry of each
     owners = np.asarray([entry_of[path] for path in cache.paths])[cache.files]
     packed = []

@@ -1,303 +1,264 @@
-"""Chat data from JSON, JSON Lines and Parquet files: where the rows are, the rows, and what is wrong with them.
+"""Rows of JSON, JSON Lines and Parquet files, plain or compressed by gzip or zstd: where they are, and the rows.
 
 A file is first scanned (`scan`) into spans of rows that processes read independently and in order, then read span by
-span (`read_span`) in constant memory. `row_errors` lists everything that is wrong with one row, so that training can
-stop at the first error and `check-data` can show them all.
+span (`read_span`) in constant memory. What a file is, its bytes say; of its name only `.parquet` counts.
 """
 
-import glob
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ROLES = ("system", "user", "assistant", "tool")
+from .elements import elements
+from .files import STREAM_ERRORS, is_compressed, open_bytes
+from .rows import RowError
 
-# A span ends at whichever comes first: small enough for processes to share the work and to hold in memory.
+# A span ends at whichever comes first: small enough for processes to share the work.
 ROWS_PER_SPAN = 1024
 BYTES_PER_SPAN = 8 << 20
+# Of a compressed file, which is decompressed from its start for each span: 5 % of the time that tokenising takes.
+COMPRESSED_SPANS = 64
 
 _BOM = b"\xef\xbb\xbf"
-_WHITESPACE = " \t\r\n"
-_DECODER = json.JSONDecoder()
+_SPACE = " \t\r\n"
+_HEAD = 512
+_PARQUET = b"PAR1"
+_CONVERT = "convert it to JSONL or Parquet"
+_OTHER_FILES = (
+    (b"\xff\xfe", "is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8"),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the data; fetch it: git lfs pull"),
+    (b"ARROW1", f"is an Arrow file; {_CONVERT}"),
+    (b"\xff\xff\xff\xff", f"is an Arrow stream; {_CONVERT}"),
+    (b"Obj\x01", f"is an Avro file; {_CONVERT}"),
+    (b"\x89HDF", f"is an HDF5 file; {_CONVERT}"),
+    (b"SQLite format 3\0", f"is an SQLite database; {_CONVERT}"),
+    (b"PARE", "is an encrypted Parquet file; decrypt it"),
+    (b"PK\x03\x04", "is a zip archive; unpack it"),
+    (b"7z\xbc\xaf\x27\x1c", "is a 7z archive; unpack it"),
+    (b"BZh", "is compressed by bzip2; unpack it, or compress it by gzip or zstd"),
+    (b"\xfd7zXZ\0", "is compressed by xz; unpack it, or compress it by gzip or zstd"),
+    (b"\x04\x22\x4d\x18", "is compressed by lz4; unpack it, or compress it by gzip or zstd"),
+    (b"\x1f\x8b", "is compressed twice; unpack it once"),
+    (b"\x28\xb5\x2f\xfd", "is compressed twice; unpack it once"),
+)
 
-
-class RowError(ValueError):
-    """One thing that is wrong with one row: `source` ("file:row"), `field` (a path inside the row) and `problem`,
-    which states the value, the constraint and the remedy."""
-
-    def __init__(self, source: str, field: str, problem: str) -> None:
-        super().__init__(source, field, problem)
-        self.source, self.field, self.problem = source, field, problem
-
-    def __str__(self) -> str:
-        return f"{self.source}: {self.field}: {self.problem}" if self.field else f"{self.source}: {self.problem}"
+Kind = Literal["lines", "array", "values", "parquet"]
 
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive rows of one file: bytes [start, stop) of JSON text, or the Parquet row group `start`."""
+    """Rows [first_row, stop_row) of one file, counted from 1; in JSON Lines they are the numbers of the lines.
+
+    `start`: the byte of its (decompressed) text at which the first row begins, in lines, in an array or as a value
+    outside any; or the Parquet row group that the span is.
+    """
 
     path: str
-    kind: Literal["jsonl", "json", "parquet"]
-    first_row: int  # 1-based; the line number in JSON Lines
+    kind: Kind
+    first_row: int
+    stop_row: int
     start: int
-    stop: int
 
 
 @dataclass(frozen=True)
 class FileScan:
-    """What one pass over a file finds: a digest of its bytes and the spans that cover it."""
+    """What one pass over a file finds: the spans that cover its rows, as far as they can be told apart, and what is
+    wrong with the file as a whole, for people. A sound file has rows."""
 
     path: str
-    digest: str
     spans: tuple[Span, ...]
-
-
-def expand(patterns: Sequence[str]) -> list[str]:
-    """Files that the patterns match, in the patterns' order, sorted within each, each file once.
-
-    Raises:
-        ValueError: a pattern matches no file.
-    """
-    paths: dict[str, None] = {}
-    for pattern in patterns:
-        matches = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
-        if not matches:
-            raise ValueError(
-                f"no file matches {pattern!r} (working directory {Path.cwd()}): give an existing JSON, JSONL or "
-                "Parquet file, or a glob such as 'data/*.jsonl'"
-            )
-        paths.update(dict.fromkeys(matches))
-    return list(paths)
+    problem: str | None = None
 
 
 def scan(path: str) -> FileScan:
-    """Digest and spans of a file. JSON Lines and Parquet in constant memory; a JSON array's text is held whole."""
-    if path.lower().endswith(".parquet"):
-        return _scan_parquet(path)
-    with open(path, "rb") as file:
-        head = file.read(4096).removeprefix(_BOM).lstrip()
-    return _scan_array(path) if head.startswith(b"[") else _scan_lines(path)
+    """Spans of a file, found in constant memory; a cut or damaged file has those of the rows before."""
+    try:
+        with open_bytes(path) as file:
+            head = file.read(_HEAD)
+        if head.startswith(_PARQUET) or path.lower().endswith(".parquet"):
+            return _scan_parquet(path, head)
+        problem = _refused(head)
+        return FileScan(path, (), f"{path} {problem}") if problem else _scan_text(path, head)
+    except STREAM_ERRORS as error:
+        return FileScan(path, (), f"{path} cannot be read ({error}); write it again or leave it out")
 
 
 def read_span(span: Span) -> Iterator[tuple[int, Any]]:
     """Yields (row number from 1, the parsed row, or a `RowError` where it cannot be parsed)."""
-    return {"jsonl": _read_lines, "json": _read_array, "parquet": _read_parquet}[span.kind](span)
-
-
-def row_errors(row: Any, source: str) -> Iterator[RowError]:
-    """Everything that is wrong with one row `{"messages": [{"role", "content", ...}, ...]}`."""
-    if not isinstance(row, dict):
-        yield RowError(source, "", f"is {_name(row)}; a row must be an object with 'messages'")
+    if span.kind == "parquet":
+        yield from _read_parquet(span)
         return
-    messages = row.get("messages")
-    if not isinstance(messages, list):
-        found = f"is {_name(messages)}" if "messages" in row else f"is missing (fields: {', '.join(map(str, row))})"
-        yield RowError(source, "messages", f"{found}; it must be a list of {{role, content}} objects")
-        return
-    if not messages:
-        yield RowError(source, "messages", "is empty; a conversation needs at least one user and one assistant turn")
-    previous: dict[str, Any] | None = None
-    for index, message in enumerate(messages):
-        field = f"messages[{index}]"
-        if not isinstance(message, dict):
-            yield RowError(source, field, f"is {_name(message)}; it must be an object with 'role' and 'content'")
-            return
-        role = message.get("role")
-        if role not in ROLES:
-            yield RowError(source, f"{field}.role", f"is {role!r}; it must be one of {', '.join(ROLES)}")
-            return  # without a role nothing more can be said about the order of turns
-        for name, problem in _message_problems(message):
-            yield RowError(source, f"{field}.{name}", problem)
-        if misplaced := _order_problem(previous, message):
-            yield RowError(source, f"{field}.role", misplaced)
-        previous = message
+    with open_bytes(span.path, span.start) as file:
+        for _, row, _, text in _texts(file, span.kind, span.first_row, span.start):
+            if row >= span.stop_row:  # a blank line stood at the span's end
+                return
+            yield row, _parse(text, f"{span.path}:{row}", span.kind)
+            if row + 1 == span.stop_row:  # what is behind it may be no JSON
+                return
 
 
-def _message_problems(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(field, problem) of one message, seen alone."""
-    assistant = message["role"] == "assistant"
-    content, reasoning, calls = (message.get(key) for key in ("content", "reasoning_content", "tool_calls"))
-    if "content" not in message and not (assistant and (calls or reasoning)):
-        yield "content", "is missing; it must be a string, or null for empty"
-    elif not isinstance(content, str | None):
-        yield "content", f"is {_name(content)}; it must be a string, or null for empty"
-    if not isinstance(reasoning, str | None):
-        yield "reasoning_content", f"is {_name(reasoning)}; it must be a string or absent"
-    elif reasoning and not assistant:
-        yield "reasoning_content", f"stands on a {message['role']} turn; only assistant turns reason: remove it"
-    elif reasoning and isinstance(content, str) and content.lstrip().startswith("<think>"):
-        yield "reasoning_content", "is given and content begins with <think> too; give the reasoning once"
-    loss = message.get("loss")
-    if not isinstance(loss, bool | None):
-        yield "loss", f"is {loss!r}; it must be true, false or absent (absent: assistant turns are trained on)"
-    elif loss and not assistant:
-        yield "loss", f"is true on a {message['role']} turn; only assistant turns are trained on: remove it"
-    if not calls and isinstance(calls, list | None):
-        return
-    if not assistant:
-        yield "tool_calls", f"stands on a {message['role']} turn; only assistant turns call tools: remove it"
-    elif not isinstance(calls, list):
-        yield "tool_calls", f"is {_name(calls)}; it must be a list of {{type, function: {{name, arguments}}}}"
-    else:
-        for index, call in enumerate(calls):
-            function = call.get("function") if isinstance(call, dict) else None
-            if not isinstance(function, dict):
-                yield f"tool_calls[{index}].function", f"is {_name(function)}; it must be an object with 'name'"
-                continue
-            if not isinstance(function.get("name"), str):
-                found = _name(function.get("name"))
-                yield f"tool_calls[{index}].function.name", f"is {found}; it must be a string"
-            if not isinstance(function.get("arguments"), str):
-                found = _name(function.get("arguments"))
-                yield (
-                    f"tool_calls[{index}].function.arguments",
-                    f'is {found}; it must be a string: give the arguments as JSON text, \'{{"city": "Rome"}}\'',
-                )
-
-
-def _order_problem(previous: dict[str, Any] | None, message: dict[str, Any]) -> str | None:
-    """Why `message` cannot follow `previous`; None where it can."""
-    role, before = message["role"], previous["role"] if previous else None
-    if role == "system" and before not in (None, "system"):
-        return f"is 'system' after a {before} turn; system turns come first: move it to the front"
-    if role == "tool" and not (before == "tool" or (previous and before == "assistant" and previous.get("tool_calls"))):
-        return "is 'tool', but no assistant turn with tool_calls stands before it"
-    if role == "user" and before == "tool":
-        return "is 'user' right after a tool's output; an assistant turn that answers it must stand between"
-    if role == "assistant" and before == "assistant":
-        return "is 'assistant' right after another assistant turn; merge the two or put the user's turn between them"
+def _refused(head: bytes) -> str | None:
+    for magic, problem in _OTHER_FILES:
+        if head.startswith(magic):
+            return problem
+    if head[257:262] == b"ustar":
+        return "is a tar archive; unpack it"
+    if b"\0" in head[:4]:
+        return "is no UTF-8 text; convert it: iconv -f UTF-16 -t UTF-8, say"
     return None
 
 
-def _name(value: Any) -> str:
-    names = {type(None): "null", dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return names.get(type(value), f"{value!r}")
+# JSON text -----------------------------------------------------------------------------------------------------------
 
 
-# JSON Lines ----------------------------------------------------------------------------------------------------------
-
-
-def _scan_lines(path: str) -> FileScan:
-    digest, spans = hashlib.sha256(), []
-    start = offset = 0
-    row = first = 1
-    with open(path, "rb") as file:
-        for line in file:
-            digest.update(line)
-            offset += len(line)
-            row += 1
-            if row - first == ROWS_PER_SPAN or offset - start >= BYTES_PER_SPAN:
-                spans.append(Span(path, "jsonl", first, start, offset))
-                start, first = offset, row
-    if offset > start:
-        spans.append(Span(path, "jsonl", first, start, offset))
-    return FileScan(path, digest.hexdigest(), tuple(spans))
-
-
-def _read_lines(span: Span) -> Iterator[tuple[int, Any]]:
-    with open(span.path, "rb") as file:
-        file.seek(span.start)
-        row, position = span.first_row, span.start
-        while position < span.stop:
-            line = file.readline()
-            position += len(line)
-            text = line.removeprefix(_BOM).strip()
-            if text:
-                yield row, _parse(text, f"{span.path}:{row}")
-            row += 1
-
-
-def _parse(text: bytes, source: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        return RowError(source, "", f"is not one valid JSON object on one line ({error}); repair or remove the line")
-
-
-# JSON arrays ---------------------------------------------------------------------------------------------------------
-
-
-def _scan_array(path: str) -> FileScan:
-    data = Path(path).read_bytes()
-    text = data.decode("utf-8", errors="surrogateescape")  # invalid bytes keep their place; the reader reports them
-    position = text.index("[") + 1
-    offset = start = _byte_length(text[:position])  # `position` in bytes
+def _scan_text(path: str, head: bytes) -> FileScan:
+    kind: Kind = "values" if head.removeprefix(_BOM).lstrip().startswith(b"[") else "lines"
     spans: list[Span] = []
-    row = first = 1
+    first: tuple[Kind, int, int] | None = None
+    row, problem = 0, None
+    with open_bytes(path) as file:
+        try:
+            for state, row, start, _ in _texts(file, kind, 1, 0):
+                if first is not None and (row - first[1] >= ROWS_PER_SPAN or start - first[2] >= BYTES_PER_SPAN):
+                    spans.append(Span(path, first[0], first[1], row, first[2]))
+                    first = None
+                first = first or (state, row, start)
+        except (ValueError, *STREAM_ERRORS) as error:
+            problem = f"{path}:{row + 1}: {error}; what is there and behind it cannot be read: repair the file"
+    if first is not None:
+        spans.append(Span(path, first[0], first[1], row + 1, first[2]))
+    elif problem is None:
+        problem = f"{path} has no rows; leave it out"
+    return FileScan(path, tuple(_joined(spans) if is_compressed(path) else spans), problem)
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Neighbours together, so that there are `COMPRESSED_SPANS` at most."""
+    size = -(-len(spans) // COMPRESSED_SPANS) or 1
+    groups = [spans[start : start + size] for start in range(0, len(spans), size)]
+    return [replace(group[0], stop_row=group[-1].stop_row) for group in groups]
+
+
+def _texts(file: BinaryIO, kind: Kind, row: int, offset: int) -> Iterator[tuple[Kind, int, int, bytes]]:
+    """Yields (kind, row number, first byte, text) of the rows of a file that reads on from byte `offset`, at a row."""
+    if kind == "lines":
+        for number, line in enumerate(file, row):
+            if line.removeprefix(_BOM).strip():
+                yield kind, number, offset, line
+            offset += len(line)
+    elif kind != "parquet":
+        for number, (state, start, text) in enumerate(elements(file, kind, offset), row):
+            yield state, number, start, text
+
+
+def _parse(text: bytes, source: str, kind: Kind) -> Any:
     try:
-        for _, end in _elements(text, position):
-            offset += _byte_length(text[position:end])
-            position = end
-            row += 1
-            if row - first == ROWS_PER_SPAN or offset - start >= BYTES_PER_SPAN:
-                spans.append(Span(path, "json", first, start, offset))
-                start, first = offset, row
-    except json.JSONDecodeError:
-        pass  # the reader of the last span meets it again and names the row
-    spans.append(Span(path, "json", first, start, len(data)))
-    return FileScan(path, hashlib.sha256(data).hexdigest(), tuple(spans))
-
-
-def _byte_length(text: str) -> int:
-    return len(text.encode("utf-8", errors="surrogateescape"))
-
-
-def _elements(text: str, position: int) -> Iterator[tuple[Any, int]]:
-    """(value, position behind it) of an array's elements from `position` to its `]` or to the end of the text."""
-    while True:
-        while position < len(text) and text[position] in _WHITESPACE + ",":
-            position += 1
-        if position == len(text) or text[position] == "]":
-            return
-        value, position = _DECODER.raw_decode(text, position)
-        yield value, position
-
-
-def _read_array(span: Span) -> Iterator[tuple[int, Any]]:
-    with open(span.path, "rb") as file:
-        file.seek(span.start)
-        data = file.read(span.stop - span.start)
-    row = span.first_row
-    try:
-        for value, _ in _elements(data.decode("utf-8"), 0):
-            yield row, value
-            row += 1
+        return _DECODER.decode(text.removeprefix(_BOM).decode("utf-8").strip(_SPACE))
+    except RecursionError:
+        problem = "it is nested too deep"
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg}: character {error.pos + 1}"
     except ValueError as error:
-        problem = f"is not valid JSON ({error}); nothing behind it can be read: repair the file"
-        yield row, RowError(f"{span.path}:{row}", "", problem)
+        problem = str(error)
+    what = ("one valid JSON object on one line", "line") if kind == "lines" else ("valid JSON", "row")
+    return RowError(source, "", f"is not {what[0]} ({problem}); repair or remove the {what[1]}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"an object has the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
 
 
 # Parquet -------------------------------------------------------------------------------------------------------------
 
 
-def _scan_parquet(path: str) -> FileScan:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+def _scan_parquet(path: str, head: bytes) -> FileScan:
+    if is_compressed(path):
+        return FileScan(path, (), f"{path} is a compressed Parquet file; unpack it, Parquet compresses its columns")
     try:
         metadata = pq.read_metadata(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file ({error}); write it again or remove it") from None
+        names = metadata.schema.to_arrow_schema().names
+    except (pa.ArrowException, OSError) as error:
+        what = "is damaged or cut" if head.startswith(_PARQUET) else "is not a Parquet file"
+        return FileScan(path, (), f"{path} {what} ({error}); write it again or leave it out")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        return FileScan(path, (), f"{path} has two columns {twice!r}; rename one")
     spans, first = [], 1
     for group in range(metadata.num_row_groups):
-        spans.append(Span(path, "parquet", first, group, group + 1))
-        first += metadata.row_group(group).num_rows
-    return FileScan(path, digest, tuple(spans))
+        rows = metadata.row_group(group).num_rows
+        spans.append(Span(path, "parquet", first, first + rows, group))
+        first += rows
+    return FileScan(path, tuple(spans), None if first > 1 else f"{path} has no rows; leave it out")
 
 
 def _read_parquet(span: Span) -> Iterator[tuple[int, Any]]:
-    with pq.ParquetFile(span.path, memory_map=True) as file:
-        # Other columns are never looked at; without 'messages' the rows are read whole, for the error to list them.
-        names = file.schema_arrow.names
-        columns = [name for name in ("messages", "tools") if name in names] if "messages" in names else None
-        row = span.first_row
-        for batch in file.iter_batches(batch_size=128, row_groups=[span.start], columns=columns):
-            for value in batch.to_pylist():
-                yield row, value
-                row += 1
+    row = span.first_row
+    try:
+        with pq.ParquetFile(span.path, memory_map=True) as file:
+            # Numbers and bytes beside the messages are nobody's business and may be large.
+            columns = [field.name for field in file.schema_arrow if _has_text(field.type)] or None
+            for batch in file.iter_batches(batch_size=128, row_groups=[span.start], columns=columns):
+                for value in _values(batch):
+                    if isinstance(value, Exception):
+                        value = RowError(
+                            f"{span.path}:{row}", "", f"cannot be read ({value}); repair or remove the row"
+                        )
+                    yield row, value
+                    row += 1
+    except (pa.ArrowException, OSError) as error:
+        problem = f"cannot be read, and nothing behind it in row group {span.start} ({error}); write the file again"
+        yield row, RowError(f"{span.path}:{row}", "", problem)
+
+
+def _values(batch: pa.RecordBatch) -> Iterator[Any]:
+    """The rows as Python has them; the exception where one has no place there (text that is not UTF-8)."""
+    try:
+        rows = batch.to_pylist()
+    except ValueError:
+        rows = []
+        for index in range(len(batch)):
+            try:
+                rows += batch.slice(index, 1).to_pylist()
+            except ValueError as error:
+                rows.append(error)
+    for row in rows:
+        yield row if isinstance(row, Exception) else {name: _as_written(value) for name, value in row.items()}
+
+
+def _as_written(value: Any) -> Any:
+    """A column's value without the nulls that Parquet fills into every object that lacks a field of another one; of
+    turns only inside their fields, since a turn's own null is as good as none."""
+    if isinstance(value, list) and value and isinstance(value[0], dict) and value[0].keys() & {"role", "from"}:
+        return [turn and {key: _without_nulls(field) for key, field in turn.items()} for turn in value]
+    return _without_nulls(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(field) for key, field in value.items() if field is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _has_text(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(_has_text(field.type) for field in kind)
+    if pa.types.is_map(kind):
+        return _has_text(kind.key_type) or _has_text(kind.item_type)
+    if hasattr(kind, "value_type"):  # lists of every sort, dictionaries
+        return _has_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

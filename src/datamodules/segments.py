@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .sequence_shard import Document
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -42,5 +42,5 @@ def segments(document: Document, tokenizer: PreTrainedTokenizerFast) -> Iterator
 
 
 def printable(text: str) -> str:
-    """Without characters that would steer a terminal."""
+    """Without characters that would steer a terminal, and without halves of UTF-16 pairs, which no file can hold."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

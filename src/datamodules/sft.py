@@ -9,15 +9,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerFast
 
-from .cache import TokenCache, open_or_build
+from .cache import TokenCache, open_built, open_or_build
 from .chat_template import HistoryReasoning
+from .copies import Conversations, Copies
+from .files import expand
+from .formats import Format, check_fields
 from .loader import PackedDataLoader, PackedDataset
 from .mixture import check_weights
 from .packed_set import PackedSet, mix_samples, pack_samples
-from .reader import expand
 from .resume import align_progress, check_identity
 from .sampler import MicroBatchSampler
-from .tokenization import Overlong, TokenizeOptions
+from .tokenization import BadRows, Overlong, TokenizeOptions
 from .tokenizer import load_tokenizer
 
 
@@ -25,7 +27,7 @@ class SFTDataModule(LightningDataModule):
     """Chat data for supervised fine-tuning: tokenised once, masked, packed, sharded over sequence-parallel ranks.
 
     Args:
-        train_files: JSON, JSONL or Parquet files or globs; each row {"messages": [{"role", "content", ...}, ...]}.
+        train_files: JSON, JSONL or Parquet files or globs, plain, gzip or zstd; a row is a conversation (see `format`).
         train_weights: how often the conversations of each entry of train_files are in an epoch, 0.5 or 2, say; by
             default all once.
         val_files: files for validation; none without it.
@@ -38,6 +40,11 @@ class SFTDataModule(LightningDataModule):
         packing: pack samples into rows; false: a sample a row.
         overlong: what happens to a sample above max_length. truncate cuts its end.
         history_reasoning: strip: earlier turns without their reasoning, as at inference; keep: with it.
+        format: messages: rows {"messages": [{"role", "content", ...}, ...]}; sharegpt: {"conversations": [{"from",
+            "value"}, ...]}; alpaca: {"instruction", "input", "output"}; auto: what the rows of each file are.
+        fields: fields of rows and messages under other names, {"thinking": "reasoning_content"}; with null left out.
+        bad_rows: what happens where a row is wrong. error: training does not start; skip: the row is left out, counted,
+            and listed with the reason in a file.
         cache_dir: where tokenised data is kept; by default deepseek-sft in $XDG_CACHE_HOME or ~/.cache.
         num_workers: processes that assemble batches, for each rank.
         seed: order of the rows.
@@ -55,6 +62,9 @@ class SFTDataModule(LightningDataModule):
         packing: bool = True,
         overlong: Overlong = "truncate",
         history_reasoning: HistoryReasoning = "strip",
+        format: Format = "auto",
+        fields: dict[str, str | None] | None = None,
+        bad_rows: BadRows = "error",
         cache_dir: str | None = None,
         num_workers: int = 2,
         seed: int = 0,
@@ -63,6 +73,7 @@ class SFTDataModule(LightningDataModule):
         for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1)):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
+        check_fields(fields or {})
         if train_weights is not None:
             check_weights(train_weights, train_files)
         for name in val_sets or {}:
@@ -71,14 +82,16 @@ class SFTDataModule(LightningDataModule):
         self.train_files, self.val_files = train_files, val_files
         self.train_weights, self.val_sets = train_weights, val_sets or {}
         self.tokenizer_spec = tokenizer
-        self.options = TokenizeOptions(max_length, overlong, history_reasoning)
+        self.options = TokenizeOptions(max_length, overlong, history_reasoning, fields or {}, format, bad_rows)
         self.batch_size, self.packing = batch_size, packing
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
         self.num_workers, self.seed = num_workers, seed
         self.tokenizer: PreTrainedTokenizerFast | None = None
+        self.check_command = "python -m src.cli check-data, with the arguments of this run"
         self.train_set: PackedSet | None = None
         self.val_set: PackedSet | None = None  # of val_files
         self.named_val_sets: dict[str, PackedSet] = {}
+        self._fingerprints: dict[tuple[str, ...], str] = {}  # of the caches that this process has built or found
         self._start: tuple[int, int] | None = None  # (epoch, optimizer step in it) where training resumes
         self._train_sampler: MicroBatchSampler | None = None
         self._progress_restored = False
@@ -90,7 +103,7 @@ class SFTDataModule(LightningDataModule):
         validating = self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
         for files in (None if validating else self.train_files, self.val_files, *self.val_sets.values()):
             if files:
-                self._open(files)
+                self._prepare(files)
 
     @property
     def longest_row(self) -> int:
@@ -108,20 +121,56 @@ class SFTDataModule(LightningDataModule):
         for name, files in self.val_sets.items():
             if name not in self.named_val_sets:
                 self.named_val_sets[name] = self._packed(f"val {name}", files)
+        if self.trainer is None or self.trainer.is_global_zero:
+            self._warn()
+
+    def _warn(self) -> None:
+        """What `check-data` calls suspicious, in counts."""
+        sets = {"train": self.train_set, "val": self.val_set}
+        sets |= {f"val {name}": packed for name, packed in self.named_val_sets.items()}
+        train = None if self.train_set is None else Conversations.of(self.train_set.cache)
+        for name, packed in sets.items():
+            if packed is None:
+                continue
+            found = Conversations.of(packed.cache)
+            copies = Copies.among(found, None if name == "train" else train)
+            for remarks in (packed.cache.report.remarks, packed.cache.report.unread, copies.remarks):
+                for count, examples in remarks.by_kind():
+                    times = f"{count:,} time{'s' if count > 1 else ''}"
+                    rank_zero_warn(
+                        f"{name}: suspicious, {times}, first {examples[0]}. To list the rows: {self.check_command}"
+                    )
+
+    def _prepare(self, files: list[str]) -> str:
+        """The fingerprint of a cache that is there."""
+        key = tuple(files)
+        if key not in self._fingerprints:
+            cache = open_or_build(expand(files), self._tokenizer(), self.options, self.cache_dir)
+            self._fingerprints[key] = cache.fingerprint
+        return self._fingerprints[key]
 
     def _open(self, files: list[str]) -> TokenCache:
+        """The same cache on every rank: the first one's, for which the files are read there and nowhere else."""
+        if self.trainer is None:
+            fingerprint = self._prepare(files)
+        else:
+            first = self._prepare(files) if self.trainer.is_global_zero else ""
+            fingerprint = self.trainer.strategy.broadcast(first)
+        return open_built(fingerprint, expand(files), self.cache_dir)
+
+    def _tokenizer(self) -> PreTrainedTokenizerFast:
         if self.tokenizer is None:
             if self.tokenizer_spec is None:
                 raise ValueError(
                     "no tokenizer: give --data.tokenizer DIR, 'deepseek', or --model.pretrained DIR that has one"
                 )
             self.tokenizer = load_tokenizer(self.tokenizer_spec)
-        return open_or_build(expand(files), self.tokenizer, self.options, self.cache_dir)
+        return self.tokenizer
 
     def _packed(self, name: str, files: list[str], weights: list[float] | None = None) -> PackedSet:
         cache = self._open(files)
         packed = self.pack(cache, weights)
-        first, *details = cache.statistics.lines(self.options)
+        first, *details = cache.summary(self.options)
         rank_zero_info(
             f"{name}: {first}; {len(packed.rows):,} rows of up to {self.options.max_length:,} tokens, "
             f"{packed.fill(self.options.max_length):.1%} full"

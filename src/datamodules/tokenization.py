@@ -1,5 +1,6 @@
 """Rows to samples that fit: rendering, the overlong policy, and an account of what became of every row."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -9,11 +10,13 @@ from typing import Any, Literal
 import numpy as np
 
 from .chat_template import ChatTemplate, HistoryReasoning, Sample
-from .findings import Findings, row_remarks
-from .reader import RowError, Span, read_span, row_errors
+from .findings import Findings, row_remarks, unread_remark
+from .formats import Conversation, Format, read_row
+from .reader import Span, read_span
 from .sequence_shard import target_counts
 
 Overlong = Literal["truncate", "drop", "error"]
+BadRows = Literal["error", "skip"]
 
 NAMED_ROWS = 5  # rows without targets that are named in the log
 
@@ -25,13 +28,17 @@ class TokenizeOptions:
     max_length: int
     overlong: Overlong = "truncate"
     history_reasoning: HistoryReasoning = "strip"
+    fields: dict[str, str | None] = field(default_factory=dict)
+    format: Format = "auto"
+    bad_rows: BadRows = "error"
 
 
 @dataclass
 class Statistics:
-    """What became of the rows. Counts of samples but for `rows`, `turns` and `rows_without_targets`."""
+    """What became of the rows. Counts of samples but for `rows`, `skipped`, `turns` and `rows_without_targets`."""
 
     rows: int = 0
+    skipped: int = 0  # rows with errors, where they are skipped
     turns: int = 0  # messages of the sound rows
     rows_without_targets: int = 0
     samples: int = 0
@@ -54,6 +61,8 @@ class Statistics:
             f"{self.rows:,} rows -> {self.samples:,} samples, {self.tokens:,} tokens, {self.targets:,} of them "
             f"targets ({share:.1%})"
         ]
+        if self.skipped:
+            lines.append(f"{self.skipped:,} bad rows skipped")
         if self.rows_without_targets:
             named = ", ".join(self.named_rows) + (", ..." if self.rows_without_targets > len(self.named_rows) else "")
             lines.append(f"{self.rows_without_targets:,} rows dropped, nothing to train on: {named}")
@@ -68,24 +77,72 @@ class Statistics:
 
 @dataclass
 class Report:
-    """What is to say of the rows of a span, or of all of them."""
+    """What is to say of the rows of a span, or of all of them.
+
+    `remarks`: what is suspicious in a row; `unread`: fields that nothing reads, each with its first row alone;
+    `formats`: of each file the formats that its rows have, each with its first row; `problems`: what is wrong with
+    whole files.
+    """
 
     statistics: Statistics = field(default_factory=Statistics)
     errors: Findings = field(default_factory=Findings)
     remarks: Findings = field(default_factory=Findings)
+    unread: Findings = field(default_factory=lambda: Findings(examples=1))
+    formats: dict[str, dict[str, str]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def wrong(self, options: TokenizeOptions) -> list[ValueError]:
+        """Why training refuses the data: what is wrong with files, and an error of each kind of the rows that are not
+        to be skipped."""
+        rows = [] if options.bad_rows == "skip" else [examples[0] for _, examples in self.errors.by_kind()]
+        return [*map(ValueError, self.problems), *rows]
 
     def add(self, other: "Report") -> None:
         """Adds that of the rows behind ours."""
         self.statistics.add(other.statistics)
         self.errors.update(other.errors)
         self.remarks.update(other.remarks)
+        self.unread.update(other.unread)
+        for path, found in other.formats.items():
+            for name, row in found.items():
+                self.formats.setdefault(path, {}).setdefault(name, row)
+
+    def rename_files(self, names: dict[str, str]) -> None:
+        """Gives the rows of files the names of other files with the same content."""
+
+        def renamed(source: str) -> str:
+            path, _, row = source.rpartition(":")
+            return f"{names.get(path, path)}:{row}"
+
+        self.statistics.named_rows = [renamed(source) for source in self.statistics.named_rows]
+        for findings in (self.errors, self.remarks, self.unread):
+            for _, examples in findings.kinds.values():
+                examples[:] = [[renamed(source), *rest] for source, *rest in examples]
+
+    def mixed_files(self) -> list[str]:
+        """What is wrong with files whose rows have different formats."""
+        return [
+            f"{path} has rows of different formats, {' and '.join(f'{name} ({row})' for name, row in found.items())}; "
+            f"give one with --data.format, or split the file"
+            for path, found in self.formats.items()
+            if len(found) > 1
+        ]
 
     def to_json(self) -> dict[str, Any]:
-        return {"statistics": asdict(self.statistics), "errors": self.errors.kinds, "remarks": self.remarks.kinds}
+        findings = {name: getattr(self, name).kinds for name in ("errors", "remarks", "unread")}
+        counts = {"statistics": asdict(self.statistics), "formats": self.formats, "problems": self.problems}
+        return {**counts, **findings}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Report":
-        return cls(Statistics(**content["statistics"]), Findings(content["errors"]), Findings(content["remarks"]))
+        return cls(
+            Statistics(**content["statistics"]),
+            Findings(content["errors"]),
+            Findings(content["remarks"]),
+            Findings(content["unread"], examples=1),
+            content["formats"],
+            content["problems"],
+        )
 
 
 def tokenize_spans(
@@ -95,50 +152,68 @@ def tokenize_spans(
     reports: Path,
     all_errors: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the samples of some spans and leaves a report for each, with the first error, which ends all work, or with
-    `all_errors`.
+    """Yields the samples of some spans and leaves a report for each: with all errors where `all_errors`, or where bad
+    rows are skipped, and a list of these; else with the errors of the first bad row, which ends all work.
 
     Errors travel by file: an exception would lose its type on the way through `datasets` and its processes.
     """
     failed = reports.parent / "failed"
+    skip = options.bad_rows == "skip"
     for index, file, span in work:
         if failed.exists():
             return
         report = Report()
+        skipped: list[dict[str, str]] = []
         for row, value in read_span(span):
-            source = f"{span.path}:{row}"
-            try:
-                samples = _row_samples(value, source, template, options, report)
-            except RowError as error:
-                found = [] if isinstance(value, RowError) else list(row_errors(value, source))
-                for each in found or [error]:  # what only rendering shows comes alone
-                    report.errors.add(each)
-                if not all_errors:
-                    failed.touch()
-                    break
-                continue
-            for sample in samples:
-                yield {"file": file, "row": row, **_columns(sample)}
+            report.statistics.rows += 1
+            found = read_row(value, f"{span.path}:{row}", options.fields, options.format, template.reads)
+            if found.format is not None and options.format == "auto":
+                report.formats.setdefault(span.path, {}).setdefault(found.format, found.source)
+            for columns in _columns(_row_samples(found, template, options, report)):
+                yield {"file": file, "row": row, **columns}
+            for error in found.errors:
+                report.errors.add(error)
+                skipped.append({"row": error.source, "field": error.field, "problem": error.problem})
+            if found.errors and skip:
+                report.statistics.skipped += 1
+            elif found.errors and not all_errors:
+                failed.touch()
+                break
+        if skip and skipped:
+            lines = "".join(json.dumps(line) + "\n" for line in skipped)
+            (reports / f"{index:08d}.skipped").write_text(lines)
         (reports / f"{index:08d}.json").write_text(json.dumps(report.to_json()))
 
 
-def _row_samples(
-    value: Any, source: str, template: ChatTemplate, options: TokenizeOptions, report: Report
-) -> list[Sample]:
-    """The samples of one row that fit."""
-    statistics = report.statistics
-    statistics.rows += 1
-    samples = render_row(value, source, template)
+def _row_samples(found: Conversation, template: ChatTemplate, options: TokenizeOptions, report: Report) -> list[Sample]:
+    """The samples of one row that fit; none, and an error, where it cannot be rendered."""
+    if found.errors:
+        return []
+    try:
+        samples = template.render(found.messages, found.tools)
+    except ValueError as error:
+        found.wrong("messages", str(error))
+        return []
+    except Exception as error:  # a library's, about this row: it is named, and the others are looked at all the same
+        if isinstance(error, MemoryError):
+            raise
+        found.wrong("messages", f"cannot be rendered ({type(error).__name__}: {error})")
+        return []
     if options.overlong == "error":
         for sample in samples:
-            _refuse_overlong(sample, source, options)
-    statistics.turns += len(value["messages"])
-    for remark in row_remarks(value, source, template.reads):
+            _refuse_overlong(sample, found, options)
+        if found.errors:
+            return []
+    statistics = report.statistics
+    statistics.turns += len(found.messages)
+    for remark in row_remarks(found.messages, found.source):
         report.remarks.add(remark)
+    for name in found.unread:
+        report.unread.add(unread_remark(name, found.source))
     if not samples:
         statistics.rows_without_targets += 1
         if len(statistics.named_rows) < NAMED_ROWS:
-            statistics.named_rows.append(source)
+            statistics.named_rows.append(found.source)
     fitted = [sample for sample in (_fit(sample, options, statistics) for sample in samples) if sample is not None]
     for sample in fitted:
         statistics.samples += 1
@@ -147,38 +222,34 @@ def _row_samples(
     return fitted
 
 
-def _columns(sample: Sample) -> dict[str, Any]:
-    targets, mtp_targets = target_counts(sample.target_spans)
-    return {
-        "input_ids": np.asarray(sample.input_ids, dtype=np.int32),
-        "target_spans": np.asarray(sample.target_spans, dtype=np.int32).reshape(-1),
-        "length": len(sample.input_ids),
-        "targets": targets,
-        "mtp_targets": mtp_targets,
-    }
+def _columns(samples: list[Sample]) -> Iterator[dict[str, Any]]:
+    """The columns of a row's samples, which have a digest of all of them in common."""
+    arrays = [
+        (np.asarray(sample.input_ids, dtype=np.int32), np.asarray(sample.target_spans, dtype=np.int32).reshape(-1))
+        for sample in samples
+    ]
+    digest = hashlib.blake2b(digest_size=16)
+    for input_ids, target_spans in arrays:
+        digest.update(np.asarray([len(input_ids), len(target_spans)]).tobytes())
+        digest.update(input_ids.tobytes() + target_spans.tobytes())
+    halves = np.frombuffer(digest.digest(), dtype=np.int64)
+    for sample, (input_ids, target_spans) in zip(samples, arrays, strict=True):
+        targets, mtp_targets = target_counts(sample.target_spans)
+        yield {
+            "input_ids": input_ids,
+            "target_spans": target_spans,
+            "length": len(input_ids),
+            "targets": targets,
+            "mtp_targets": mtp_targets,
+            "digest_0": int(halves[0]),
+            "digest_1": int(halves[1]),
+        }
 
 
-def render_row(value: Any, source: str, template: ChatTemplate) -> list[Sample]:
-    """Samples of one row as `reader.read_span` yields it.
-
-    Raises:
-        RowError: the first thing that is wrong with it.
-    """
-    if isinstance(value, RowError):
-        raise value
-    for error in row_errors(value, source):
-        raise error
-    try:
-        return template.render(value["messages"])
-    except ValueError as error:
-        raise RowError(source, "messages", str(error)) from error
-
-
-def _refuse_overlong(sample: Sample, source: str, options: TokenizeOptions) -> None:
+def _refuse_overlong(sample: Sample, found: Conversation, options: TokenizeOptions) -> None:
     length, limit = len(sample.input_ids), options.max_length
     if length > limit:
-        raise RowError(
-            source,
+        found.wrong(
             "messages",
             f"renders to {length:,} tokens, above max_length {limit:,}; shorten the conversation, raise max_length, "
             "or set overlong to 'truncate' or 'drop'",

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from src.datamodules.reader import expand
+from src.datamodules.files import expand
 
 _BLOCK = 16 << 20
 _MAX_HEADER = 100_000_000  # the format's own limit

@@ -3,7 +3,6 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +11,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from src.datamodules import cache as module
-from src.datamodules import reader
-from src.datamodules.cache import TokenCache, default_cache_dir, open_or_build
+from src.datamodules import cache_build, reader
+from src.datamodules.cache import TokenCache, default_cache_dir, open_built, open_or_build
+from src.datamodules.cache_build import CacheBuild
 from src.datamodules.chat_template import ChatTemplate
-from src.datamodules.reader import RowError
+from src.datamodules.reader import FileScan
+from src.datamodules.rows import RowError
 from src.datamodules.tokenization import Statistics, TokenizeOptions
 
 from .conftest import question_answer
@@ -71,9 +72,9 @@ def test_tokenised_once_for_the_same_bytes_and_options(
     builds: list[Path] = []
     build = module._build
 
-    def counted(directory: Path, *rest: Any) -> None:
-        builds.append(directory)
-        build(directory, *rest)
+    def counted(what: CacheBuild) -> None:
+        builds.append(what.directory)
+        build(what)
 
     monkeypatch.setattr(module, "_build", counted)
     path, copy = (write_jsonl(name, question_answer("q", "a")) for name in ("a.jsonl", "b.jsonl"))
@@ -94,14 +95,56 @@ def test_tokenised_once_for_the_same_bytes_and_options(
     assert tokenizer.decode(changed.document(0).input_ids).endswith("b<｜end▁of▁sentence｜>")
 
 
-def test_files_are_read_once(
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_other_text_of_the_same_size_and_time_is_another_cache(
+    kind: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """As rsync -t, tar and object stores leave it."""
+    path, shown = tmp_path / f"a.{kind}", []
+    for answer in ("yes", "no.", "yes"):
+        rows = [{"messages": question_answer("q", answer)}]
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            path.write_text(json.dumps(rows if kind == "json" else rows[0]))
+        os.utime(path, ns=(1, 1))
+        cache = open_or_build([str(path)], tokenizer, OPTIONS, tmp_path / "cache")
+        shown.append((path.stat().st_size, cache.fingerprint, tokenizer.decode(cache.document(0).input_ids)))
+    assert len({size for size, *_ in shown}) == 1
+    assert [text.split("<｜Assistant｜>")[1] for *_, text in shown] == [
+        f"{answer}<｜end▁of▁sentence｜>" for answer in ("yes", "no.", "yes")
+    ]
+    assert shown[0] == shown[2] != shown[1]
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_no_cache(
     tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every rank opens the cache; only the first process may have to read all the text for its digest."""
     path = write_jsonl("a.jsonl", question_answer("q", "a"))
-    open_or_build([path], tokenizer, OPTIONS, tmp_path)
-    monkeypatch.setattr(module, "scan", lambda path: pytest.fail("scanned again"))
-    assert len(open_or_build([path], tokenizer, OPTIONS, tmp_path)) == 1
+    scan = cache_build.scan
+
+    def changing(name: str) -> FileScan:
+        found = scan(name)
+        write_jsonl("a.jsonl", question_answer("q", "b"))
+        return found
+
+    monkeypatch.setattr(cache_build, "scan", changing)
+    with pytest.raises(ValueError, match=r"a\.jsonl changed while it was read; start again"):
+        open_or_build([path], tokenizer, OPTIONS, tmp_path / "cache")
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_what_another_process_opened_is_opened_without_reading_the_files(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path
+) -> None:
+    path = write_jsonl("a.jsonl", question_answer("q", "a"))
+    fingerprint = open_or_build([path], tokenizer, OPTIONS, tmp_path).fingerprint
+    Path(path).unlink()
+    assert open_built(fingerprint, [path], tmp_path).source(0) == f"{path}:1"
+    with pytest.raises(
+        ValueError, match=r"has no .*/other, the tokens that the first rank trains on.*a\.jsonl must be"
+    ):
+        open_built("other", [path], tmp_path)
 
 
 def test_overlong(tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path) -> None:
@@ -129,7 +172,7 @@ def test_rows_without_targets_are_dropped_and_named(
     assert statistics.lines(OPTIONS)[1] == f"8 rows dropped, nothing to train on: {named}, ..."
     with pytest.raises(ValueError, match=r"b\.jsonl: nothing to train on.*1 rows dropped.*assistant turn without loss"):
         open_or_build([write_jsonl("b.jsonl", silent)], tokenizer, OPTIONS, tmp_path)
-    with pytest.raises(ValueError, match=r"c\.jsonl: nothing to train on\. 0 rows"):
+    with pytest.raises(ValueError, match=r"c\.jsonl has no rows; leave it out"):
         open_or_build([write_jsonl("c.jsonl")], tokenizer, OPTIONS, tmp_path)
 
 
@@ -149,7 +192,7 @@ def test_a_malformed_row_is_one_error_and_leaves_no_cache(
     with pytest.raises(RowError, match=rf"a\.jsonl:{first_bad}: messages\[1\]\.loss: is 'yes'; it must be true, false"):
         open_or_build([path], tokenizer, OPTIONS, tmp_path / "cache", num_proc)
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} <= {".lock", ""}
-    assert [file.name for file in (tmp_path / "cache").iterdir() if file.is_dir()] == ["scans"]
+    assert not [file for file in (tmp_path / "cache").iterdir() if file.is_dir()]
 
 
 def test_what_the_template_refuses_is_named(
@@ -176,7 +219,6 @@ def test_an_interrupted_build_leaves_nothing_that_looks_complete(
     process.join()
     assert process.exitcode == 9
     (left,) = where.glob("*.building-*")
-    os.utime(left, (0, 0))
     assert len(open_or_build([path], tokenizer, OPTIONS, where)) == 1
     assert not left.exists()
 
@@ -187,10 +229,10 @@ def test_several_processes_at_once_build_once(
     path, log = write_jsonl("a.jsonl", question_answer("q", "a")), tmp_path / "builds"
     build = module._build
 
-    def logged(directory: Path, *rest: Any) -> None:
+    def logged(what: CacheBuild) -> None:
         with log.open("a") as file:
             file.write("build\n")
-        build(directory, *rest)
+        build(what)
 
     monkeypatch.setattr(module, "_build", logged)
     context = multiprocessing.get_context("fork")

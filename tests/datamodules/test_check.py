@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from src.datamodules import SFTDataModule, cache, findings, reader
+from src.datamodules import SFTDataModule, cache_build, findings, reader
 from src.datamodules.cache import open_or_build, open_or_check
 from src.datamodules.chat_template import ChatTemplate
 from src.datamodules.check import SetReport, check
@@ -18,7 +18,7 @@ from src.datamodules.check_html import page
 from src.datamodules.check_text import report_lines, show
 from src.datamodules.copies import firsts
 from src.datamodules.findings import Findings
-from src.datamodules.reader import RowError
+from src.datamodules.rows import RowError
 from src.datamodules.segments import segments
 from src.datamodules.sequence_shard import Document
 from src.datamodules.tokenization import TokenizeOptions
@@ -36,6 +36,10 @@ def datamodule(tokenizer: PreTrainedTokenizerFast, folder: Path, train: list[str
     data = SFTDataModule(train, **arguments)
     data.tokenizer = tokenizer
     return data
+
+
+def remarked(report: SetReport) -> list[tuple[int, list[RowError]]]:
+    return [kind for remarks in report.remarks for kind in remarks.by_kind()]
 
 
 def text(reports: list[SetReport], tokenizer: PreTrainedTokenizerFast) -> str:
@@ -71,7 +75,7 @@ def test_everything_wrong_is_found_at_once_and_leaves_no_cache(
         "a.jsonl:7 is not one valid JSO",
         "b.parquet:2 messages[2].role",
     ]
-    assert [item.name for item in (tmp_path / "cache").iterdir() if item.is_dir()] == ["scans"]
+    assert not [item for item in (tmp_path / "cache").iterdir() if item.is_dir()]
     with pytest.raises(RowError, match=r"a\.jsonl:2: messages\[0\]\.role: is 'bot'"):  # training still refuses
         open_or_build([path, parquet], tokenizer, options, tmp_path / "cache", 1)
 
@@ -80,14 +84,17 @@ def test_files_that_cannot_be_read_do_not_hide_the_others(
     tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path
 ) -> None:
     (tmp_path / "broken.parquet").write_text("no")
+    (tmp_path / "cut.json").write_text(json.dumps([{"messages": GOOD}, {"messages": BAD_ROLE}])[:-1])
     silent = write_jsonl("silent.jsonl", question_answer("q", "a", loss=False))
-    files = ["/nowhere/*.jsonl", str(tmp_path / "broken.parquet"), write_jsonl("a.jsonl", GOOD, BAD_ROLE)]
+    files = ["/nowhere/*.jsonl", *(str(tmp_path / name) for name in ("broken.parquet", "cut.json"))]
+    files.append(write_jsonl("a.jsonl", GOOD, BAD_ROLE))
     train, val = check(datamodule(tokenizer, tmp_path, files, val_files=[silent]), 1, 1)
-    assert [problem.split(" (")[0] for problem in train.problems] == [
+    assert [problem.split(" (")[0].split("; ")[0] for problem in train.problems] == [
         "no file matches '/nowhere/*.jsonl'",
         f"{tmp_path}/broken.parquet is not a Parquet file",
+        f"{tmp_path}/cut.json:3: the file ends inside an array",
     ]
-    assert train.wrong == 3 and dict(train.numbers)["samples"].startswith("1 ")
+    assert train.wrong == 5 and dict(train.numbers)["samples"].startswith("2 ")
     assert val.wrong == 1 and "nothing to train on" in val.problems[0]
     assert "WRONG: no file matches" in text([train, val], tokenizer)
 
@@ -138,7 +145,7 @@ def test_copies_and_rows_of_train_in_val(
     val_file = write_jsonl("b.jsonl", question_answer("new", "a"), GOOD, question_answer("new", "a"))
     train, val = check(datamodule(tokenizer, tmp_path, [train_file], val_files=[val_file]), 1, 1)
     assert dict(train.numbers)["copies of another row"] == "2 rows"
-    remarks = [str(error) for _, each in [*train.remarks.by_kind(), *val.remarks.by_kind()] for error in each]
+    remarks = [str(error) for report in (train, val) for _, each in remarked(report) for error in each]
     assert [remark.split("; ")[0].replace(f"{tmp_path}/", "") for remark in remarks] == [
         "a.jsonl:3: trains on the same tokens as a.jsonl:1",
         "a.jsonl:6: trains on the same tokens as a.jsonl:2",
@@ -148,28 +155,89 @@ def test_copies_and_rows_of_train_in_val(
     assert dict(val.numbers)["also in train"] == "1 rows" and train.wrong == val.wrong == 0
 
 
-def test_what_training_ignores_is_remarked(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    rows = [
-        {"messages": question_answer("q", "a", reasoning="lost", name="x"), "tools": [{"name": "f"}], "id": 1},
-        {"messages": question_answer("q", " ")},
-        {"messages": question_answer("q", "<think>\nr\n</think>\n")},
-        {"messages": question_answer("q", "", loss=False) + question_answer("q", "a", prefix=None)},
+def test_what_nothing_reads_is_named_once_with_its_count(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Fields with text beside the messages, and fields of messages; numbers beside them say nothing, nulls neither."""
+    rows: list[dict[str, Any]] = [
+        {"messages": question_answer("q", f"{row}", name="x"), "id": row, "source": "web", "tags": []}
+        for row in range(5)
     ]
+    rows[1]["meta"] = {"lang": "en"}
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "b.parquet")
-    files = [str(tmp_path / name) for name in ("a.jsonl", "b.parquet")]
-    (report,) = check(datamodule(tokenizer, tmp_path, files), 1, 1)
-    remarks = [str(error) for _, each in report.remarks.by_kind() for error in each if "same tokens" not in str(error)]
-    assert sorted(
-        remark.replace(f"{tmp_path}/", "").split(": ")[0] + " " + remark.split(": ")[1] for remark in remarks
-    ) == [
-        "a.jsonl:1 messages[1].reasoning",
-        "a.jsonl:1 tools",
-        "a.jsonl:2 messages[1].content",
-        "a.jsonl:3 messages[1].content",
-        "b.parquet:1 messages[1].reasoning",
-        "b.parquet:1 tools",
+    pq.write_table(pa.Table.from_pylist(rows[::-1]), tmp_path / "b.parquet")
+    for name, first_meta in (("a.jsonl", 2), ("b.parquet", 4)):
+        data = datamodule(tokenizer, tmp_path, [str(tmp_path / name)])
+        (report,) = check(data, 1, 1)
+        named = {errors[0].field: (count, errors[0].source, len(errors)) for count, errors in remarked(report)}
+        path = f"{tmp_path}/{name}"
+        assert named == {
+            "source": (5, f"{path}:1", 1),
+            "messages[].name": (5, f"{path}:1", 1),
+            "meta": (1, f"{path}:{first_meta}", 1),
+        }
+        assert report.wrong == 0 and "    ... and 4 more of this kind" in text([report], tokenizer)
+
+
+def test_answers_without_a_word_are_remarked(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path
+) -> None:
+    silent = [question_answer("q", " "), question_answer("q", "<think>\nr\n</think>\n")]
+    path = write_jsonl(
+        "a.jsonl", *silent, question_answer("q", "", loss=False) + question_answer("q", "a", prefix=None)
+    )
+    (report,) = check(datamodule(tokenizer, tmp_path, [path]), 1, 1)
+    ((count, errors),) = remarked(report)
+    assert count == 2 and [(error.source, error.field) for error in errors] == [
+        (f"{path}:{row}", "messages[1].content") for row in (1, 2)
     ]
+
+
+def test_bad_rows_can_be_skipped(tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path) -> None:
+    path = write_jsonl("a.jsonl", GOOD, BAD_ROLE, BAD_TWICE, question_answer("q", "b"))
+    with open(path, "a") as file:
+        file.write('{"messages": \n')
+    data = datamodule(tokenizer, tmp_path, [path], val_files=[path], bad_rows="skip")
+    reports = check(data, 1, 1)
+    assert all(report.wrong == 0 and dict(report.numbers)["skipped"] == "3 rows" for report in reports)
+    assert len(reports[0].skipped) == 4 and "  skipped, 1 time:" in text(reports, tokenizer)
+    data.setup("fit")
+    assert data.train_set is not None and data.train_set.facts()["skipped"] == 3
+    (note,) = reports[0].notes
+    assert note == f"3 bad rows skipped, listed in {data.train_set.cache.directory / 'skipped.jsonl'}"
+    listed = [json.loads(line) for line in (data.train_set.cache.directory / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["row"].removeprefix(f"{path}:"), line["field"]) for line in listed] == [
+        ("2", "messages[0].role"),
+        ("3", "messages[0].content"),
+        ("3", "messages[1].loss"),
+        ("5", ""),
+    ]
+    with pytest.raises(RowError, match=r"a\.jsonl:2"):  # the option is part of what a cache is
+        datamodule(tokenizer, tmp_path, [path]).prepare_data()
+    only_bad = datamodule(tokenizer, tmp_path, [write_jsonl("b.jsonl", BAD_ROLE)], bad_rows="skip")
+    (report,) = check(only_bad, 1, 1)
+    assert report.wrong == 1 and "nothing to train on. 1 rows" in report.problems[0]
+    (tmp_path / "cut.json").write_text(json.dumps([{"messages": GOOD}])[:-1])  # what is no row is not skipped
+    (report,) = check(datamodule(tokenizer, tmp_path, [str(tmp_path / "cut.json")], bad_rows="skip"), 1, 1)
+    assert report.wrong == 1
+
+
+def test_rows_have_the_names_of_the_files_at_hand(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path
+) -> None:
+    """A cache is found by content; what it says of rows was written under other names."""
+    for name in ("a:1.jsonl", "b.jsonl"):
+        path = write_jsonl(name, question_answer("q", ""), question_answer("q", "a", loss=False))
+        (report,) = check(datamodule(tokenizer, tmp_path, [path]), 1, 1)
+        assert [errors[0].source for _, errors in remarked(report)] == [f"{path}:1"]
+        assert report.notes == [f"1 rows dropped, nothing to train on: {path}:2"]
+
+
+def test_halves_of_characters_can_be_reported(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    half = "\ud83d"
+    rows = [{half: "x"}, {"messages": question_answer(half, half)}, {"messages": [{"role": half}]}, {"messages": half}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reports = check(datamodule(tokenizer, tmp_path, [str(tmp_path / "a.jsonl")]), 1, 1)
+    assert {error.source[-1] for _, errors in reports[0].errors.by_kind() for error in errors} == set("1234")
+    (text(reports, tokenizer) + page(reports, tokenizer, "data")).encode()
 
 
 def test_fit_opens_what_the_check_built(
@@ -177,7 +245,7 @@ def test_fit_opens_what_the_check_built(
 ) -> None:
     path = write_jsonl("a.jsonl", GOOD, question_answer("q", "<think>r</think>"))
     first = check(datamodule(tokenizer, tmp_path, [path]), 1, 1)
-    monkeypatch.setattr(cache, "_tokenize", lambda *args, **kwargs: pytest.fail("tokenised again"))
+    monkeypatch.setattr(cache_build.CacheBuild, "tokenize", lambda *args, **kwargs: pytest.fail("tokenised again"))
     data = datamodule(tokenizer, tmp_path, [path])
     data.prepare_data()
     data.setup("fit")
@@ -214,7 +282,7 @@ def test_what_is_shown_is_spread_over_the_set(
 
 
 def test_first_of_equal_digests() -> None:
-    digests = np.array([[5, 1], [7, 0], [5, 1], [5, 2], [0, 9], [7, 0], [5, 1]], dtype=np.uint64)
+    digests = np.array([[5, 1], [7, 0], [5, 1], [5, 2], [0, 9], [7, 0], [5, 1]], dtype=np.int64)
     assert firsts(digests).tolist() == [0, 1, 0, 3, 4, 1, 0]
 
 

@@ -1,4 +1,8 @@
+import bz2
+import gzip
 import json
+import lzma
+import os
 from pathlib import Path
 from typing import Any
 
@@ -6,12 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from src.datamodules import reader
-from src.datamodules.reader import RowError, expand, read_span, row_errors, scan
+from src.datamodules import elements, reader
+from src.datamodules.reader import read_span, scan
+from src.datamodules.rows import RowError
 
 ROWS = [{"messages": [{"role": "user", "content": f"第{i}问\n?"}], "id": i} for i in range(7)]
-USER = {"role": "user", "content": "q"}
-ANSWER = {"role": "assistant", "content": "a"}
 
 
 def read(path: Path | str) -> list[tuple[int, Any]]:
@@ -53,121 +56,209 @@ def test_json_lines_number_their_lines(tmp_path: Path) -> None:
     assert str(cut).startswith(f"{path}:5: is not one valid JSON object on one line")
 
 
+def sound(rows: int) -> list[dict[str, Any]]:
+    return [{"n": row, "text": 'é\u2028"]},[{\\'} for row in range(1, rows + 1)]
+
+
+def dump(*rows: Any) -> str:
+    return json.dumps(rows, ensure_ascii=False)
+
+
+ONE, TWO, THREE = (json.dumps(row, ensure_ascii=False) for row in sound(3))
+
+
 @pytest.mark.parametrize("rows_per_span", [1, 2, 1024])
-def test_a_broken_array_gives_its_good_rows_then_one_error(
-    rows_per_span: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("block", [3, 1 << 20])
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[{ONE},{TWO}]\n[{THREE}]",
+        f"[{ONE}][{TWO},{THREE}]",
+        f"[{ONE}]\n{TWO}\n{THREE}\n",
+        f"[]\n\n[{ONE}\n,\r\n{TWO}\t, {THREE}]  ",
+        f"\ufeff[{ONE}]\n\ufeff[{TWO}]\ufeff{THREE}",
+    ],
+)
+def test_all_values_of_arrays_and_behind_them_are_rows(
+    text: str, block: int, rows_per_span: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader, "ROWS_PER_SPAN", rows_per_span)
+    monkeypatch.setattr(elements, "_BLOCK", block)
     path = tmp_path / "data.json"
-    path.write_text('[{"a": "é"}, {"a": 2}, {"a": ]')
-    *good, (number, error) = read(path)
-    assert good == [(1, {"a": "é"}), (2, {"a": 2})]
-    assert number == 3 and f"{path}:3: is not valid JSON" in str(error)
+    path.write_text(text, encoding="utf-8")
+    assert read(path) == list(enumerate(sound(3), 1)) and scan(str(path)).problem is None
 
 
-def test_a_digest_is_of_the_bytes(tmp_path: Path) -> None:
-    for kind in ("jsonl", "json", "parquet"):
-        first, second = write_as(kind, tmp_path / f"a.{kind}"), write_as(kind, tmp_path / f"b.{kind}")
-        assert scan(str(first)).digest == scan(str(second)).digest
-        second.write_bytes(second.read_bytes().replace(b"?", b"!") if kind != "parquet" else first.read_bytes())
-        assert (scan(str(first)).digest == scan(str(second)).digest) == (kind == "parquet")
+@pytest.mark.parametrize("rows_per_span", [1, 2, 1024])
+@pytest.mark.parametrize("block", [3, 1 << 20])
+@pytest.mark.parametrize(
+    ("text", "row", "problem"),
+    [
+        (f"[{ONE},\n{TWO},\n", 3, "the file ends inside an array"),
+        (f"[{ONE}, {TWO}", 3, "the file ends inside an array"),
+        (f"[{ONE}, {TWO[:-1]}", 2, "the file ends inside a value"),
+        (f"[{ONE}, {TWO[:9]}", 2, "the file ends inside a value"),
+        (f'[{ONE}, {TWO}] {{"messages": [', 3, "the file ends inside a value"),
+        (f"[{ONE}, {TWO}] [", 3, "the file ends inside an array"),
+        (f"[{ONE} {TWO}, {THREE}]", 2, "a comma or ']' is missing"),
+        (f"[{ONE}, , {TWO}]", 2, "',' stands where a value is due"),
+        (f"[{ONE}, {TWO},]", 3, "']' stands where a value is due"),
+        (f"[{ONE}, {TWO}]]", 3, "']' stands where a value is due"),
+        (f"[{ONE}, {TWO}], {THREE}", 3, "',' stands where a value is due"),
+        ("[", 1, "the file ends inside an array"),
+    ],
+)
+def test_an_array_that_does_not_end_where_the_file_ends_is_refused_with_its_place(
+    text: str, row: int, problem: str, block: int, rows_per_span: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "ROWS_PER_SPAN", rows_per_span)
+    monkeypatch.setattr(elements, "_BLOCK", block)
+    path = tmp_path / "data.json"
+    path.write_text(text, encoding="utf-8")
+    assert scan(str(path)).problem == (
+        f"{path}:{row}: {problem}; what is there and behind it cannot be read: repair the file"
+    )
+    assert read(path) == list(enumerate(sound(row - 1), 1))  # the rows before are still looked at
 
 
-def test_files_are_sorted_within_a_pattern_and_taken_once(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl", "c.txt"):
-        (tmp_path / name).touch()
-    (tmp_path / "d.jsonl").mkdir()
-    found = expand([str(tmp_path / "c.txt"), str(tmp_path / "*.jsonl"), str(tmp_path / "a.*")])
-    assert [Path(path).name for path in found] == ["c.txt", "a.jsonl", "b.jsonl"]
-    with pytest.raises(ValueError, match=r"no file matches 'nowhere/\*\.jsonl'.*give an existing"):
-        expand(["nowhere/*.jsonl"])
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (b'{"a": 1, "a": 2}', "an object has the key 'a' twice"),
+        (b'{"a": [{"b": 1, "b": 1}]}', "an object has the key 'b' twice"),
+        (b'{"a": NaN}', "NaN is no JSON"),
+        (b'{"a": -Infinity}', "-Infinity is no JSON"),
+        (b'{"a": "\xff"}', "'utf-8' codec can't decode byte 0xff"),
+        (b'{"a": "\xed\xa0\xbd"}', "'utf-8' codec can't decode byte 0xed"),  # half a character, as CESU-8 has it
+        (b'{"a": "b" "c": 1}', "Expecting ',' delimiter: character 11"),
+        (b"{'a': 1}", "Expecting property name"),
+        (b'{"a": 1,}', "character"),
+        (b'{"a": "\x01"}', "Invalid control character"),
+        (b'{"a": "\\x"}', "Invalid \\escape"),
+        (b'{"a": 01}', "Expecting ',' delimiter"),
+        (b'{"a": tru}', "Expecting value"),
+        (b'{"a": [1}]', "Expecting ',' delimiter"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "it is nested too deep"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"),
+        (b"hello", "Expecting value"),
+    ],
+)
+def test_a_row_that_is_no_json_is_one_error(kind: str, row: bytes, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(b'[{"n": 1},' + row + b',{"n": 3}]' if kind == "json" else b'{"n": 1}\n' + row + b'\n{"n": 3}')
+    first, (number, error), third = read(path)
+    assert (first, number, third) == ((1, {"n": 1}), 2, (3, {"n": 3})) and isinstance(error, RowError)
+    assert str(error).startswith(f"{path}:2: is not ") and problem in str(error)
 
 
-def test_not_parquet(tmp_path: Path) -> None:
-    (tmp_path / "data.parquet").write_text("{}")
-    with pytest.raises(ValueError, match=r"data\.parquet is not a Parquet file"):
-        scan(str(tmp_path / "data.parquet"))
-
-
-CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
-GOOD = [
-    [USER, ANSWER],
-    [{"role": "system", "content": "s"}, {"role": "system", "content": "t"}, USER, ANSWER | {"loss": False}],
-    [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "1"}, ANSWER],
-    [USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": None}, ANSWER],
-    [USER | {"reasoning_content": None, "tool_calls": [], "loss": None}, ANSWER | {"reasoning_content": "r"}],
-    [USER, USER, ANSWER, USER],
-]
-
-
-@pytest.mark.parametrize("messages", GOOD)
-def test_valid_rows(messages: list[dict[str, Any]]) -> None:
-    assert [str(error) for error in row_errors({"messages": messages}, "f:1")] == []
-
-
-def assistant(**fields: Any) -> dict[str, Any]:
-    return {"messages": [USER, ANSWER | fields]}
-
-
-def calling(function: Any) -> dict[str, Any]:
-    return assistant(tool_calls=[{"function": function}])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_a_file_without_rows_is_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "a.parquet":
+        pq.write_table(pa.table({"messages": pa.array([], pa.string())}), path)
+    for content in [path.read_bytes()] if path.exists() else [b"", b"\n \r\n", b"[]", b" [\n] []\n", b"\xef\xbb\xbf"]:
+        path.write_bytes(content)
+        assert scan(str(path)).problem == f"{path} has no rows; leave it out"
+        assert read(path) == []
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("content", "problem"),
     [
-        ("text", r"f:9: is a string; a row must be an object"),
-        ({"conversations": []}, r"f:9: messages: is missing \(fields: conversations\)"),
-        ({"messages": "hi"}, r"messages: is a string; it must be a list"),
-        ({"messages": []}, r"messages: is empty"),
-        ({"messages": ["hi"]}, r"messages\[0\]: is a string; it must be an object"),
-        (
-            {"messages": [{"role": "human", "content": "q"}]},
-            r"messages\[0\]\.role: is 'human'; it must be one of system",
-        ),
-        ({"messages": [{"content": "q"}]}, r"messages\[0\]\.role: is None"),
-        ({"messages": [{"role": "user"}]}, r"messages\[0\]\.content: is missing"),
-        ({"messages": [{"role": "user", "content": [1]}]}, r"messages\[0\]\.content: is a list; it must be a string"),
-        (assistant(reasoning_content=3), r"messages\[1\]\.reasoning_content: is 3; it must be a string"),
-        (assistant(reasoning_content="r", content="<think>\nr\n</think>\n\na"), r"give the reasoning once"),
-        (
-            {"messages": [USER | {"reasoning_content": "r"}, ANSWER]},
-            r"messages\[0\]\.reasoning_content: stands on a user",
-        ),
-        (assistant(loss=1), r"messages\[1\]\.loss: is 1; it must be true, false or absent"),
-        ({"messages": [USER | {"loss": True}, ANSWER]}, r"messages\[0\]\.loss: is true on a user turn"),
-        ({"messages": [USER | {"tool_calls": [CALL]}, ANSWER]}, r"messages\[0\]\.tool_calls: stands on a user turn"),
-        (assistant(tool_calls={"a": 1}), r"messages\[1\]\.tool_calls: is an object; it must be a list"),
-        (assistant(tool_calls=["f"]), r"messages\[1\]\.tool_calls\[0\]\.function: is null"),
-        (calling({"arguments": "{}"}), r"tool_calls\[0\]\.function\.name: is null; it must be a string"),
-        (calling({"name": "f", "arguments": {"q": 1}}), r"function\.arguments: is an object; .*as JSON text"),
-        (
-            {"messages": [USER, {"role": "system", "content": "s"}]},
-            r"messages\[1\]\.role: is 'system' after a user turn",
-        ),
-        (
-            {"messages": [USER, {"role": "tool", "content": "s"}]},
-            r"messages\[1\]\.role: is 'tool', but no assistant turn",
-        ),
-        ({"messages": [USER, ANSWER, ANSWER]}, r"messages\[2\]\.role: is 'assistant' right after another assistant"),
-        (
-            {"messages": [USER, ANSWER | {"tool_calls": [CALL]}, {"role": "tool", "content": "1"}, USER]},
-            r"messages\[3\]\.role: is 'user' right after a tool's output",
-        ),
+        ('{"a": 1}\n'.encode("utf-16"), "is UTF-16 text"),
+        ('{"a": 1}\n'.encode("utf-16-le"), "is no UTF-8 text"),
+        ('[{"a": 1}]'.encode("utf-32-be"), "is no UTF-8 text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
+        (b"PK\x03\x04", "is a zip archive"),
+        (bz2.compress(b"{}"), "is compressed by bzip2"),
+        (lzma.compress(b"{}"), "is compressed by xz"),
+        (gzip.compress(gzip.compress(b"{}")), "is compressed twice"),
+        (gzip.compress(b"PAR1 and more"), "is a compressed Parquet file"),
+        (b"PAR1 and no more", "is damaged or cut"),
+        (b"x" * 257 + b"ustar", "is a tar archive"),
     ],
 )
-def test_a_malformed_row_names_file_row_and_field(row: Any, message: str) -> None:
-    (error,) = row_errors(row, "f:9")
-    assert str(error).startswith("f:9: ")
-    with pytest.raises(ValueError, match=message):
-        raise error
+def test_other_files_are_refused_by_what_they_are(content: bytes, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    found = scan(str(path))
+    assert found.problem is not None and found.problem.startswith(f"{path} {problem}") and not found.spans
 
 
-def test_all_errors_of_a_row_can_be_collected() -> None:
-    row = {"messages": [USER | {"loss": True, "content": 1}, ANSWER | {"loss": "no"}, ANSWER]}
-    assert [error.field for error in row_errors(row, "f:1")] == [
-        "messages[0].content",
-        "messages[0].loss",
-        "messages[1].loss",
-        "messages[2].role",
-    ]
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+@pytest.mark.parametrize("packed", ["gzip", "zstd"])
+def test_compressed_files_give_the_same_rows(
+    packed: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever they are named, in two pieces joined by cat, and in few spans."""
+    monkeypatch.setattr(reader, "ROWS_PER_SPAN", 1)
+    monkeypatch.setattr(reader, "COMPRESSED_SPANS", 3)
+    text = write_as(kind, tmp_path / "plain").read_bytes()
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(pack(piece, packed) for piece in (text[:100], text[100:])))
+    assert read(path) == read(tmp_path / "plain") and len(scan(str(path)).spans) == 3
+
+
+@pytest.mark.parametrize("packed", ["gzip", "zstd"])
+def test_a_compressed_file_that_is_cut_is_refused_with_its_place(packed: str, tmp_path: Path) -> None:
+    lines = [json.dumps({"n": row, "text": os.urandom(300).hex()}) + "\n" for row in range(2000)]
+    path = tmp_path / "a.jsonl"
+    whole = pack("".join(lines).encode(), packed)
+    for content in (whole[: len(whole) // 2], whole[:-1], whole + b"more"):
+        path.write_bytes(content)
+        found = scan(str(path))
+        rows = read(path)
+        assert found.problem is not None and found.problem.startswith(f"{path}:{len(rows) + 1}: ")
+        assert rows == [(number, json.loads(line)) for number, line in enumerate(lines[: len(rows)], 1)]
+    path.write_bytes(whole[:5])
+    assert str(scan(str(path)).problem).startswith(f"{path} cannot be read")
+
+
+def pack(content: bytes, packed: str) -> bytes:
+    if packed == "gzip":
+        return gzip.compress(content)
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, packed) as stream:
+        stream.write(content)
+    return bytes(sink.getvalue())
+
+
+def test_parquet_by_its_bytes_and_not_by_another_name(tmp_path: Path) -> None:
+    (tmp_path / "data.parquet").write_text("{}")
+    assert "data.parquet is not a Parquet file" in str(scan(str(tmp_path / "data.parquet")).problem)
+    assert len(read(write_as("parquet", tmp_path / "rows.bin"))) == len(ROWS)
+
+
+def test_parquet_has_no_nulls_where_rows_have_nothing(tmp_path: Path) -> None:
+    """A column of objects has the fields of all of them; the tools of one row are not those of another."""
+    tools = [[{"function": {"name": "f", "parameters": {name: {"type": "string"}}}}] for name in ("city", "day")]
+    turns: list[dict[str, Any]] = [{"role": "user", "content": None}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": turns, "tools": each} for each in tools]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == [(1, rows[0]), (2, rows[1])]
+
+
+def test_parquet_text_that_is_not_utf8_is_an_error_of_its_row(tmp_path: Path) -> None:
+    binary = pa.array([b"a", b"\xff", b"c"])
+    column = pa.Array.from_buffers(pa.string(), 3, binary.buffers())
+    pq.write_table(pa.table({"messages": column, "scores": [1, 2, 3], "bytes": binary}), tmp_path / "a.parquet")
+    first, (number, error), third = read(tmp_path / "a.parquet")
+    assert (first, number, third) == ((1, {"messages": "a"}), 2, (3, {"messages": "c"}))
+    assert isinstance(error, RowError) and "can't decode byte 0xff" in str(error)
+
+
+def test_a_damaged_parquet_file_is_an_error_of_its_row(tmp_path: Path) -> None:
+    path = write_as("parquet", tmp_path / "a.parquet")
+    content = bytearray(path.read_bytes())
+    content[4:80] = bytes(76)
+    path.write_bytes(content)
+    found = read(path)
+    assert found[0][0] == 1 and isinstance(found[0][1], RowError) and "row group 0" in str(found[0][1])
+    assert [number for number, _ in found[1:]] == [4, 5, 6, 7]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    column = pa.array(["a"])
+    pq.write_table(pa.Table.from_arrays([column, column], ["a", "a"]), tmp_path / "a.parquet")
+    assert "has two columns 'a'" in str(scan(str(tmp_path / "a.parquet")).problem)
