@@ -168,7 +168,7 @@ def test_switches_stand_alone(trained: Path, tmp_path: Path, capsys: pytest.Capt
     main(["export", f"--ckpt={last}", f"--out={trained}/hf", "--dtype=fp32", "--resume"])  # nothing is left to do
     shutil.copytree(trained / "hf", tmp_path / "hf")
     (tmp_path / "hf/tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"tokenizer.json or tokenizer.model: missing"):
+    with pytest.raises(ValueError, match=r"tokenizer.json or tiktoken.model: missing"):
         main(["verify", "--layout-only", f"--model={tmp_path}/hf"])
 
 

@@ -23,8 +23,8 @@ def test_it_notices_a_model_that_differs(wrong_value: float, tmp_path: Path, mon
     directory = save_model(oracle(CONFIGS["deepseek_v3"]), CONFIGS["deepseek_v3"], tmp_path)
     right = module._oracle
 
-    def wrong(config: Any, source: Any) -> Any:
-        model = right(config, source)
+    def wrong(*args: Any) -> Any:
+        model = right(*args)
         with torch.no_grad():
             model.model.layers[1].mlp.experts.down_proj[0, 0, 0] += wrong_value
         return model

@@ -33,12 +33,20 @@ class RunRecord(pl.Callback):
         config: the run's whole configuration, as YAML.
         model_directory: where the weights or the config.json came from.
         tokenizer_directory: where the tokenizer and its chat template came from; None where there is none.
+        tokenizer_files: name to text of what is kept in place of that directory's own files, or beside them.
     """
 
-    def __init__(self, config: str, model_directory: str, tokenizer_directory: str | None) -> None:
+    def __init__(
+        self,
+        config: str,
+        model_directory: str,
+        tokenizer_directory: str | None,
+        tokenizer_files: dict[str, str] | None = None,
+    ) -> None:
         self.config = config
         self.model_directory = model_directory
         self.tokenizer_directory = tokenizer_directory
+        self._tokenizer_files = {f"hf/{name}": text for name, text in (tokenizer_files or {}).items()}
         base = Path(model_directory).absolute()
         self._origin: dict[str, Any] = {"base": str(base)}
         if (license_name := _license(base)) is not None:
@@ -58,7 +66,7 @@ class RunRecord(pl.Callback):
         progress = {"world_size": trainer.world_size, "step": trainer.global_step, "tokens": self._tokens}
         record = self._facts(trainer) | progress | {"losses": self._losses}
         return {
-            "files": {"config.yaml": self.config, "run.json": json.dumps(record, indent=2)},
+            "files": {"config.yaml": self.config, "run.json": json.dumps(record, indent=2)} | self._tokenizer_files,
             "model_directory": self.model_directory,
             "tokenizer_directory": self.tokenizer_directory,
         }

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from src.checkpoints.disk_space import check_room
 from src.checkpoints.durable import publish
-from src.checkpoints.hf_reader import INDEX_FILE, HFDirectorySource
+from src.checkpoints.hf_reader import INDEX_FILE, HFDirectorySource, has_mtp
 from src.checkpoints.hf_writer import Shard, index, is_complete, parse_size, plan_shards, write_json, write_shard
 from src.checkpoints.key_map import PerExpert, mtp_layer
 from src.checkpoints.manifest import check_manifest
@@ -121,7 +121,7 @@ class Export:
         """
         config = read_config(record / "hf")
         if base is None and config.get("num_nextn_predict_layers"):
-            base = _recorded_base(record)
+            base = _recorded_base(record, config["num_hidden_layers"])
         untrained = HFDirectorySource(base, dequantise=dtype != "fp8") if base else None
         tensors = output_tensors(trained, config, dtype, untrained)
         return cls(record, config, dtype, base, plan_shards(tensors, parse_size(max_shard_size)))
@@ -186,10 +186,10 @@ class Export:
         log.info("exported %.2f GB in %d files to %s", nbytes / 1e9, len(self.shards), out)
 
 
-def _recorded_base(record: Path) -> str | None:
-    """Where training started from, if that has weights."""
+def _recorded_base(record: Path, layers: int) -> str | None:
+    """Where training started from, if that has weights, and among them a multi-token-prediction block."""
     base = read_record(record).get("base")
-    return base if base is not None and any(Path(base).glob("*.safetensors")) else None
+    return base if base is not None and has_mtp(base, layers) else None
 
 
 def partial_of(out: Path) -> Path:

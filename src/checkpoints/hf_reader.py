@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from src.checkpoints.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
+from src.checkpoints.key_map import mtp_layer
 from src.checkpoints.source import raise_listed
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -227,6 +228,18 @@ def _block_size(path: Path) -> tuple[int, int]:
     quantization = json.loads(config.read_text()).get("quantization_config") if config.is_file() else None
     rows, columns = (quantization or {}).get("weight_block_size") or (BLOCK, BLOCK)
     return int(rows), int(columns)
+
+
+def has_mtp(directory: str | Path, num_hidden_layers: int) -> bool:
+    """Whether a directory's weights, if there are any, have a multi-token-prediction block; reads headers alone."""
+    if not any(Path(directory).glob("*.safetensors")):
+        return False
+    descriptors: list[int] = []
+    try:
+        tensors, _ = open_weights(Path(directory), descriptors)
+    finally:
+        close(descriptors)
+    return any(mtp_layer(name, num_hidden_layers) for name in tensors)
 
 
 def close(descriptors: list[int]) -> None:

@@ -6,6 +6,7 @@ or F32; the correction bias is F32 always. For DeepSeek-V3's own config.json it 
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,14 @@ class Layout:
     parameters: int
     mtp_parameters: int
     mtp_copies: int
+    remarks: list[str]  # what is not as published, and keeps neither transformers nor training from reading it
 
 
-def check_layout(directory: str | Path) -> Layout:
+def check_layout(directory: str | Path, found: Sequence[str] = ()) -> Layout:
     """Compares a directory with the published layout of its config.json's model; reads no weight.
+
+    Args:
+        found: what is known to be wrong with it already.
 
     Raises:
         ValueError: there is no config.json or no weights; or one list of everything that is wrong.
@@ -49,8 +54,7 @@ def check_layout(directory: str | Path) -> Layout:
         close(descriptors)
     mtp = _has_mtp(config, tensors)
     dtype = _kind(config, tensors)
-    problems += _wrong_config(path, config, mtp, dtype)
-    problems += _wrong_files(path, tensors)
+    problems += [*found, *_wrong_config(config, dtype), *_wrong_files(path, tensors)]
     expected = published_tensors(config, dtype, mtp=mtp)
     problems += _wrong_tensors(expected, tensors)
     raise_listed(f"{path}: {len(problems)} problems with the layout of an export or a download:", problems)
@@ -67,6 +71,7 @@ def check_layout(directory: str | Path) -> Layout:
         parameters=sum(weights.values()) - block,
         mtp_parameters=block - copied,
         mtp_copies=copied,
+        remarks=_other_dtypes(expected, tensors) + _other_config(config, mtp, dtype) + _other_total(path, tensors),
     )
 
 
@@ -111,15 +116,10 @@ def _nbytes(stored: Stored) -> int:
     return stored.numel * stored.dtype.itemsize
 
 
-def _wrong_config(path: Path, config: dict[str, Any], mtp: bool, dtype: str) -> list[str]:
-    problems, layer = [], config["num_hidden_layers"]
-    if config.get("architectures") != ["DeepseekV3ForCausalLM"]:
+def _wrong_config(config: dict[str, Any], dtype: str) -> list[str]:
+    problems = []
+    if config.get("architectures", ["DeepseekV3ForCausalLM"]) != ["DeepseekV3ForCausalLM"]:
         problems.append(f"architectures is {config.get('architectures')}, not ['DeepseekV3ForCausalLM']")
-    if dtype != "fp32" and _declared(config) not in (None, "bfloat16"):
-        problems.append(f"torch_dtype is {_declared(config)}, not bfloat16")
-    claimed = config.get("num_nextn_predict_layers") or 0
-    if claimed != int(mtp):
-        problems.append(f"num_nextn_predict_layers is {claimed}, but tensors of layer {layer} are {_there(mtp)}")
     quantization = config.get("quantization_config")
     if (dtype == "fp8") != (quantization is not None):
         problems.append(
@@ -128,11 +128,28 @@ def _wrong_config(path: Path, config: dict[str, Any], mtp: bool, dtype: str) -> 
     for name, value in QUANTIZATION_CONFIG.items():
         if quantization is not None and name != "weight_block_size" and quantization.get(name) != value:
             problems.append(f"quantization_config.{name} is {quantization.get(name)!r}, not {value!r}")
-    for kind, reference in (config.get("auto_map") or {}).items():
-        module = f"{reference.rpartition('--')[2].split('.')[0]}.py"
-        if not (path / module).is_file():
-            problems.append(f"auto_map names {module} for {kind}, which is missing: remove auto_map")
     return [f"config.json: {problem}" for problem in problems]
+
+
+def _other_config(config: dict[str, Any], mtp: bool, dtype: str) -> list[str]:
+    remarks = []
+    if dtype != "fp32" and _declared(config) not in (None, "bfloat16"):
+        remarks.append(f"torch_dtype is {_declared(config)}, not bfloat16")
+    claimed, layer = config.get("num_nextn_predict_layers") or 0, config["num_hidden_layers"]
+    if claimed != int(mtp):
+        remarks.append(f"num_nextn_predict_layers is {claimed}, but tensors of layer {layer} are {_there(mtp)}")
+    return [f"config.json: {remark}" for remark in remarks]
+
+
+def _other_total(path: Path, tensors: dict[str, Stored]) -> list[str]:
+    if not (path / INDEX_FILE).is_file():
+        return []
+    claimed = json.loads((path / INDEX_FILE).read_text()).get("metadata", {}).get("total_size")
+    total = sum(_nbytes(stored) for stored in tensors.values())
+    # DeepSeek's own index of FP8 weights counts two bytes an element, scales included.
+    if claimed in (total, 2 * sum(stored.numel for stored in tensors.values())):
+        return []
+    return [f"{INDEX_FILE}: total_size is {claimed}, the tensors have {total} bytes"]
 
 
 def _there(present: bool) -> str:
@@ -144,28 +161,15 @@ def _wrong_files(path: Path, tensors: dict[str, Stored]) -> list[str]:
     problems = []
     named = {SINGLE_FILE}
     if (path / INDEX_FILE).is_file():
-        content = json.loads((path / INDEX_FILE).read_text())
-        named = set(content["weight_map"].values())
-        total = sum(_nbytes(stored) for stored in tensors.values())
-        # DeepSeek's own index of FP8 weights counts two bytes an element, scales included.
-        if (claimed := content.get("metadata", {}).get("total_size")) not in (
-            total,
-            2 * sum(stored.numel for stored in tensors.values()),
-        ):
-            problems.append(f"{INDEX_FILE}: total_size is {claimed}, the tensors have {total} bytes")
+        named = set(json.loads((path / INDEX_FILE).read_text())["weight_map"].values())
     problems += [
         f"{file.name}: belongs to no index, remove it"
         for file in sorted(path.glob("*.safetensors"))
         if file.name not in named
     ]
     problems += [f"{file.name}: left over, remove it" for pattern in _LEFTOVERS for file in sorted(path.glob(pattern))]
-    for wanted in (("generation_config.json",), ("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",)):
-        if not any((path / name).is_file() for name in wanted):
-            problems.append(f"{' or '.join(wanted)}: missing")
-    tokenizer = path / "tokenizer_config.json"
-    in_tokenizer = tokenizer.is_file() and "chat_template" in json.loads(tokenizer.read_text(encoding="utf-8"))
-    if not in_tokenizer and not any(path.glob("chat_template.*")):
-        problems.append("chat_template.jinja: missing, and tokenizer_config.json has no chat_template")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tiktoken.model")):
+        problems.append("tokenizer.json or tiktoken.model: missing")
     return problems
 
 
@@ -178,6 +182,15 @@ def _wrong_tensors(expected: dict[str, tuple[tuple[int, ...], torch.dtype]], ten
             continue
         if stored.shape != shape:
             problems.append(f"shape of {name}: {stored.shape} instead of {shape}")
-        if stored.dtype != dtype:
+        if stored.dtype != dtype and torch.float8_e4m3fn in (stored.dtype, dtype):
             problems.append(f"dtype of {name}: {DTYPE_NAMES[stored.dtype]} instead of {DTYPE_NAMES[dtype]}")
     return problems + [f"unexpected: {name} {tensors[name].shape}" for name in tensors if name not in expected]
+
+
+def _other_dtypes(expected: dict[str, tuple[tuple[int, ...], torch.dtype]], tensors: dict[str, Stored]) -> list[str]:
+    """Tensors in BF16, F16 or F32 that are published in another of them: a line for each such pair."""
+    others: dict[str, list[str]] = {}
+    for name, (_, dtype) in expected.items():
+        if (stored := tensors[name].dtype) != dtype:
+            others.setdefault(f"{DTYPE_NAMES[stored]} instead of {DTYPE_NAMES[dtype]}", []).append(name)
+    return [f"{len(names)} tensors are {pair}, {names[0]} for one" for pair, names in others.items()]

@@ -17,12 +17,11 @@ _MODEL_FILES = ("config.json", "generation_config.json")
 def write_run_files(
     directory: Path, files: dict[str, str], model_directory: str, tokenizer_directory: str | None
 ) -> None:
-    """Writes `files` (name to text) into a checkpoint, and `hf/` with all that an export needs but the weights.
+    """Writes `files` (path to text) into a checkpoint, and `hf/` with all that an export needs but the weights.
 
-    The model's config and generation settings come from `model_directory`, all else from `tokenizer_directory`.
+    The model's config and generation settings come from `model_directory`, all else from `tokenizer_directory`, but for
+    what `files` have of `hf/`.
     """
-    for name, text in files.items():
-        (directory / name).write_text(text)
     hf = directory / "hf"
     hf.mkdir()
     if tokenizer_directory is not None:
@@ -31,6 +30,8 @@ def write_run_files(
         file = Path(model_directory) / name
         if file.is_file():
             shutil.copyfile(file, hf / name)
+    for name, text in files.items():
+        (directory / name).write_text(text, encoding="utf-8")
 
 
 def read_record(directory: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """What a Hugging Face directory holds beside the weights: configuration, generation settings, tokenizer, template."""
 
+import copy
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,8 @@ from src.checkpoints.hf_writer import write_json
 
 if TYPE_CHECKING:
     from transformers import DeepseekV3Config
+
+log = logging.getLogger(__name__)
 
 _PATTERNS = (
     "config.json",
@@ -21,8 +25,6 @@ _PATTERNS = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "*.tiktoken",
-    "tokenization_*.py",
     "chat_template.*",
     "additional_chat_templates/*",
     "LICENSE*",
@@ -63,17 +65,29 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 def write_config(directory: Path, config: dict[str, Any], *, dtype: str, mtp_layers: int) -> None:
     """Writes config.json for weights in `dtype` (bf16, fp32, fp8), everything else as it was.
 
-    `quantization_config` is there for fp8 alone, `auto_map` goes, since no model code is written, and
-    `num_nextn_predict_layers` is the number of MTP blocks among the weights.
+    `torch_dtype` (`dtype` where the base spells it so) is that of the weights, `quantization_config` is there for fp8
+    alone, `auto_map` goes, since no model code is written, `num_nextn_predict_layers` is the number of MTP blocks among
+    the weights, `model_type` becomes deepseek_v3 where transformers does not know the base's, and `architectures`, by
+    which vLLM chooses the model, is added where the base has none.
     """
-    torch_dtype = "float32" if dtype == "fp32" else "bfloat16"
-    written = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config", "dtype")}
-    written |= {"torch_dtype": torch_dtype, "num_nextn_predict_layers": mtp_layers}
-    if "dtype" in config:  # transformers 5 writes it in torch_dtype's place
-        written["dtype"] = torch_dtype
+    written = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    spelled = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
+    written |= dict.fromkeys(spelled, "float32" if dtype == "fp32" else "bfloat16")
+    written["num_nextn_predict_layers"] = mtp_layers
+    written.setdefault("architectures", ["DeepseekV3ForCausalLM"])
+    if not transformers_knows(config["model_type"]):
+        log.info("config.json: model_type deepseek_v3 for %s, which transformers does not know", config["model_type"])
+        written["model_type"] = "deepseek_v3"
     if dtype == "fp8":
         written["quantization_config"] = QUANTIZATION_CONFIG
     write_json(directory / "config.json", written)
+
+
+def transformers_knows(model_type: str) -> bool:
+    """Whether AutoModelForCausalLM opens a config.json of this model_type without code that comes with the weights."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def architecture(config: dict[str, Any]) -> "DeepseekV3Config":
@@ -82,4 +96,5 @@ def architecture(config: dict[str, Any]) -> "DeepseekV3Config":
 
     # What transformers derives, or would take for a request to run code or to quantise.
     ignored = ("model_type", "architectures", "auto_map", "quantization_config", "transformers_version")
-    return DeepseekV3Config(**{key: value for key, value in config.items() if key not in ignored})
+    fields = {key: value for key, value in config.items() if key not in ignored}
+    return DeepseekV3Config(**copy.deepcopy(fields))  # it adds keys to rope_scaling where it stands

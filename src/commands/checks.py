@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 
 from src.callbacks.step_checkpoint import LAST, checkpoint_folder, step_of
+from src.checkpoints.hf_reader import has_mtp
+from src.checkpoints.run_files import RUN_CONFIG
 from src.datamodules import SFTDataModule
+from src.models.deepseek_v3.config_json import mtp_loss_weight_of, read_fields
 from src.strategies.parallel_dims import ParallelDims
 
 
@@ -47,11 +51,34 @@ def find_checkpoint(path: str, root: str) -> Path:
 
 
 def check_weights(directory: str) -> None:
-    if not any(Path(directory).glob("*.safetensors")):
+    if not has_weights(directory):
         raise ValueError(
             f"{directory} holds no weights (*.safetensors): give the model's directory with --model.pretrained, "
             "or --model.from_scratch true for random ones."
         )
+
+
+def has_weights(directory: str) -> bool:
+    return any(Path(directory).glob("*.safetensors"))
+
+
+def mtp_loss_weight(model: Namespace, checkpoint: Path | None = None) -> float:
+    """model.mtp_loss_weight, decided where it is null: by the checkpoint that a run goes on from, else by the base.
+
+    A base whose config.json names the block may lack its weights: transformers' save_pretrained writes such.
+
+    Raises:
+        ValueError: it is positive and there is no block to train; there is no config.json to read.
+    """
+    fields, base = read_fields(model.pretrained), f"{model.pretrained}/config.json"
+    block = bool(fields.get("num_nextn_predict_layers"))
+    if block and checkpoint is not None:
+        record = checkpoint / RUN_CONFIG
+        recorded = yaml.safe_load(record.read_text())["model"] if record.is_file() else {}
+        block, base = recorded.get("mtp_loss_weight", 0.1) > 0, str(checkpoint)
+    elif block and not model.from_scratch and has_weights(model.pretrained):
+        block, base = has_mtp(model.pretrained, fields["num_hidden_layers"]), model.pretrained
+    return mtp_loss_weight_of(model.mtp_loss_weight, block, base)
 
 
 def newest_checkpoint(root: str) -> Path | None:

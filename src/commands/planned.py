@@ -6,6 +6,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from src.commands.checks import mtp_loss_weight
 from src.datamodules import SFTDataModule
 from src.datamodules.files import NoMatch, expand
 from src.datamodules.tokenizer import load_tokenizer
@@ -43,7 +44,9 @@ def settings_of(config: Namespace, cluster: Cluster) -> Settings:
             )
     gpus = _devices(trainer.devices, cluster)
     experts = None if model.experts_per_shard == "auto" else model.experts_per_shard
-    sizes = read_sizes(model.pretrained, experts, model.mtp_loss_weight > 0)
+    sizes = read_sizes(model.pretrained, experts, mtp=model.mtp_loss_weight != 0)
+    if sizes.mtp or model.mtp_loss_weight:
+        sizes = replace(sizes, mtp=mtp_loss_weight(model) > 0)
     kernel = {"auto": "flash_attn_4"}.get(model.attention_kernel, model.attention_kernel)
     return Settings(
         sizes=sizes,

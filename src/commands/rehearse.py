@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from src.callbacks.out_of_memory import OutOfMemory
+from src.commands.checks import mtp_loss_weight
 from src.commands.config_command import ConfigCommand
 from src.commands.planned import plan_of
 from src.planner.cluster import Cluster, read_cluster
@@ -69,6 +70,7 @@ class RehearseCLI(ConfigCommand):
             torch.cuda.set_per_process_memory_fraction((config.gpu_memory * GIB - outside) / card)
         if "OMP_NUM_THREADS" not in os.environ:  # of DeepSpeedCPUAdam: a rank's share of the machine
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // s.gpus))
+        config.model.mtp_loss_weight = mtp_loss_weight(config.model)
         config.model.from_scratch = True  # random weights of this rank's part alone
         made = self.parser.instantiate_classes(config)
         length = min(int(s.document), s.max_length)

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.export_at_end import ExportAtEnd
@@ -28,13 +29,14 @@ from src.commands.checks import (
     check_data_fits_model,
     check_weights,
     find_checkpoint,
+    mtp_loss_weight,
     newest_checkpoint,
     refuse_older,
     refuse_other_run,
 )
 from src.datamodules import SFTDataModule
 from src.datamodules.files import expand
-from src.datamodules.tokenizer import load_tokenizer
+from src.datamodules.tokenizer import load_tokenizer, opening_files
 from src.models.sft_module import SFTModule
 
 
@@ -89,6 +91,11 @@ class TrainingCLI(LightningCLI):
                 refuse_older(Path(settings.ckpt_path), root)
         elif self.subcommand == "fit":
             refuse_other_run(root)
+        asked, checkpoint = settings.model.mtp_loss_weight, settings.ckpt_path and Path(settings.ckpt_path)
+        settings.model.mtp_loss_weight = mtp_loss_weight(settings.model, checkpoint)
+        if asked is None:
+            found = "the model has its block" if settings.model.mtp_loss_weight else "there is no block to train"
+            rank_zero_info(f"multi-token prediction: mtp_loss_weight {settings.model.mtp_loss_weight}, {found}")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         self.datamodule.tokenizer = load_tokenizer(self.datamodule.tokenizer_spec)
@@ -97,7 +104,8 @@ class TrainingCLI(LightningCLI):
         settings = self.config[self.subcommand]
         self._dump_config()
         config = yaml.safe_dump(self.config_dump, sort_keys=False)
-        record = RunRecord(config, settings.model.pretrained, self.datamodule.tokenizer.name_or_path)
+        tokenizer = self.datamodule.tokenizer
+        record = RunRecord(config, settings.model.pretrained, tokenizer.name_or_path, opening_files(tokenizer))
         self.trainer_defaults["callbacks"] = [Throughput(), ExpertLoad(), LossSpike(), OutOfMemory(), record]
         own_bar = any("ProgressBar" in callback.class_path for callback in settings.trainer.callbacks or [])
         if settings.trainer.enable_progress_bar is not False and not own_bar:

@@ -6,12 +6,16 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 from transformers import DeepseekV3ForCausalLM as OracleModel
 
 from src.checkpoints.hf_reader import HFDirectorySource
-from src.checkpoints.key_map import hf_shapes
+from src.checkpoints.key_map import hf_shapes, mtp_layer
 from src.checkpoints.layout import Layout, check_layout
 from src.checkpoints.load import load
+from src.checkpoints.side_files import read_config, transformers_knows
+from src.checkpoints.source import raise_listed
+from src.commands.opening import opening
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, load_config
 from src.models.loss import IGNORE_INDEX
 
@@ -23,6 +27,8 @@ LENGTHS = (61, 1, 34)  # tokens of the documents compared: one alone, and bounds
 def verify(model: str, layout_only: bool = False) -> None:
     """Compares logits, loss and every gradient with transformers' DeepseekV3ForCausalLM, in fp32 on the CPU.
 
+    Both ways the directory is opened by transformers' Auto classes too, without code that lies in it.
+
     Args:
         model: Hugging Face directory of a DeepSeek-V3 model, BF16, FP32 or FP8.
         layout_only: compare the directory with the layout of the published weights instead: names, shapes and dtypes
@@ -30,19 +36,24 @@ def verify(model: str, layout_only: bool = False) -> None:
             seconds for any size.
 
     Raises:
-        ValueError: the directory is not one, asks for what is not implemented, does not fit in memory twice with its
-            gradients, or (layout_only) has another layout; all that is wrong is listed.
+        ValueError: the directory is not one, asks for what is not implemented, is not opened by transformers as it is
+            trained, does not fit in memory twice with its gradients, or (layout_only) has another layout; all that is
+            wrong is listed.
         SystemExit: they disagree.
     """
     config = load_config(model)
+    problems, remarks = opening(model)
     if layout_only:
-        _print_layout(model, check_layout(model))
+        layout = check_layout(model, problems)
+        _print_layout(model, layout)
+        _print_remarks([*layout.remarks, *remarks])
         return
+    raise_listed(f"{model}: transformers does not open it as it is trained:", problems)
     _check_memory(config)
     ours = DeepseekV3ForCausalLM(config)
     source = HFDirectorySource(model)
     load(ours, source, num_hidden_layers=config.num_hidden_layers)
-    theirs = _oracle(config, source)
+    theirs = _oracle(model, config, source)
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (sum(LENGTHS),), generator=generator)
@@ -72,6 +83,7 @@ def verify(model: str, layout_only: bool = False) -> None:
         verdict = "ok" if value <= LIMITS[name] else "DIFFERS"  # so that NaN differs
         print(f"{name:10} relative difference {value:.2e} (limit {LIMITS[name]:.0e}) {verdict}")
     print(f"largest gradient difference: {worst}")
+    _print_remarks(remarks)
     if not all(value <= LIMITS[name] for name, value in found.items()):
         raise SystemExit(f"{model}: our model does not agree with transformers'")
 
@@ -89,6 +101,11 @@ def _print_layout(model: str, layout: Layout) -> None:
         print(f"{name:40} {value:>19,}")
 
 
+def _print_remarks(remarks: list[str]) -> None:
+    for remark in remarks:
+        print(f"note: {remark}")
+
+
 def _check_memory(config: Any) -> None:
     parameters = sum(torch.Size(shape).numel() for shape in hf_shapes(config, mtp=False).values())
     needed, available = 4 * 4 * parameters, psutil.virtual_memory().available
@@ -100,8 +117,29 @@ def _check_memory(config: Any) -> None:
         )
 
 
-def _oracle(config: Any, source: HFDirectorySource) -> OracleModel:
-    """transformers' model, filled by a loop of our own: FP8 needs no accelerate, and nothing is cast."""
+def _oracle(directory: str, config: DeepseekV3Config, source: HFDirectorySource) -> OracleModel:
+    """transformers' model in fp32, opened as its user opens it; FP8, which it cannot read on a CPU, by a loop of ours.
+
+    Raises ValueError where transformers finds tensors missing or unexpected, the multi-token prediction's aside.
+    """
+    fields = read_config(directory)
+    if fields.get("quantization_config") is None:
+        oracle, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=None if transformers_knows(fields["model_type"]) else config,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        wrong = {
+            kind: [n for n in names if not mtp_layer(str(n), config.num_hidden_layers)] for kind, names in info.items()
+        }
+        raise_listed(
+            f"{directory}: transformers does not find the model's tensors:",
+            [f"{kind}: {name}" for kind, names in wrong.items() for name in names],
+        )
+        return oracle
     config._attn_implementation = "eager"
     oracle = OracleModel(config).float()
     with torch.no_grad():

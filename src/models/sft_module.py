@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from .deepseek_v3 import DeepseekV3ForCausalLM, Losses, LossWeights, load_config
+from .deepseek_v3.config_json import mtp_loss_weight_of
 from .deepseek_v3.freezing import frozen
 from .kernels import ATTENTION
 from .loss import IGNORE_INDEX
@@ -44,8 +45,9 @@ class SFTModule(pl.LightningModule):
         betas: AdamW's; its eps is 1e-8.
         weight_decay: on matrices; norms and biases have none.
         warmup_ratio: the part of all optimizer steps over which the rate rises linearly.
-        mtp_loss_weight: what the multi-token prediction counts beside the next token's; 0 does not build its block. It
-            means nothing where config.json has none (num_nextn_predict_layers).
+        mtp_loss_weight: weight of the multi-token prediction's loss relative to the next-token loss; 0 does not build
+            its block. None: 0.1 where the base has the block, else 0. Here config.json (num_nextn_predict_layers) says
+            whether it does; `fit` looks at the weights too (src/commands/checks.py).
         aux_loss_alpha: factor of the sequence-wise balance loss; 0 turns it off.
         router_bias_update_speed: by how much each router bias moves towards balance after an optimizer step; 0 leaves
             the biases as they were trained.
@@ -74,7 +76,7 @@ class SFTModule(pl.LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.03,
-        mtp_loss_weight: float = 0.1,
+        mtp_loss_weight: float | None = None,
         aux_loss_alpha: float = 1e-4,
         router_bias_update_speed: float = 0.0,
         freeze: list[str] | None = None,
@@ -91,8 +93,11 @@ class SFTModule(pl.LightningModule):
             )
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"warmup_ratio {warmup_ratio} is not in [0, 1): it is a part of all optimizer steps.")
+        self.config = load_config(pretrained)
+        has_mtp = bool(self.config.num_nextn_predict_layers)
+        self.mtp_loss_weight = mtp_loss_weight_of(mtp_loss_weight, has_mtp, f"{pretrained}/config.json")
         for name, value in (
-            ("mtp_loss_weight", mtp_loss_weight),
+            ("mtp_loss_weight", self.mtp_loss_weight),
             ("aux_loss_alpha", aux_loss_alpha),
             ("router_bias_update_speed", router_bias_update_speed),
         ):
@@ -100,7 +105,6 @@ class SFTModule(pl.LightningModule):
                 raise ValueError(f"{name} is {value}; it is 0 (off) or positive.")
         if attention_kernel not in ("auto", *ATTENTION):
             raise ValueError(f"attention_kernel {attention_kernel!r} is none of auto, {', '.join(ATTENTION)}.")
-        self.config = load_config(pretrained)
         self.pretrained = pretrained
         self.from_scratch = from_scratch
         self.learning_rate = learning_rate
@@ -108,7 +112,6 @@ class SFTModule(pl.LightningModule):
         self.betas = betas
         self.weight_decay = weight_decay
         self.warmup_ratio = warmup_ratio
-        self.mtp_loss_weight = mtp_loss_weight if self.config.num_nextn_predict_layers else 0.0
         self.aux_loss_alpha = aux_loss_alpha
         self.router_bias_update_speed = router_bias_update_speed
         self.freeze_patterns = freeze or []

@@ -22,7 +22,7 @@ from src.checkpoints.output import Dtype
 from src.checkpoints.side_files import architecture
 from src.commands.verify import verify
 from tests.checkpoints.conftest import Checkpoints
-from tests.checkpoints.tiny import CONFIG
+from tests.checkpoints.tiny import CONFIG, SIDE_FILES
 from tests.checkpoints.workers import DTYPES
 
 ROOT = Path(__file__).parents[2]
@@ -131,9 +131,8 @@ def write_sparse(directory: Path, config: dict[str, Any], dtype: str, max_shard_
     """A directory of files with right headers, as long as the real ones, that take no disk; bytes of the tensors."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
-    for name in ("generation_config.json", "tokenizer.json"):
-        (directory / name).write_text("{}")
-    (directory / "tokenizer_config.json").write_text('{"chat_template": ""}')
+    for name, text in SIDE_FILES.items():
+        (directory / name).write_text(text)
 
     def never() -> Any:
         raise AssertionError("headers alone are written")
@@ -212,31 +211,21 @@ def config_with(**fields: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [
-        (config_with(num_nextn_predict_layers=0), "num_nextn_predict_layers is 0, but tensors of layer 2 are there"),
         (config_without("quantization_config"), "quantization_config is not there, FP8 weights are there"),
         (
             config_with(quantization_config={"weight_block_size": [128, 128]}),
             "quantization_config.fmt is None, not 'e4m3'",
         ),
-        (config_with(auto_map={"AutoConfig": "configuration_x.C"}), "auto_map names configuration_x.py for AutoConfig"),
         (config_with(architectures=["X"]), r"architectures is \['X'\], not \['DeepseekV3ForCausalLM'\]"),
-        (config_with(torch_dtype="float16"), "torch_dtype is float16, not bfloat16"),
         (config_with(vocab_size=64), r"shape of lm_head.weight: \(320, 160\) instead of \(64, 160\)"),
         (config_with(n_routed_experts=12), r"missing: model.layers.1.mlp.experts.11.gate_proj.weight \(144, 160\)"),
-        (config_with(n_routed_experts=4), r"unexpected: model.layers.1.mlp.experts.7.up_proj.weight \(144, 160\)"),
         (
-            lambda out: replace_tensor(
-                out, "model.layers.1.mlp.gate.e_score_correction_bias", torch.zeros(8).bfloat16()
-            ),
-            "dtype of model.layers.1.mlp.gate.e_score_correction_bias: BF16 instead of F32",
+            config_with(n_routed_experts=4, n_group=1, topk_group=1),
+            r"unexpected: model.layers.1.mlp.experts.7.up_proj.weight \(144, 160\)",
         ),
         (
             lambda out: replace_tensor(out, "model.layers.0.mlp.up_proj.weight_scale_inv", torch.zeros(3, 3)),
             r"shape of model.layers.0.mlp.up_proj.weight_scale_inv: \(3, 3\) instead of \(3, 2\)",
-        ),
-        (
-            lambda out: edit(out / "model.safetensors.index.json", lambda i: i["metadata"].update(total_size=5)),
-            "index.json: total_size is 5, the tensors have",
         ),
         (
             lambda out: edit(out / "model.safetensors.index.json", lambda i: i["weight_map"].pop("lm_head.weight")),
@@ -247,16 +236,53 @@ def config_with(**fields: Any) -> Callable[[Path], None]:
             "model-9.*belongs to no",
         ),
         (lambda out: (out / ".export.json").touch(), ".export.json: left over"),
-        (lambda out: (out / "generation_config.json").unlink(), "generation_config.json: missing"),
-        (lambda out: (out / "tokenizer.json").unlink(), "tokenizer.json or tokenizer.model: missing"),
-        (lambda out: (out / "chat_template.jinja").unlink(), "chat_template.jinja: missing, and tokenizer_config.json"),
+        (
+            lambda out: replace_tensor(out, "model.layers.0.mlp.up_proj.weight", torch.zeros(272, 160).bfloat16()),
+            "dtype of model.layers.0.mlp.up_proj.weight: BF16 instead of F8_E4M3",
+        ),
+        (lambda out: (out / "tokenizer.json").unlink(), "tokenizer.json or tiktoken.model: missing"),
+        (lambda out: (out / "tokenizer.json").write_text("{"), "tokenizer: "),
+        (lambda out: (out / "chat_template.jinja").unlink(), "has no chat template"),
     ],
 )
 def test_what_is_wrong_is_named(exported: Path, breaks: Callable[[Path], object], message: str, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "out")
     breaks(tmp_path / "out")
     with pytest.raises(ValueError, match=message):
-        check_layout(tmp_path / "out")
+        verify(str(tmp_path / "out"), layout_only=True)
+
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.mark.parametrize(
+    ("changes", "remark"),
+    [
+        (config_with(num_nextn_predict_layers=0), "num_nextn_predict_layers is 0, but tensors of layer 2 are there"),
+        (config_without("architectures"), ""),
+        (config_with(torch_dtype="float16"), "torch_dtype is float16, not bfloat16"),
+        (
+            lambda out: replace_tensor(out, BIAS, torch.ones(8).half()),
+            f"1 tensors are F16 instead of F32, {BIAS} for one",
+        ),
+        (
+            lambda out: edit(out / "model.safetensors.index.json", lambda i: i["metadata"].update(total_size=5)),
+            "index.json: total_size is 5, the tensors have",
+        ),
+        (lambda out: (out / "generation_config.json").unlink(), "generation_config.json is not here"),
+        (config_with(auto_map={"AutoConfig": "configuration_x.C"}), "auto_map names configuration_x.py, not here"),
+    ],
+)
+def test_what_training_and_transformers_read_is_remarked(
+    exported: Path, changes: Callable[[Path], object], remark: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(exported, tmp_path / "out")
+    verify(str(tmp_path / "out"), layout_only=True)
+    assert "note: " not in capsys.readouterr().out
+    changes(tmp_path / "out")
+    verify(str(tmp_path / "out"), layout_only=True)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert any(remark in note for note in notes) if remark else not notes
 
 
 def test_everything_wrong_is_one_error(exported: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from src.checkpoints.key_map import hf_shapes
@@ -60,9 +61,20 @@ CONFIG: dict[str, Any] = {
     "vocab_size": 320,
 }
 LAYERS = CONFIG["num_hidden_layers"]
+
+
+def tokenizer_json() -> str:
+    """A tokenizer of 256 bytes."""
+    tokenizer = Tokenizer(
+        models.BPE({byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer.to_str()
+
+
 SIDE_FILES = {
     "generation_config.json": '{"eos_token_id": 1}',
-    "tokenizer.json": "{}",
+    "tokenizer.json": tokenizer_json(),
     "tokenizer_config.json": "{}",
     "chat_template.jinja": "{{ bos }}",
 }

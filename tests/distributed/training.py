@@ -99,7 +99,7 @@ class Recipe:
     gradient_clip_val: float = 1.0
     aux_loss_alpha: float = 0.05
     router_bias_update_speed: float = 0.02
-    mtp_loss_weight: float = 0.3
+    mtp_loss_weight: float | None = None
     steps: int = 5
     freeze: tuple[str, ...] = ()
 
@@ -315,6 +315,7 @@ def plain_pytorch(
         tokens = sum(len(doc.input_ids) for doc in docs)
         objective = total / targets + recipe.aux_loss_alpha * balance / tokens
         if mtp is not None:
+            assert recipe.mtp_loss_weight is not None
             objective = objective + recipe.mtp_loss_weight * mtp_total / mtp_targets
         optimizer.zero_grad()
         objective.backward()

@@ -87,7 +87,7 @@ MOONLIGHT = DEEPSEEK_V3 | {
 # Kimi-K2: its own model_type, one group, twelve experts, two heads, another YaRN.
 KIMI_K2 = DEEPSEEK_V3 | {
     "model_type": "kimi_k2",
-    "architectures": ["DeepseekV3ForCausalLM"],
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
     "n_group": 1,
     "topk_group": 1,
     "n_routed_experts": 12,

@@ -1,5 +1,6 @@
 """transformers' DeepseekV3Config of a config.json that the model implements."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def config_from_dict(fields: dict[str, Any], origin: str = "config.json") -> Dee
 
 
 def _config(fields: dict[str, Any]) -> DeepseekV3Config:
-    config = DeepseekV3Config(**{name: value for name, value in fields.items() if name not in IGNORED})
+    kept = {name: value for name, value in fields.items() if name not in IGNORED}
+    config = DeepseekV3Config(**copy.deepcopy(kept))  # it adds keys to rope_scaling where it stands
     # What transformers would fill in: one MTP block, and DeepSeek-V3's number of heads for keys and values.
     config.num_nextn_predict_layers = fields.get("num_nextn_predict_layers") or 0
     config.num_key_value_heads = config.num_attention_heads

@@ -105,9 +105,28 @@ def check_fields(fields: dict[str, Any], origin: str) -> None:
         problems.append(f"RoPE type = {rope_type!r} (implemented: {' or '.join(map(repr, ROPE_TYPES))})")
     if scaling.get("truncate") is False:
         problems.append("YaRN truncate = False (implemented: True)")
+    method = (fields.get("quantization_config") or {}).get("quant_method", "fp8")
+    if method != "fp8":  # Kimi-K2-Thinking's INT4, for one
+        problems.append(f"quantization_config.quant_method = {method!r} (implemented: 'fp8')")
     if problems:
         raise ValueError(f"{origin} asks for what this model does not implement: " + "; ".join(problems) + ".")
     _check_sizes(fields, origin)
+
+
+def mtp_loss_weight_of(asked: float | None, has_block: bool, base: str) -> float:
+    """The weight where it is given, else 0.1 where `base` has a multi-token-prediction block and 0 where it has none.
+
+    Raises:
+        ValueError: a positive weight is given and `base`, named in the error, has no block.
+    """
+    if asked is None:
+        return 0.1 if has_block else 0.0
+    if asked > 0 and not has_block:
+        raise ValueError(
+            f"mtp_loss_weight is {asked}, but {base} has no multi-token-prediction block to train: leave it out, or "
+            "set --model.mtp_loss_weight 0."
+        )
+    return asked
 
 
 def _check_sizes(fields: dict[str, Any], origin: str) -> None:
