@@ -64,7 +64,7 @@ def settings_of(line: dict[str, Any]) -> Settings:
     dp, sp, batch = line.get("dp", 1), line.get("sp", 1), options.get("batch_size", 1)
     shard = options["experts_per_shard"]
     return Settings(
-        sizes_of(fields, None if shard == "auto" else shard, mtp=False),
+        sizes_of(fields, options["experts"] // 8 if shard == "auto" else shard, mtp=False),  # `auto` of those runs
         nodes=1,
         gpus=dp * sp,
         sp=sp,

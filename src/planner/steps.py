@@ -16,7 +16,6 @@ from src.planner.rates import (
     ELEMENTWISE_FORWARD,
     EXPERTS_BESIDE,
     PRODUCTS_BESIDE,
-    RECOMPUTED_MLP,
 )
 from src.planner.settings import Settings
 from src.planner.streams import COMPUTE, SP
@@ -132,9 +131,8 @@ class _Layer:
             Part(COMPUTE, 2 * work.down(), "latents"),
         )
 
-    def _mlp_part(self, products: float, elementwise: float) -> tuple[Part, ...]:
-        """`products`: times those of the forward pass."""
-        return (Part(COMPUTE, products * self.work.mlp(self.dense) + self._elementwise(elementwise)),)
+    def _mlp_part(self, weights: int, elementwise: float) -> tuple[Part, ...]:
+        return (Part(COMPUTE, self.work.products(weights) + self._elementwise(elementwise)),)
 
     def _shard_part(self, backward: bool) -> tuple[Part, ...]:
         return (Part(COMPUTE, self.work.experts(backward) / len(self.shards), beside=EXPERTS_BESIDE),)
@@ -162,7 +160,7 @@ class _Layer:
             Visit(
                 self.mlp_name,
                 self.mlp,
-                self._mlp_part(1.0, ELEMENTWISE_FORWARD),
+                self._mlp_part(sum(self.mlp.values()), ELEMENTWISE_FORWARD),
                 takes=route | {"MLP": Line(LAYER, *used)},
                 syncs=not self.dense,  # for the route, without which it cannot call the shards
             )
@@ -203,7 +201,7 @@ class _Layer:
             Visit(
                 f"{self.mlp_name} backward",
                 self.mlp,
-                self._mlp_part(2.0, ELEMENTWISE_BACKWARD_MLP),
+                self._mlp_part(2 * sum(self.mlp.values()), ELEMENTWISE_BACKWARD_MLP),
                 backward=True,
                 gives=(*(f"rows {shard}" for shard in range(len(self.shards))), "MLP", f"{self.name} mlp_graph"),
             )
@@ -231,10 +229,11 @@ class _Layer:
             fetches=ahead,
             awaits=tuple(self.waiting()),
         )
+        again = _without_last(self.mlp)
         yield Visit(
             f"{self.mlp_name} again",
-            _without_last(self.mlp),
-            self._mlp_part(RECOMPUTED_MLP, ELEMENTWISE_FORWARD),
+            again,
+            self._mlp_part(sum(again.values()), ELEMENTWISE_FORWARD),
             takes=self._own(LAYER, mlp_graph=work.graph_mlp(self.dense)),
         )
 

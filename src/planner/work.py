@@ -35,8 +35,8 @@ class Work:
 
     # -- seconds ------------------------------------------------------------------------------------------------------
 
-    def _products(self, weights: float) -> float:
-        """Of every token with so many weights."""
+    def products(self, weights: float) -> float:
+        """Seconds of multiplying every token of this rank with so many weights."""
         return self.cluster.kernels * 2 * weights * self.tokens / (rates.PRODUCTS * 1e12)
 
     def attention(self, backward: bool) -> float:
@@ -55,18 +55,18 @@ class Work:
 
     def down(self) -> float:
         """Projections of this rank's tokens to the latents, forward."""
-        return self._products(self._down_weights())
+        return self.products(self._down_weights())
 
     def up(self) -> float:
         """Projections to this rank's heads, forward."""
         weights = attention_weights(self.sizes)
-        return self._products(sum(weights.values()) - weights["o_proj"] - self._down_weights())
+        return self.products(sum(weights.values()) - weights["o_proj"] - self._down_weights())
 
     def out(self) -> float:
-        return self._products(attention_weights(self.sizes)["o_proj"])
+        return self.products(attention_weights(self.sizes)["o_proj"])
 
     def mlp(self, dense: bool) -> float:
-        return self._products(sum(mlp_weights(self.sizes, dense).values()))
+        return self.products(sum(mlp_weights(self.sizes, dense).values()))
 
     def elementwise(self) -> float:
         """What passes through memory in a layer, forward and backward, and the launches."""
