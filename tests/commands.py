@@ -16,6 +16,7 @@ import tempfile
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import cast
 
 from tests.distributed.spawn import free_port, rank_variables, server
 
@@ -73,7 +74,7 @@ class Command:
             left = {process.sentinel: process for process in self.processes}
             while left:
                 for sentinel in wait(list(left)):
-                    ended = left.pop(sentinel)  # type: ignore[call-overload]
+                    ended = left.pop(cast(int, sentinel))
                     ended.join()
                     if ended.exitcode != 0:
                         for other in left.values():

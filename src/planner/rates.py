@@ -50,9 +50,6 @@ SKEW = 0.01  # "Four GPUs of one host": of a layer's time, what its six SP excha
 
 # Latency of a collective, assumed: seconds, and for each node and each rank of its group.
 COLLECTIVE, COLLECTIVE_NODE, COLLECTIVE_RANK = 20e-6, 5e-6, 1e-6
-# "Four GPUs of one host", after DeepSpeedCPUAdam: clipping, the cast to bf16 on the host and the ordinary copy to the
-# device, seconds for each parameter of a node; 0.31e-9 with four ranks, 0.33 to 0.42e-9 with one.
-HOST_CAST = 0.3e-9
 
 
 def interpolate(table: Table, size: float) -> float:

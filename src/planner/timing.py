@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from src.planner.account import checkpoint_bytes
 from src.planner.cluster import Cluster
 from src.planner.micro_step import micro_step
-from src.planner.rates import HOST_CAST
 from src.planner.schedule import Schedule
 from src.planner.settings import Settings
 from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, HOST, SP, TO_HOST, Span, busy, makespan, play
@@ -13,6 +12,7 @@ from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, HOST, SP, TO_H
 # A parameter: fused AdamW on fp32 states 28, flattened gradient 8, its norm in fp64 20, clipping 8, cast to bf16 6; and
 # what comes after a step whatever its size: callbacks and logging (measured: 70 to 92 ms at 2.1e9 to 2.8e9 parameters).
 ADAM_BYTES, AFTER_STEP = 70, 20e-3
+HOST_ADAM_BYTES = 28  # of a parameter, that AdamW on the host reads and writes: it is bound by the memory
 ORDINARY_COPY_GB_S = 8.0  # a process of the host copying between ordinary memory and the device
 
 
@@ -44,11 +44,11 @@ def optimizer_seconds(settings: Settings, cluster: Cluster) -> tuple[float, str]
             f"{own / 1e9:.2f}e9 parameters x {ADAM_BYTES} bytes / {cluster.copy / 1e12:.2f} TB/s + {AFTER_STEP:g} s",
         )
     adam = own * settings.gpus / (cluster.cpu_adam_gparams_s * 1e9)
-    back = 0.0 if settings.offload_parameters else HOST_CAST * own * settings.gpus
-    return adam + back + AFTER_STEP, (
-        f"{own * settings.gpus / 1e9:.1f}e9 parameters a node / {cluster.cpu_adam_gparams_s:g}e9 a second "
-        f"(DeepSpeedCPUAdam) + {AFTER_STEP:g} s"
-        + (f", and {HOST_CAST * 1e9:g} s a 1e9 to clip, cast and bring them back" if back else "")
+    more = 6 if settings.offload_parameters else 4
+    return adam * (1 + more / HOST_ADAM_BYTES) + AFTER_STEP, (
+        f"{own * settings.gpus / 1e9:.1f}e9 parameters per node / {cluster.cpu_adam_gparams_s:g}e9 per second "
+        f"(DeepSpeedCPUAdam, {HOST_ADAM_BYTES} bytes each) x {HOST_ADAM_BYTES + more}/{HOST_ADAM_BYTES}: new masters "
+        f"leave for the device meanwhile; + {AFTER_STEP:g} s"
     )
 
 
