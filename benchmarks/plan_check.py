@@ -93,10 +93,14 @@ def compare(line: dict[str, Any]) -> Comparison:
     parts = [
         line[key] / 1e3 if key in line else None for key in ("forward_ms", "backward_ms", "optimizer_and_after_ms")
     ]
+    whole, measured = time.step, line["step_s"] if line.get("steady", True) else None
+    if settings.offload_optimizer:  # those runs stepped on the host as DeepSpeed does, and we no longer do
+        after = None if settings.offload_parameters else parts[2]  # its gathers from the host copied twice, too
+        whole, measured = whole - time.optimizer, None if measured is None or after is None else measured - after
     return Comparison(
         name,
         (peak, line["peak_gib"]),
-        (time.step, line["step_s"] if line.get("steady", True) else None),
+        (whole, measured),
         (time.forward, parts[0]),
         (time.micro - time.forward, parts[1]),
         (time.optimizer, parts[2]),

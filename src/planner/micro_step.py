@@ -35,7 +35,8 @@ def _visit(visit: Visit, schedule: Schedule, zero: Zero, cluster: Cluster, fetch
         if seconds == 0.0 and stream != COMPUTE:
             continue
         if stream == COMPUTE:  # casts and copies of other streams take the device's bandwidth: it lasts as much longer
-            seconds, schedule.stolen = seconds + schedule.stolen, 0.0
+            seconds += schedule.stolen
+            schedule.paid, schedule.stolen = schedule.paid + schedule.stolen, 0.0
         done = schedule.add(stream, seconds, f"{visit.name} {what}".rstrip(), *waits, beside=beside)
         waits = (done,)
     if visit.backward:

@@ -11,7 +11,7 @@ class Schedule:
     """forward_ops: how many of `ops` belong to the forward pass. gathered, reduced: elements through ZeRO.
 
     host: the host's last operation. stolen: seconds of casts and copies on the device since the computation last paid
-    for them.
+    for them. paid: those that it has paid for.
     """
 
     ops: list[Op] = field(default_factory=list)
@@ -21,6 +21,7 @@ class Schedule:
     reduced: float = 0.0
     host: int = -1
     stolen: float = 0.0
+    paid: float = 0.0
 
     def add(self, stream: str, seconds: float, name: str, *after: int, beside: tuple[float, float] = (1.0, 1.0)) -> int:
         """Another operation; its index, for those that wait for it."""

@@ -14,11 +14,9 @@ from tests.planner.settings import guide, sizes
 
 def test_states_without_offload_take_18_bytes_a_parameter() -> None:
     named = {line.name: line.nbytes for line in states(guide(offload_optimizer=False))}
-    bucket = named.pop("reduction bucket, fp32")
     named.pop("norms, whole")
-    assert bucket == 800e6
     assert sum(named.values()) == pytest.approx(671.026e9 * 18 / 256, rel=1e-4)  # 47 GB
-    assert sum(line.nbytes for line in states(guide())) == pytest.approx(671e9 * 2 / 256 + 800e6, rel=1e-3)
+    assert sum(line.nbytes for line in states(guide())) == pytest.approx(671e9 * 2 / 256, rel=1e-3)
 
 
 def test_a_layers_work_is_what_was_measured() -> None:
@@ -30,14 +28,14 @@ def test_a_layers_work_is_what_was_measured() -> None:
 
 
 def test_32k_tokens_a_gpu_with_the_optimizer_on_the_host() -> None:
-    """The design's 73 GB a GPU: layer inputs 29 GB, states 5 GB; two experts' shards and their copies besides."""
+    """The design's 73 GB a GPU: layer inputs 29 GB, states 5 GB; two to three experts' shards besides."""
     settings = guide(attention_output="offload")
     lines, moment = allocated(settings, micro_step(settings, Cluster()))
     named = {line.name: line.nbytes for line in lines}
     assert "shard" in moment
     assert named["layer inputs"] == 61 * 32768 * 7168 * 2
     assert 60e9 < sum(named.values()) < 73e9
-    assert 2.8e9 * 3 < named["gathered weights"] < 2.8e9 * 4.2
+    assert 2.8e9 * 2 < named["gathered weights"] < 2.8e9 * 3.2
 
 
 def test_inputs_in_host_memory_leave_the_device() -> None:

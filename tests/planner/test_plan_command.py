@@ -165,6 +165,8 @@ def test_weights_and_export_take_disk_and_what_is_not_counted_is_said(capsys: py
 def test_the_nearest_keeps_the_rows_of_a_step_and_takes_the_fewest_nodes() -> None:
     full = guide(nodes=8, sp=8, batch_size=2, attention_output="offload", num_workers=4)
     found = nearest(full, Cluster(), ROWS)
+    assert found is not None and found[0] == "--checkpoint.async_save false"
+    found = nearest(full, Cluster(host_memory_gib=1450), ROWS)
     assert found is not None and found[0] == "--trainer.num_nodes 16 --trainer.accumulate_grad_batches 2"
     assert found[1].settings.rows_per_step == full.rows_per_step
     # A node that is too small for the copy that a save writes.

@@ -10,7 +10,7 @@ from src.planner.cluster import Cluster
 from src.planner.micro_step import micro_step
 from src.planner.rates import ATTENTION_BESIDE, EXPERTS_BESIDE, PRODUCTS_BESIDE
 from src.planner.settings import Settings
-from src.planner.streams import CAST, COMPUTE, GATHER, HOST, SP, STREAMS, Op, busy, makespan, play
+from src.planner.streams import COMPUTE, GATHER, HOST, SP, STREAMS, Op, busy, makespan, play
 from src.planner.timing import step_time
 from tests.planner.settings import guide, sizes
 
@@ -80,11 +80,8 @@ def test_all_that_was_allocated_is_freed() -> None:
 
 def computed(settings: Settings) -> float:
     """Seconds of the layers' own work: without the engine's casts and copies, which share the device with it."""
-    seconds = busy(micro_step(settings, Cluster()).ops)
-    copied = (
-        2 * 2 * 2 * settings.sizes.parameters / Cluster().copy if settings.world > 1 else 0.0
-    )  # gathered twice, bf16
-    return seconds[COMPUTE] - seconds[CAST] - copied
+    schedule = micro_step(settings, Cluster())
+    return busy(schedule.ops)[COMPUTE] - schedule.paid
 
 
 # benchmarks/RESULTS.md, "A whole MoE layer": documents, tokens, what becomes of attention's output, ms.
