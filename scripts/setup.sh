@@ -130,7 +130,7 @@ if [[ $(.venv/bin/python -m pip freeze 2>/dev/null | grep -E '^torch==' | cut -d
             "${pip[@]}" install --progress-bar off --no-deps "$torch"
 fi
 must "the project and its tools (about 100 packages)" \
-    "${pip[@]}" install --progress-bar off -c "$CONSTRAINTS" -e '.[demo,dev]'
+    "${pip[@]}" install --progress-bar off --no-compile -c "$CONSTRAINTS" -e '.[demo,dev]'
 
 printf '%s\n' "$state" >"$STAMP"
 echo "setup: ready. To use it in this shell:  source .venv/bin/activate"

@@ -11,10 +11,15 @@ source .venv/bin/activate
 echo "== ruff"
 ruff check .
 ruff format --check .
-echo "== mypy"
-mypy
 echo "== import-linter"
 lint-imports
-echo "== pytest"
-# Two workers; loadgroup keeps those tests together on one that share a Slurm of this machine, or a run.
-OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup "$@"
+echo "== pytest, and mypy beside it"
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+mypy >"$types" 2>&1 &
+# Two workers; loadgroup keeps on one of them the tests that share a run or a Slurm of this machine (tests/conftest.py).
+OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup "$@" && tests=0 || tests=$?
+wait $! && status=$tests || status=1
+echo "== mypy"
+cat "$types"
+exit "$status"

@@ -16,7 +16,6 @@ import tempfile
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import cast
 
 from tests.distributed.spawn import free_port, rank_variables, server
 
@@ -24,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 Completed = subprocess.CompletedProcess[str]
 
 
-def _execute(args: tuple[str, ...], environment: dict[str, str], folder: str) -> None:
+def _execute(module: str, args: tuple[str, ...], environment: dict[str, str], folder: str) -> None:
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
@@ -32,17 +31,17 @@ def _execute(args: tuple[str, ...], environment: dict[str, str], folder: str) ->
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_APPEND), descriptor)
     multiprocessing.set_start_method(None, force=True)  # the platform's own, not the one that this process came by
     gc.freeze()
-    sys.argv = ["src.cli", *args]
+    sys.argv = [module, *args]
     try:
-        runpy.run_module("src.cli", run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # as at an interpreter's end, which forked processes skip
 
 
 class Command:
-    """A running command of one process, or of `ranks` as a launcher starts them."""
+    """A running `python -m MODULE ARGS` of one process, or of `ranks` as a launcher starts them."""
 
-    def __init__(self, *args: str, ranks: int = 1, **environment: str) -> None:
+    def __init__(self, *args: str, ranks: int = 1, module: str = "src.cli", **environment: str) -> None:
         self.args = args
         self._folder = tempfile.TemporaryDirectory()
         for name in ("stdout", "stderr"):
@@ -52,7 +51,7 @@ class Command:
         for rank in range(ranks):
             launched = rank_variables(rank, ranks, port) if ranks > 1 else {}
             variables = dict(os.environ) | launched | environment
-            self.processes.append(server().Process(target=_execute, args=(args, variables, self._folder.name)))
+            self.processes.append(server().Process(target=_execute, args=(module, args, variables, self._folder.name)))
         for process in self.processes:
             process.start()
 
@@ -71,25 +70,21 @@ class Command:
     def wait(self) -> Completed:
         """Until all have ended, or one has failed: the others may wait for it."""
         try:
-            left = {process.sentinel: process for process in self.processes}
-            while left:
-                for sentinel in wait(list(left)):
-                    ended = left.pop(cast(int, sentinel))
-                    ended.join()
-                    if ended.exitcode != 0:
-                        for other in left.values():
-                            other.join(5)
-                        left = {}
-                        break
+            while running := [process for process in self.processes if process.is_alive()]:
+                wait([process.sentinel for process in running])
+                if any(process.exitcode for process in self.processes):
+                    for process in running:
+                        process.join(5)
+                    break
         finally:
             self.kill()
         codes = [process.exitcode or 0 for process in self.processes]
         return Completed(self.args, next(filter(None, codes), 0), self.output("stdout"), self.output("stderr"))
 
 
-def run(*args: str, ranks: int = 1, check: bool = True, **environment: str) -> Completed:
+def run(*args: str, ranks: int = 1, check: bool = True, module: str = "src.cli", **environment: str) -> Completed:
     """Runs a command to its end; `check` fails the test where it fails."""
-    return _checked(Command(*args, ranks=ranks, **environment).wait(), check)
+    return _checked(Command(*args, ranks=ranks, module=module, **environment).wait(), check)
 
 
 def start_afresh(*args: str, check: bool = True) -> Completed:

@@ -15,8 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from src.cli import main
 from tests.commands import Command, run, start_afresh
 
-pytestmark = pytest.mark.xdist_group("cli")  # several share a run
-
 
 def fit_args(inputs: Path, root: Path, *more: str) -> list[str]:
     return [
@@ -134,7 +132,8 @@ def test_a_run_resumes_on_other_layouts(trained: Path, inputs: Path, tmp_path: P
 def test_validate_prints_the_loss_of_the_checkpoint(trained: Path, inputs: Path) -> None:
     no_training_data = "--data.train_files=[/nowhere.jsonl]"  # none is needed
     again = f"--data.val_sets={{again: [{inputs}/val.jsonl]}}"  # which leaves the mean of all as it was
-    args = ["validate", *fit_args(inputs, trained)[1:], no_training_data, again, "--ckpt_path=last"]
+    alone = ["--trainer.devices=1", "--trainer.strategy.init_args.sequence_parallel_size=1"]
+    args = ["validate", *fit_args(inputs, trained)[1:], no_training_data, again, "--ckpt_path=last", *alone]
     result = start_afresh(*[a for a in args if not a.startswith("--trainer.accumulate")])
     (loss, of_all), (of_set, its_loss) = (line.split() for line in result.stdout.splitlines()[-2:])
     assert (loss, of_set) == ("val/loss", "val/again/loss")

@@ -2,16 +2,15 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.node_scaling import layouts, packed
+import pytest
+
+from benchmarks.node_scaling import Bench, layouts, main, packed
 from benchmarks.timeline import analyse, lines
 from src.rehearsal.timeline import merged, overlap, read
-from tests.distributed.spawn import run_distributed  # noqa: F401  # spawns too: one at a time (conftest.py)
-
-ROOT = Path(__file__).parents[1]
+from tests.commands import run
 
 
 def test_layouts() -> None:
@@ -66,7 +65,21 @@ def test_a_trace_is_read(tmp_path: Path) -> None:
     assert not path.exists() and any("1.50 x their time alone, 1 of them" in text for text in lines(found))
 
 
-def test_four_processes(tmp_path: Path) -> None:
+def test_four_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its own launcher where there are two, forked where there are more, which is cheaper."""
+    torchrun, start = Bench.torchrun, subprocess.run
+
+    def launched(bench: Bench, processes: int, *command: str) -> float:
+        if processes == 2:
+            return torchrun(bench, processes, *command)
+        run(*command[2:], module=command[1], ranks=processes)
+        return 0.0
+
+    def started(command: list[str], **options: Any) -> Any:
+        return run(*command[3:]) if command[1:4] == ["-m", "src.cli", "plan"] else start(command, **options)
+
+    monkeypatch.setattr(Bench, "torchrun", launched)
+    monkeypatch.setattr(subprocess, "run", started)
     out = tmp_path / "scaling"
     options = {
         "--out": out,
@@ -79,16 +92,13 @@ def test_four_processes(tmp_path: Path) -> None:
         "--steps": 2,
         "--only": "dp2_sp2",
     }
-    command = [sys.executable, "-m", "benchmarks.node_scaling", *(str(x) for pair in options.items() for x in pair)]
-    result = subprocess.run(
-        [*command, "--parts", "scaling", "exchanges"], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    log = out / "log.txt"
-    assert result.returncode == 0, result.stderr[-3000:] + (log.read_text()[-3000:] if log.exists() else "")
+    arguments = [str(x) for pair in options.items() for x in pair]
+    monkeypatch.setattr("sys.argv", ["node_scaling", *arguments, "--parts", "scaling", "exchanges"])
+    main()
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     layout, *exchanges = lines
     assert (layout["dp"], layout["sp"], layout["gpus"], len(layout["losses"])) == (2, 2, 4, 2)
     assert layout["losses"][1] < layout["losses"][0] < 7 and layout["plan"]
     assert [line["sp"] for line in exchanges] == [2, 4]
     assert all(line["latents_mib"] < line["expanded_mib"] for line in exchanges)
-    assert "| dp2_sp2 |" in result.stdout
+    assert "| dp2_sp2 |" in capsys.readouterr().out

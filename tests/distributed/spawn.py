@@ -24,13 +24,13 @@ from src.strategies.operators import prepare_builds
 PRELOAD = [
     "torch",
     "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed's initialize imports it, and all of torch.compile with it
     "lightning.pytorch",
     "transformers.models.deepseek_v3.modeling_deepseek_v3",
     "torch.utils.tensorboard",
     *(f"src.commands.{name}" for name in ("training", "plan", "check_data", "preflight", "rehearse", "verify")),
     "src.checkpoints.export",
     "tests.distributed.training",
+    "tests.distributed.preload",
 ]
 
 

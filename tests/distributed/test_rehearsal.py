@@ -16,10 +16,9 @@ from src.rehearsal.job import Job, Measured, Rows, rehearse
 from src.rehearsal.loopback import join
 from src.strategies import DeepSpeedSPStrategy
 from tests.commands import run, start_afresh
-from tests.models.tiny import DEEPSEEK_V3, oracle
+from tests.models.tiny import DEEPSEEK_V3
 
 from .spawn import run_distributed
-from .training import save_model
 
 COLLECTIVES = (
     "all_gather_into_tensor",
@@ -85,11 +84,6 @@ def rehearsed(job: Job, directory: str, offload: bool) -> tuple[list[Any], int, 
     calls, module = recorded(), SFTModule(directory, **SETTINGS)
     measured = rehearse(job, module, 2, [], **trainer_arguments(job.sp, offload))
     return calls, held(module), measured
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(oracle(DEEPSEEK_V3), DEEPSEEK_V3, tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize(("sp", "offload"), [(2, False), (1, True)])

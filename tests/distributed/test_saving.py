@@ -21,20 +21,14 @@ from src.checkpoints.manifest import MANIFEST, check_manifest
 from src.checkpoints.saving import SaveFailed
 from src.models.sft_module import Batch, SFTModule
 from tests.checkpoints.equality import differences
-from tests.models.tiny import DEEPSEEK_V3, oracle
 
 from .spawn import run_distributed, server
-from .training import Layout, Recipe, fit, save_model
+from .training import Layout, Recipe, fit
 
 TWO = Layout(dp=2, sp=1, accumulation=2, batch_size=1)
 ONE = Layout(dp=1, sp=1, accumulation=1, batch_size=1)
 RECIPE = Recipe(mtp_loss_weight=0.0)
 DOCUMENTS = 60
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(oracle(DEEPSEEK_V3), DEEPSEEK_V3, tmp_path_factory.mktemp("model"))
 
 
 class ThreeWays(pl.Callback):

@@ -13,10 +13,9 @@ import torch
 
 from src.callbacks.step_checkpoint import StepCheckpoint
 from src.callbacks.stop import MARGIN, Stop
-from tests.models.tiny import DEEPSEEK_V3, oracle
 
 from .spawn import run_distributed
-from .training import Layout, Recipe, fit, save_model
+from .training import Layout, Recipe, fit
 
 TWO = Layout(dp=2, sp=1, accumulation=2, batch_size=1)
 RECIPE = Recipe(mtp_loss_weight=0.0, steps=7)
@@ -67,11 +66,6 @@ def stopped_fit(directory: str, root: str, asks: Asks, every: int = 0, job_end: 
     except SystemExit as stopped:
         code = stopped.code
     return found | {"code": code, "ended": asks.ended, "validated": asks.validated}
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(oracle(DEEPSEEK_V3), DEEPSEEK_V3, tmp_path_factory.mktemp("model"))
 
 
 def saved(root: Path) -> list[str]:

@@ -10,10 +10,9 @@ from torch.multiprocessing import ProcessExitedException
 
 from src.callbacks.watchdog import EXIT_STATUS, Watchdog
 from src.models.sft_module import Batch, SFTModule
-from tests.models.tiny import DEEPSEEK_V3, oracle
 
 from .spawn import run_distributed
-from .training import Layout, Recipe, fit, save_model
+from .training import Layout, Recipe, fit
 
 LAYOUT = Layout(dp=1, sp=2, accumulation=2, batch_size=2)
 
@@ -32,8 +31,7 @@ def hang(directory: str, root: str) -> None:
     fit(LAYOUT, Recipe(mtp_loss_weight=0), directory, 40, root, Sleeper, more_callbacks=(watchdog,))
 
 
-def test_the_rank_that_sleeps_is_named(tmp_path: Path) -> None:
-    directory = save_model(oracle(DEEPSEEK_V3), DEEPSEEK_V3, tmp_path / "model")
+def test_the_rank_that_sleeps_is_named(directory: str, tmp_path: Path) -> None:
     (tmp_path / "stacks").mkdir()
     (tmp_path / "stacks/report.txt").write_text("of an earlier hang")
     with pytest.raises(ProcessExitedException) as ended:

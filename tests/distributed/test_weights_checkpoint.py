@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -16,19 +15,13 @@ from src.callbacks.step_checkpoint import StepCheckpoint
 from src.callbacks.weights_checkpoint import WeightsCheckpoint
 from src.checkpoints import disk_space
 from src.checkpoints.export import export
-from tests.models.tiny import DEEPSEEK_V3, oracle
 
 from .spawn import run_distributed
-from .training import Layout, Recipe, fit, save_model
+from .training import Layout, Recipe, fit
 
 LAYOUT = Layout(dp=1, sp=2, accumulation=2, batch_size=1, precision="bf16-true")
 RECIPE = Recipe(mtp_loss_weight=0.0, steps=4)
 DOCUMENTS = 60
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(oracle(DEEPSEEK_V3), DEEPSEEK_V3, tmp_path_factory.mktemp("model"))
 
 
 class SmallDisk(pl.Callback):

@@ -25,6 +25,7 @@ from tests.models.tiny import hf_state_dict, oracle_losses, oracle_tensors
 
 MAX_LENGTH = 64
 VOCAB = 96
+VALIDATION = 20  # documents, the first of those trained on
 
 
 def documents(count: int, seed: int = 0) -> list[Document]:
@@ -65,8 +66,9 @@ def rows_of(cache: MemoryCache, packing: bool) -> PackedRows:
 class MemoryData(SFTDataModule):
     def __init__(self, docs: list[Document], batch_size: int, packing: bool = True, num_workers: int = 0) -> None:
         super().__init__([], max_length=MAX_LENGTH, batch_size=batch_size, packing=packing, num_workers=num_workers)
-        cache = MemoryCache(docs)
-        self.train_set = self.val_set = PackedSet(cache, rows_of(cache, packing))  # type: ignore[arg-type]
+        train, val = MemoryCache(docs), MemoryCache(docs[:VALIDATION])
+        self.train_set = PackedSet(train, rows_of(train, packing))  # type: ignore[arg-type]
+        self.val_set = PackedSet(val, rows_of(val, packing))  # type: ignore[arg-type]
 
     def prepare_data(self) -> None:
         pass
@@ -332,6 +334,6 @@ def plain_pytorch(
         optimizer.step()
         for router, counts in zip(routers, load, strict=True):
             router.e_score_correction_bias += recipe.router_bias_update_speed * torch.sign(counts.mean() - counts)
-    result["metrics"] |= means(main, cache.docs, "val")
+    result["metrics"] |= means(main, cache.docs[:VALIDATION], "val")
     result["weights"] = {n: t.detach().clone() for n, t in tensors.items()}
     return result

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.launch.cluster import ROOT, SlurmCluster, why_not
 
 reason = why_not()
-pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.skipif(reason is not None, reason=str(reason))]
+pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 NODES = ["--nodes=2", "--ntasks-per-node=1", "--gres=none", "--mem=0"]
 

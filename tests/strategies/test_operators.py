@@ -19,9 +19,8 @@ from src.strategies import operators
 from tests.launch.cluster import ROOT
 
 LOAD = """
-import sys
-from src.strategies.operators import prepare_builds
-prepare_builds()
+import runpy, sys
+runpy.run_path("src/strategies/operators.py")["prepare_builds"]()  # without all that the folder imports
 from torch.utils import cpp_extension
 cpp_extension.load("tiny", [sys.argv[1]], is_python_module=False)
 """
