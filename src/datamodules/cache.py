@@ -18,7 +18,7 @@ import numpy.typing as npt
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerFast
 
-from .cache_build import FEATURES, SKIPPED, CacheBuild
+from .cache_build import BUILDING, FEATURES, SKIPPED, CacheBuild
 from .sequence_shard import Document
 from .tokenization import Report, TokenizeOptions
 
@@ -58,7 +58,7 @@ class TokenCache:
     def summary(self, options: TokenizeOptions) -> list[str]:
         """What a person should read once, a line each: what there is, then what became of rows that do not fit."""
         lines = self.statistics.lines(options)
-        if self.statistics.skipped:
+        if self.statistics.skipped and BUILDING not in self.fingerprint:
             lines[1] += f", listed in {self.directory / SKIPPED}"
         return lines
 

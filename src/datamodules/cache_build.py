@@ -25,7 +25,7 @@ FORMAT_VERSION = 3  # raise it when rendering, masking, the columns or the repor
 WRITTEN_AT_ONCE = 64  # samples that a process holds before it writes them
 SKIPPED = "skipped.jsonl"  # the rows that were skipped, with the reasons
 
-_BUILDING = ".building-"
+BUILDING = ".building-"  # in the name of a folder that is not a cache yet
 FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
@@ -98,7 +98,7 @@ class CacheBuild:
     def aside(self) -> Iterator[Path]:
         """A new folder to build in, removed at the end; under the lock."""
         self._remove_abandoned()
-        name = f"{self.directory.name}{_BUILDING}{socket.gethostname()}-{uuid.uuid4().hex}"
+        name = f"{self.directory.name}{BUILDING}{socket.gethostname()}-{uuid.uuid4().hex}"
         building = self.directory.with_name(name)
         building.mkdir()
         try:
@@ -109,8 +109,8 @@ class CacheBuild:
     def _remove_abandoned(self, older_than: float = 86400.0) -> None:
         """Removes what killed builds left, of this cache and of those that nobody builds now. What other machines left
         must have some age (seconds) too, since there are disks on which a lock does not reach another machine."""
-        for left in self.directory.parent.glob(f"*{_BUILDING}*"):
-            name, _, rest = left.name.partition(_BUILDING)
+        for left in self.directory.parent.glob(f"*{BUILDING}*"):
+            name, _, rest = left.name.partition(BUILDING)
             with suppress(Timeout, FileNotFoundError):
                 if rest.startswith(f"{socket.gethostname()}-") or time.time() - left.stat().st_mtime > older_than:
                     other = left.with_name(name)

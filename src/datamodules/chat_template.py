@@ -80,13 +80,12 @@ class ChatTemplate:
         Raises:
             ValueError: the template refuses the conversation, or has no place for what it says.
         """
-        if tools and not self._declares_tools[messages[0]["role"] == "system"]:
-            raise ValueError(
-                "has tools beside it, which the chat template does not write into the prompt; write them into the "
-                "system message, as they are when the model is served, or leave them out: --data.fields '{tools: null}'"
-            )
         turns = [_turn(message) for message in messages]
         return self._keep(turns, tools) if self.history_reasoning == "keep" else self._strip(turns, tools)
+
+    def declares_tools(self, messages: Sequence[Message]) -> bool:
+        """Whether tools beside these messages reach the prompt."""
+        return self._declares_tools[messages[0]["role"] == "system"]
 
     def reads(self, role: str, field: str) -> bool:
         """Whether the template looks at a field of this name, beside those of `rows.MESSAGE_FIELDS`, on such a turn."""

@@ -129,17 +129,16 @@ class SFTDataModule(LightningDataModule):
         sets = {"train": self.train_set, "val": self.val_set}
         sets |= {f"val {name}": packed for name, packed in self.named_val_sets.items()}
         train = None if self.train_set is None else Conversations.of(self.train_set.cache)
+        lines = []
         for name, packed in sets.items():
-            if packed is None:
-                continue
-            found = Conversations.of(packed.cache)
-            copies = Copies.among(found, None if name == "train" else train)
-            for remarks in (packed.cache.report.remarks, packed.cache.report.unread, copies.remarks):
-                for count, examples in remarks.by_kind():
-                    times = f"{count:,} time{'s' if count > 1 else ''}"
-                    rank_zero_warn(
-                        f"{name}: suspicious, {times}, first {examples[0]}. To list the rows: {self.check_command}"
-                    )
+            if packed is not None:
+                copies = Copies.among(Conversations.of(packed.cache), None if name == "train" else train)
+                for remarks in (packed.cache.report.remarks, packed.cache.report.unread, copies.remarks):
+                    for count, examples in remarks.by_kind():
+                        times = f"{count:,} time{'s' if count > 1 else ''}"
+                        lines.append(f"  {name}: suspicious, {times}, first {examples[0]}")
+        if lines:
+            rank_zero_warn("\n".join(["the data:", *lines, f"  to list the rows: {self.check_command}"]))
 
     def _prepare(self, files: list[str]) -> str:
         """The fingerprint of a cache that is there."""

@@ -187,6 +187,12 @@ def tokenize_spans(
 
 def _row_samples(found: Conversation, template: ChatTemplate, options: TokenizeOptions, report: Report) -> list[Sample]:
     """The samples of one row that fit; none, and an error, where it cannot be rendered."""
+    if found.tools and found.messages and not template.declares_tools(found.messages):
+        found.wrong(
+            "tools",
+            "is given, but the chat template does not write tools into the prompt; write them into the system message, "
+            "as they are when the model is served, or leave them out: --data.fields '{tools: null}'",
+        )
     if found.errors:
         return []
     try:

@@ -1,8 +1,10 @@
 import json
 import multiprocessing
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from src.datamodules import cache as module
 from src.datamodules import cache_build, reader
-from src.datamodules.cache import TokenCache, default_cache_dir, open_built, open_or_build
+from src.datamodules.cache import TokenCache, default_cache_dir, open_built, open_or_build, open_or_check
 from src.datamodules.cache_build import CacheBuild
 from src.datamodules.chat_template import ChatTemplate
 from src.datamodules.reader import FileScan
@@ -85,13 +87,16 @@ def test_tokenised_once_for_the_same_bytes_and_options(
     open_or_build([path, copy], tokenizer, OPTIONS, where)
     open_or_build([path], tokenizer, TokenizeOptions(63), where)
     open_or_build([path], tokenizer, TokenizeOptions(64, history_reasoning="keep"), where)
+    open_or_build([path], tokenizer, TokenizeOptions(64, fields={"id": None}), where)
+    open_or_build([path], tokenizer, TokenizeOptions(64, format="messages"), where)
+    open_or_build([path], tokenizer, TokenizeOptions(64, bad_rows="skip"), where)
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "chat_template", f"{tokenizer.chat_template}{{# new #}}")
         open_or_build([path], tokenizer, OPTIONS, where)
     write_jsonl("a.jsonl", question_answer("q", "b"))
     os.utime(path, ns=(1, 1))
     changed = open_or_build([path], tokenizer, OPTIONS, where)
-    assert len(builds) == len(set(builds)) == 6
+    assert len(builds) == len(set(builds)) == 9
     assert tokenizer.decode(changed.document(0).input_ids).endswith("b<｜end▁of▁sentence｜>")
 
 
@@ -203,6 +208,102 @@ def test_what_the_template_refuses_is_named(
     path = write_jsonl("a.jsonl", question_answer("q", "a"), question_answer("q", "a") * 2)
     with pytest.raises(RowError, match=r"a\.jsonl:2: messages: the chat template refuses the conversation: too long"):
         open_or_build([path], tokenizer, OPTIONS, tmp_path / "cache")
+
+
+RAISING = {
+    "ZeroDivisionError": "{{ 1 // 0 }}",
+    "TypeError": "{{ 1 + messages }}",
+    "has no element": "{{ messages[9].content }}",
+    "OverflowError": "{{ 'x' * (10 ** 30) }}",
+    "RecursionError": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "ValueError": "{{ '%q' | format(1) }}",
+}
+
+
+@pytest.mark.parametrize(("error", "raising"), RAISING.items())
+def test_whatever_a_template_raises_is_its_rows_error_and_the_others_are_looked_at(
+    error: str,
+    raising: str,
+    tokenizer: PreTrainedTokenizerFast,
+    write_jsonl: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    condition = "{% if messages[-1]['content'] == 'odd' %}" + raising + "{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", condition + str(tokenizer.chat_template))
+    rows = [question_answer(question, "a") for question in ("q", "odd", "p")]
+    path = write_jsonl("a.jsonl", *rows, [{"role": "bot"}])
+    with open_or_check([path], tokenizer, OPTIONS, tmp_path / "cache") as found:
+        errors = [str(each) for _, errors in found.report.errors.by_kind() for each in errors]
+        assert len(errors) == len(found) == 2 and errors[1].startswith(f"{path}:4: messages[0].role")
+        assert re.match(rf"{path}:2: messages: .*({error})", errors[0])
+    with pytest.raises(RowError, match=r"a\.jsonl:2: messages: "):
+        open_or_build([path], tokenizer, OPTIONS, tmp_path / "cache")
+
+
+def test_a_row_on_which_a_library_fails_is_named(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = ChatTemplate._encode
+
+    def failing(self: ChatTemplate, text: str) -> list[int]:
+        if "odd" in text:
+            raise KeyError("odd")
+        return encode(self, text)
+
+    monkeypatch.setattr(ChatTemplate, "_encode", failing)
+    path = write_jsonl("a.jsonl", question_answer("q", "a"), question_answer("q", "odd"))
+    with pytest.raises(RowError, match=r"a\.jsonl:2: messages: cannot be rendered \(KeyError: 'odd'\)"):
+        open_or_build([path], tokenizer, OPTIONS, tmp_path)
+
+
+SHAREGPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "b"}]}
+ALPACA = {"instruction": "q", "output": "c"}
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("second", [SHAREGPT, ALPACA])
+def test_rows_of_two_formats_in_a_file_are_an_error_that_names_the_option(
+    second: dict[str, Any],
+    num_proc: int,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However far they are from each other, and not where they are in two files."""
+    monkeypatch.setattr(reader, "ROWS_PER_SPAN", 1)
+    first, where = {"messages": question_answer("q", "a")}, tmp_path / "cache"
+    paths = [str(tmp_path / name) for name in ("mixed.jsonl", "first.jsonl", "second.jsonl")]
+    for path, rows in zip(paths, ([first, first, second], [first], [second]), strict=True):
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = r"messages \(.*mixed\.jsonl:1\) and (sharegpt|alpaca) \(.*mixed\.jsonl:3\); give one with --data\.format"
+    for options in (OPTIONS, TokenizeOptions(64, bad_rows="skip")):
+        with pytest.raises(ValueError, match=names):
+            open_or_build(paths[:1], tokenizer, options, where, num_proc)
+        with open_or_check(paths[:1], tokenizer, options, where, num_proc) as found:
+            assert len(found) == 3 and len(found.report.problems) == 1
+    assert len(open_or_build(paths[1:], tokenizer, OPTIONS, where)) == 2
+    with pytest.raises(RowError, match=r"mixed\.jsonl:3: messages: is missing"):
+        open_or_build(paths[:1], tokenizer, TokenizeOptions(64, format="messages"), where)
+
+
+def test_a_system_prompt_and_mapped_thinking_are_trained_on(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = [
+        {"messages": question_answer("q", "a", thinking="r"), "system": "s"},
+        {"conversations": SHAREGPT["conversations"], "system": "s"},
+    ]
+    template = ChatTemplate(tokenizer)
+    wanted = [
+        template.render([{"role": "system", "content": "s"}, *messages])[0].input_ids
+        for messages in (question_answer("q", "a", reasoning_content="r"), question_answer("q", "b"))
+    ]
+    for index, row in enumerate(rows):
+        (tmp_path / "a.json").write_text(json.dumps([row]))
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+        for name in ("a.json", "a.parquet"):
+            options = TokenizeOptions(64, fields={"thinking": "reasoning_content"})
+            cache = open_or_build([str(tmp_path / name)], tokenizer, options, tmp_path / "cache")
+            assert cache.document(0).input_ids.tolist() == wanted[index]
 
 
 def test_an_interrupted_build_leaves_nothing_that_looks_complete(

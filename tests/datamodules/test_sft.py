@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,7 +81,8 @@ def make(
 
     def datamodule(**options: Any) -> SFTDataModule:
         defaults: dict[str, Any] = {"max_length": 64, "packing": False, "num_workers": 0, "tokenizer": "deepseek"}
-        return SFTDataModule([str(root / "train.jsonl")], cache_dir=str(root / "cache"), **defaults | options)
+        defaults |= {"train_files": [str(root / "train.jsonl")], "cache_dir": str(root / "cache")}
+        return SFTDataModule(**defaults | options)
 
     return datamodule
 
@@ -326,3 +328,60 @@ def test_what_is_missing_is_named(make: Callable[..., SFTDataModule]) -> None:
         make().setup("validate")
     with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1"):
         make(batch_size=0)
+
+
+def test_the_first_rank_reads_the_files_and_the_others_open_what_it_names(
+    make: Callable[..., SFTDataModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digests are of all bytes; once is enough, and all ranks train on the same."""
+    told: list[str] = []
+
+    def trainer(first: bool) -> Any:
+        def broadcast(value: str) -> str:
+            if first:
+                told.append(value)
+            return told[-1]
+
+        return SimpleNamespace(is_global_zero=first, strategy=SimpleNamespace(broadcast=broadcast))
+
+    first, other = make(val_files=None), make(val_files=None)
+    first.trainer, other.trainer = trainer(True), trainer(False)
+    first.setup("fit")
+    monkeypatch.setattr(sft, "open_or_build", lambda *args: pytest.fail("read the files"))
+    other.setup("fit")
+    assert first.train_set is not None and other.train_set is not None
+    assert first.train_set.fingerprint == other.train_set.fingerprint == told[0]
+    told.append("another")  # the first rank's files are others than those here
+    with pytest.raises(ValueError, match=r"has no .*/another, .*must be the same files on every node"):
+        late = make(val_files=None)
+        late.trainer = other.trainer
+        late.setup("fit")
+
+
+def test_what_is_suspicious_is_said_once_with_its_count(
+    tmp_path: Path, make: Callable[..., SFTDataModule], recwarn: pytest.WarningsRecorder
+) -> None:
+    silent = [{"messages": question_answer("q", ""), "source": "web"} for _ in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in silent))
+    path = f"{tmp_path}/a.jsonl"
+    data = make(train_files=[path], val_files=[path], val_sets={"more": [path]})
+    data.check_command = "check these"
+    data.setup("fit")
+    (said,) = (str(warning.message) for warning in recwarn if "suspicious" in str(warning.message))
+    heading, *lines, last = said.splitlines()
+    assert (heading, last) == ("the data:", "  to list the rows: check these")
+    what = {
+        "messages[1].content: has no answer": (3, 1, 3),
+        "source: is not read": (3, 1, 3),
+        f"trains on the same tokens as {path}:1; remove one": (2, 2, 3),
+        f"trains on the same tokens as {path}:1; the validation loss": (3, 1, 2),
+    }
+    assert len(lines) == sum(sets for *_, sets in what.values())
+    for text, (count, row, sets) in what.items():
+        found = [line for line in lines if text in line]
+        assert [line.split(": ")[0].strip() for line in found] == ["train", "val", "val more"][-sets:]
+        assert all(f": suspicious, {count} times, first {path}:{row}: " in line for line in found)
+    recwarn.clear()
+    make(train_files=[path], val_files=[path]).setup("validate")  # which has no training data to compare with
+    (said,) = (str(warning.message) for warning in recwarn if "suspicious" in str(warning.message))
+    assert len(said.splitlines()) == 5

@@ -1,11 +1,16 @@
 """Templates in the forms that published ones have, in our own words."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from src.datamodules.cache import open_or_build
 from src.datamodules.chat_template import ChatTemplate
+from src.datamodules.rows import RowError
+from src.datamodules.tokenization import TokenizeOptions
 from src.datamodules.tokenizer import load_tokenizer
 
 from .conftest import question_answer
@@ -41,21 +46,34 @@ def test_tools_reach_a_template_that_declares_them(declared: str, system: list[d
     assert chats.render(messages) != [sample]
 
 
-@pytest.mark.parametrize("text", [TURNS, WITH_SYSTEM + TURNS, RAISES + TURNS])
-def test_tools_are_an_error_where_the_template_leaves_them_out(text: str) -> None:
-    with pytest.raises(ValueError, match="has tools beside it, which the chat template does not write into the prompt"):
-        template(text).render(question_answer("q", "a"), TOOLS)
+@pytest.mark.parametrize(
+    ("text", "alone", "with_system"),
+    [
+        (TURNS, False, False),
+        (RAISES + TURNS, False, False),
+        (WITH_SYSTEM + TURNS, False, True),
+        (DUMPED + TURNS, True, True),
+        (LISTED + TURNS, True, True),
+    ],
+)
+def test_whether_tools_reach_the_prompt(text: str, alone: bool, with_system: bool) -> None:
+    chats, messages = template(text), question_answer("q", "a")
+    assert chats.declares_tools(messages) == alone
+    assert chats.declares_tools([{"role": "system", "content": "s"}, *messages]) == with_system
 
 
-def test_a_template_may_declare_tools_behind_a_system_message_alone() -> None:
-    system = {"role": "system", "content": "s"}
-    (sample,) = template(WITH_SYSTEM + TURNS).render([system, *question_answer("q", "a")], TOOLS)
-    assert len(sample.input_ids) > 20
-
-
-def test_published_deepseek_declares_no_tools(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="has tools beside it"):
-        ChatTemplate(tokenizer).render(question_answer("q", "a"), TOOLS)
+def test_tools_are_an_error_where_the_template_leaves_them_out(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """As DeepSeek's does."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": question_answer("q", "a"), "tools": TOOLS}))
+    with pytest.raises(RowError, match=r"a\.jsonl:1: tools: is given, but the chat template does not write tools"):
+        open_or_build([str(path)], tokenizer, TokenizeOptions(64), tmp_path)
+    assert len(open_or_build([str(path)], tokenizer, TokenizeOptions(64, fields={"tools": None}), tmp_path)) == 1
+    (sample,) = (chats := template(DUMPED + TURNS)).render(question_answer("q", "a"), TOOLS)
+    cache = open_or_build([str(path)], chats.tokenizer, TokenizeOptions(64), tmp_path)
+    assert cache.document(0).input_ids.tolist() == sample.input_ids
 
 
 def test_a_field_is_read_on_the_turns_on_which_it_changes_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
