@@ -66,7 +66,9 @@ class Samples(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not self.every_n_steps or stage != "fit":
             return
-        self._tokenizer: Any = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._tokenizer: Any = data.tokenizer
+        self._variables = data.options.chat_template_kwargs
         config: Any = pl_module.config
         self._prompt_ids = [self._render(prompt) for prompt in self.prompts]
         limit = config.max_position_embeddings
@@ -82,7 +84,9 @@ class Samples(pl.Callback):
 
     def _render(self, prompt: str) -> list[int]:
         messages = [{"role": "user", "content": prompt}]
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self._variables
+        )
         ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids  # the template writes BOS itself
         return ids
 

@@ -16,12 +16,11 @@ from datasets import Dataset, Features, List, Value
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
-from .chat_template import ChatTemplate
 from .files import digest
 from .reader import scan
 from .tokenization import Report, TokenizeOptions, tokenize_spans
 
-FORMAT_VERSION = 3  # raise it when rendering, masking, the columns or the report change
+FORMAT_VERSION = 4  # raise it when rendering, masking, the columns or the report change
 WRITTEN_AT_ONCE = 64  # samples that a process holds before it writes them
 SKIPPED = "skipped.jsonl"  # the rows that were skipped, with the reasons
 
@@ -143,6 +142,7 @@ class CacheBuild:
         datasets.mkdir()
         if work and (all_errors or not problems):
             processes = min(self.num_proc or self._processes(), len(work))
+            template = self.options.template(self.tokenizer)
             try:
                 Dataset.from_generator(
                     tokenize_spans,
@@ -150,7 +150,7 @@ class CacheBuild:
                     cache_dir=str(datasets),
                     gen_kwargs={
                         "work": [(index, *item) for index, item in enumerate(work)],
-                        "template": ChatTemplate(self.tokenizer, self.options.history_reasoning),
+                        "template": template,
                         "options": self.options,
                         "reports": reports,
                         "all_errors": all_errors,

@@ -1,27 +1,25 @@
 """Conversations to tokens and targets, by the tokenizer's own chat template.
 
-Every prompt is what `tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)` gives at inference, with
-the template's quirks; nothing here spells a model's turn tokens. The template is not asked for the targets: DeepSeek's
-removes everything up to `</think>` from an assistant turn, the last one too. A target is the assistant's own text,
-`<think>\\n{reasoning}\\n</think>\\n\\n{answer}` and the template's end of turn, less what the generation prompt has.
+Every context is what `tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)` gives at inference, with
+the template's quirks: it gets earlier reasoning as `reasoning_content` and decides what is kept. A target is what the
+model must write next, in the form that the template itself defines (`template_form.probe`): its thinking, its answer or
+tool calls, and the end of its turn. Where a template shows a whole last turn, context and target are that rendering;
+DeepSeek's cut the thinking off every answer, the last one too.
 """
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from .control_tokens import ControlTokens, ControlTokenText
 from .template_fields import declares_tools, reads_field
+from .template_form import PUBLISHED, Message, ask, probe, reasoned_turns, told
+from .turns import Turn, TurnReader
 
-HistoryReasoning = Literal["strip", "keep"]
-Message = dict[str, Any]
-
-# Stands for an assistant's content while the template shows what it puts around it; no template trims or strips it.
-_MARK = "ASSISTANT-CONTENT-7f3a9c"
-_MERGED = re.compile(r"\s*<think>\n?(.*?)\n?</think>(?:\n\n|\n)?(.*)", re.DOTALL)
+HistoryReasoning = Literal["template", "strip", "keep"]
 
 
 @dataclass(frozen=True)
@@ -32,56 +30,72 @@ class Sample:
     target_spans: list[tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class _Turn:
-    message: Message  # as later turns see it: content without reasoning
-    reasoning: str | None
-    trained: bool
-
-
 class ChatTemplate:
     """Renders conversations for training.
 
     Args:
         tokenizer: a tokenizer with a chat template.
-        history_reasoning: "strip": a trained turn's context carries the answers of earlier turns alone, as at
-            inference, so that a conversation becomes several samples where turns need different contexts. "keep": one
-            sample with the reasoning of every turn in its place.
+        history_reasoning: what a context has of earlier reasoning. "template": what the template shows, as at
+            inference. "strip": the same, but none from before the last question. "keep": all of it.
+        control_tokens: what happens to control tokens inside messages. "error": the row is named. "text": they are
+            encoded as ordinary text. "keep": as the tokens that they spell.
+        variables: more variables for the template, such as {"thinking": True}.
 
     Raises:
-        ValueError: the template does not show an assistant's content or nothing ends a turn.
+        ValueError: the template does not show what training needs (see `template_form.probe`), or drops the reasoning
+            that "keep" asks for.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, history_reasoning: HistoryReasoning = "strip") -> None:
-        self.tokenizer = tokenizer
-        self.history_reasoning = history_reasoning
-        question = [{"role": "user", "content": "?"}]
-        before = self._apply(question, generate=False)
-        header, mark, end = self._after(before, [*question, {"role": "assistant", "content": _MARK}]).partition(_MARK)
-        if not mark or not end:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        history_reasoning: HistoryReasoning = "template",
+        control_tokens: ControlTokens = "error",
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer, self.variables = tokenizer, dict(variables or {})
+        self.history_reasoning, self.control_tokens = history_reasoning, control_tokens
+        self._form = form = probe(self._apply, [token.content for token in tokenizer.added_tokens_decoder.values()])
+        if history_reasoning == "keep" and not form.keeps_history:
             raise ValueError(
-                "the chat template does not show an assistant turn's content followed by an end of turn; training "
-                "needs both: use the template that the model is served with"
+                "history_reasoning is 'keep', but the chat template drops the reasoning of earlier turns, so that no "
+                "server would send such a context; use 'template', or a template that keeps it"
             )
-        generation = self._after(before, question, generate=True)
-        self._before_content = before + header
-        # What the template itself puts between the generation prompt and a plain answer; nothing in DeepSeek's.
-        self._opening = header.removeprefix(generation) if header.startswith(generation) else ""
-        # A model stops at the token that ends its turn; a line break behind it (ChatML) belongs to the next prompt.
-        stops = [(end.find(token), -len(token)) for token in self._added_tokens() if token in end]
-        cut = min(stops)[0] - min(stops)[1] if stops else len(end)
-        self._end, self._between = end[:cut], end[cut:]
+        tags = [*PUBLISHED.tags, *(form.thinking.tags if form.thinking is not None else ())]
+        self._controls = ControlTokenText(tokenizer, f"{tokenizer.chat_template}{form.seen}", tags)
+        self._reader = TurnReader(form, self._controls, control_tokens)
+        self._walls = self._find_walls()
         self._declares_tools = {system: declares_tools(self._apply, system) for system in (False, True)}
         self._reads: dict[tuple[str, str], bool] = {}
 
     def render(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[Sample]:
         """Samples of one valid conversation (see `rows.row_errors`); each trained turn is a target exactly once.
 
+        Turns share a sample where the context of the later one begins with the earlier one's.
+
         Raises:
-            ValueError: the template refuses the conversation, or has no place for what it says.
+            Misfit: with all that does not fit.
+            ValueError: the template refuses the conversation.
         """
-        turns = [_turn(message) for message in messages]
-        return self._keep(turns, tools) if self.history_reasoning == "keep" else self._strip(turns, tools)
+        turns, tools = self._reader.read(messages, tools)
+        samples: list[Sample] = []
+        known = ""  # the text of the last sample, where its tokens are those of any text that begins so
+        for index, turn in enumerate(turns):
+            if not turn.trained:
+                continue
+            prompt = self._apply(self._history(turns[:index]), True, tools)
+            target = self._target(turn, prompt, turns[index - 1].message["role"])
+            if known and prompt.startswith(known):
+                prompt_ids = samples[-1].input_ids + self._encode(prompt[len(known) :])
+            else:
+                prompt_ids = self._encode(prompt)
+            target_ids = self._encode(target)
+            spans = [(len(prompt_ids), len(prompt_ids) + len(target_ids))]
+            if samples and prompt_ids[: len(samples[-1].input_ids)] == samples[-1].input_ids:
+                spans = samples.pop().target_spans + spans
+            samples.append(Sample(prompt_ids + target_ids, spans))
+            known = prompt + target if prompt.endswith(self._walls) and target.endswith(self._walls) else ""
+        return samples
 
     def declares_tools(self, messages: Sequence[Message]) -> bool:
         """Whether tools beside these messages reach the prompt."""
@@ -93,84 +107,79 @@ class ChatTemplate:
             self._reads[role, field] = reads_field(self._apply, role, field)
         return self._reads[role, field]
 
-    def _strip(self, turns: list[_Turn], tools: list[Any] | None) -> list[Sample]:
-        samples: list[Sample] = []
-        for index, turn in enumerate(turns):
-            if not turn.trained:
-                continue
-            prompt = self._apply([earlier.message for earlier in turns[:index]], generate=True, tools=tools)
-            prompt_ids = self._encode(prompt)
-            target_ids = self._encode(self._target(turn, prompt))
-            spans = [(len(prompt_ids), len(prompt_ids) + len(target_ids))]
-            if samples and prompt_ids[: len(samples[-1].input_ids)] == samples[-1].input_ids:
-                spans = samples.pop().target_spans + spans
-            samples.append(Sample(prompt_ids + target_ids, spans))
-        return samples
+    def _find_walls(self) -> tuple[str, ...]:
+        """Tokens that end a prompt or a target and let nothing before them change the tokens of what follows."""
+        first = self._form.header.rstrip().endswith
+        walls = [
+            token.content
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if not (token.lstrip or token.rstrip or token.single_word)
+            and (self._form.end.endswith(token.content) or first(token.content))
+        ]
+        text = self._form.header
+        parted = all(
+            self._encode(text + wall + rest) == self._encode(text + wall) + self._encode(rest)
+            for wall in walls
+            for rest in ("a", " a", "\n a")
+        )
+        return tuple(walls) if parted else ()
 
-    def _keep(self, turns: list[_Turn], tools: list[Any] | None) -> list[Sample]:
+    def _history(self, turns: Sequence[Turn]) -> list[Message]:
         messages = [turn.message for turn in turns]
-        input_ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        rendered = ""  # the conversation up to and with the last assistant turn, as the template has it
-        last = max((index for index, turn in enumerate(turns) if turn.trained), default=-1)
-        for index, turn in enumerate(turns[: last + 1]):
-            if turn.message["role"] != "assistant":
-                continue
-            prompt = self._apply(messages[:index], generate=True, tools=tools)
-            if not prompt.startswith(rendered):
-                raise ValueError(
-                    f"the chat template renders the turns before messages[{index}] differently once they are history; "
-                    "use history_reasoning 'strip'"
-                )
-            piece = (self._between if rendered else "") + prompt[len(rendered) :]
-            input_ids += self._encode(piece)
-            target_ids = self._encode(self._target(turn, prompt))
-            if turn.trained:
-                spans.append((len(input_ids), len(input_ids) + len(target_ids)))
-            input_ids += target_ids
-            rendered = self._apply(messages[: index + 1], generate=False, tools=tools)
-        return [Sample(input_ids, spans)] if spans else []
+        if self.history_reasoning == "strip":
+            last = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=0)
+            for index, message in enumerate(messages[:last]):
+                messages[index] = {key: value for key, value in message.items() if key != "reasoning_content"}
+        return messages
 
-    def _target(self, turn: _Turn, prompt: str) -> str:
-        """What the model is to write behind `prompt`: its thinking, its answer or tool calls, the end of turn."""
+    def _target(self, turn: Turn, prompt: str, before: str) -> str:
+        """What the model is to write behind `prompt`, which follows a message of the role `before`."""
+        form, reasoning = self._form, turn.reasoning
+        if not reasoning and (form.off or form.thinking is None or form.shows_reasoning):
+            reasoning = None  # "", a block without text, is what the template makes of no reasoning
         body = self._body(turn.message)
-        thinking = f"{turn.reasoning or ''}\n</think>\n\n{body}"
-        if prompt.endswith("<think>\n"):
-            return thinking
-        if prompt.endswith("<think>"):
-            return f"\n{thinking}"
-        if turn.reasoning is None:
-            return self._opening + body
-        if prompt.endswith("</think>"):
+        bare = form.bare["tool" if before == "tool" else "user"]
+        if reasoning is None and bare is not None:
+            return bare + body
+        assert form.thinking is not None
+        opened = form.thinking.opened_by(prompt)
+        if reasoning is None and not opened:
             raise ValueError(
-                "the chat template's generation prompt ends with </think> (thinking is off), but the turn has "
-                "reasoning; remove reasoning_content or use a template that lets the model think"
+                f"the chat template shows an answer behind a message of the role {before!r} otherwise than behind its "
+                "own generation prompt there; use the template that the model is served with"
             )
-        return f"<think>\n{thinking}"
+        if reasoning and not form.reasoning_verbatim:
+            reasoning = self._shown_reasoning(reasoning)
+        return f"{form.thinking.opening[opened:]}{reasoning or ''}{form.thinking.closing}{body}"
 
     def _body(self, message: Message) -> str:
         """Content, tool calls and end of turn. Calls are rendered behind a lone question: DeepSeek's template opens
         only the first calls of a conversation properly, and a model must write every one of them so."""
-        content = message["content"]
-        if "tool_calls" not in message:
-            return f"{content}{self._end}"
-        calling = [{"role": "user", "content": "?"}, {**message, "content": _MARK if content else ""}]
-        text = self._after(self._before_content, calling)
-        return text.removesuffix(self._between).replace(_MARK, content)
-
-    def _after(self, before: str, messages: list[Message], generate: bool = False) -> str:
-        text = self._apply(messages, generate)
-        if not text.startswith(before):
+        if "tool_calls" not in message and self._form.content_verbatim:
+            return f"{message['content']}{self._form.end}"
+        alone = {key: value for key, value in message.items() if key != "reasoning_content"}
+        text = self._apply(ask(alone), False)
+        if not text.startswith(self._form.header) or not text.endswith(self._form.between):
             raise ValueError(
-                f"the chat template renders {messages[-1]['role']} turns in a form that cannot be told from their "
-                f"prompt: {text!r} does not begin with {before!r}"
+                f"the chat template renders the turn in a form that cannot be told from its prompt: {text!r} does not "
+                f"begin with {self._form.header!r}"
             )
-        return text[len(before) :]
+        return text[len(self._form.header) : len(text) - len(self._form.between)]
+
+    def _shown_reasoning(self, reasoning: str) -> str:
+        """Reasoning as a template writes it that trims it, say."""
+        assert self._form.thinking is not None
+        shown = ""
+        for turn in reasoned_turns(reasoning):
+            shown = shown or told(self._apply(ask(turn), False), self._form.thinking)
+        if not shown:
+            raise ValueError("the chat template does not show this reasoning_content; it cannot be a target")
+        return shown
 
     def _apply(self, messages: list[Message], generate: bool, tools: list[Any] | None = None) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=generate
+                messages, tools=tools, tokenize=False, add_generation_prompt=generate, **self.variables
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
@@ -181,27 +190,7 @@ class ChatTemplate:
 
     def _encode(self, text: str) -> list[int]:
         """The template writes BOS itself, so no special token is added."""
+        if self.control_tokens == "text":
+            return self._controls.encode(text)
         ids: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
-
-    def _added_tokens(self) -> list[str]:
-        return [token.content for token in self.tokenizer.added_tokens_decoder.values()]
-
-
-def _turn(message: Message) -> _Turn:
-    """Takes a message apart. Nulls (Parquet fills absent fields with them), an empty `tool_calls` and an empty
-    `reasoning_content` count as absent; a thinking block merged into the content, an empty one too, becomes reasoning.
-    """
-    kept = {key: value for key, value in message.items() if value is not None and key not in ("loss", "tool_calls")}
-    content, reasoning = message.get("content") or "", kept.pop("reasoning_content", None) or None
-    assistant = message["role"] == "assistant"
-    if assistant and (merged := _MERGED.fullmatch(content)):
-        reasoning, content = merged.groups()
-    kept["content"] = content
-    if calls := message.get("tool_calls"):
-        kept["tool_calls"] = [{"type": "function", **_without_nulls(call)} for call in calls]
-    return _Turn(kept, reasoning, assistant and message.get("loss") is not False)
-
-
-def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fields.items() if value is not None}

@@ -116,7 +116,7 @@ def _numbers(data: SFTDataModule, packed: PackedSet, copies: Copies, is_train: b
         ("rows", f"{statistics.rows:,}"),
         *([("skipped", f"{statistics.skipped:,} rows")] if statistics.skipped else []),
         ("turns", f"{statistics.turns:,}"),
-        ("samples", f"{statistics.samples:,} ({data.options.history_reasoning} reasoning of earlier turns)"),
+        ("samples", f"{statistics.samples:,} (history_reasoning {data.options.history_reasoning})"),
         ("tokens", f"{statistics.tokens:,}"),
         ("trained tokens", f"{statistics.targets:,} ({statistics.targets / statistics.tokens:.1%})"),
         ("tokens a sample", f"median {middle:,}, 90% {most:,}, 99% {nearly_all:,}, longest {lengths.max():,}"),

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .cache import TokenCache, open_built, open_or_build
 from .chat_template import HistoryReasoning
+from .control_tokens import ControlTokens
 from .copies import Conversations, Copies
 from .files import expand
 from .formats import Format, check_fields
@@ -39,12 +40,16 @@ class SFTDataModule(LightningDataModule):
         batch_size: packed rows of each data-parallel rank in a micro-batch.
         packing: pack samples into rows; false: a sample a row.
         overlong: what happens to a sample above max_length. truncate cuts its end.
-        history_reasoning: strip: earlier turns without their reasoning, as at inference; keep: with it.
+        history_reasoning: template: earlier turns with what the chat template shows of their reasoning, as at
+            inference; strip: without it; keep: with it, which a template that drops it is refused for.
         format: messages: rows {"messages": [{"role", "content", ...}, ...]}; sharegpt: {"conversations": [{"from",
             "value"}, ...]}; alpaca: {"instruction", "input", "output"}; auto: what the rows of each file are.
         fields: fields of rows and messages under other names, {"thinking": "reasoning_content"}; with null left out.
         bad_rows: what happens where a row is wrong. error: training does not start; skip: the row is left out, counted,
             and listed with the reason in a file.
+        control_tokens: what happens to control tokens inside messages. error: the row is named; text: they are encoded
+            as ordinary text; keep: as the tokens that they spell.
+        chat_template_kwargs: more variables for the chat template, {"thinking": true}, say.
         cache_dir: where tokenised data is kept; by default deepseek-sft in $XDG_CACHE_HOME or ~/.cache.
         num_workers: processes that assemble batches, for each rank.
         seed: order of the rows.
@@ -61,10 +66,12 @@ class SFTDataModule(LightningDataModule):
         batch_size: int = 1,
         packing: bool = True,
         overlong: Overlong = "truncate",
-        history_reasoning: HistoryReasoning = "strip",
+        history_reasoning: HistoryReasoning = "template",
         format: Format = "auto",
         fields: dict[str, str | None] | None = None,
         bad_rows: BadRows = "error",
+        control_tokens: ControlTokens = "error",
+        chat_template_kwargs: dict[str, Any] | None = None,
         cache_dir: str | None = None,
         num_workers: int = 2,
         seed: int = 0,
@@ -82,7 +89,16 @@ class SFTDataModule(LightningDataModule):
         self.train_files, self.val_files = train_files, val_files
         self.train_weights, self.val_sets = train_weights, val_sets or {}
         self.tokenizer_spec = tokenizer
-        self.options = TokenizeOptions(max_length, overlong, history_reasoning, fields or {}, format, bad_rows)
+        self.options = TokenizeOptions(
+            max_length,
+            overlong,
+            history_reasoning,
+            fields or {},
+            format,
+            bad_rows,
+            control_tokens,
+            chat_template_kwargs or {},
+        )
         self.batch_size, self.packing = batch_size, packing
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
         self.num_workers, self.seed = num_workers, seed

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from .chat_template import ChatTemplate, HistoryReasoning, Sample
+from .control_tokens import ControlTokens
 from .findings import Findings, row_remarks, unread_remark
 from .formats import Conversation, Format, read_row
 from .reader import Span, read_span
 from .sequence_shard import target_counts
+from .turns import Misfit
 
 Overlong = Literal["truncate", "drop", "error"]
 BadRows = Literal["error", "skip"]
@@ -27,10 +30,15 @@ class TokenizeOptions:
 
     max_length: int
     overlong: Overlong = "truncate"
-    history_reasoning: HistoryReasoning = "strip"
+    history_reasoning: HistoryReasoning = "template"
     fields: dict[str, str | None] = field(default_factory=dict)
     format: Format = "auto"
     bad_rows: BadRows = "error"
+    control_tokens: ControlTokens = "error"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def template(self, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
+        return ChatTemplate(tokenizer, self.history_reasoning, self.control_tokens, self.chat_template_kwargs)
 
 
 @dataclass
@@ -197,6 +205,10 @@ def _row_samples(found: Conversation, template: ChatTemplate, options: TokenizeO
         return []
     try:
         samples = template.render(found.messages, found.tools)
+    except Misfit as error:
+        for where, problem in error.problems:
+            found.wrong(where, problem)
+        return []
     except ValueError as error:
         found.wrong("messages", str(error))
         return []

@@ -8,6 +8,9 @@ from transformers import PreTrainedTokenizerFast
 
 from src.datamodules.tokenizer import load_tokenizer
 
+from . import forms
+from .forms import with_template
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}"
     "{% for call in message['tool_calls'] %}{{ '\\n<call>' + call['function']['name'] }}</call>{% endfor %}<|im_end|>\n"
@@ -34,12 +37,15 @@ def thinking_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def chatml_tokenizer() -> PreTrainedTokenizerFast:
-    """Another model's: other turns, no BOS, content trimmed, a line break behind the end of turn."""
-    tokenizer = load_tokenizer("deepseek")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHATML
-    return tokenizer
+def forms_tokenizer() -> PreTrainedTokenizerFast:
+    """DeepSeek's with the tokens of all `forms.FORMS`; for `with_template`."""
+    return forms.forms_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def chatml_tokenizer(forms_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Another model's: other turns, no BOS, content trimmed, a line break behind the end of turn, no thinking."""
+    return with_template(forms_tokenizer, CHATML)
 
 
 @pytest.fixture

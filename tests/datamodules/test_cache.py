@@ -86,17 +86,19 @@ def test_tokenised_once_for_the_same_bytes_and_options(
     assert len(builds) == 1
     open_or_build([path, copy], tokenizer, OPTIONS, where)
     open_or_build([path], tokenizer, TokenizeOptions(63), where)
-    open_or_build([path], tokenizer, TokenizeOptions(64, history_reasoning="keep"), where)
     open_or_build([path], tokenizer, TokenizeOptions(64, fields={"id": None}), where)
     open_or_build([path], tokenizer, TokenizeOptions(64, format="messages"), where)
     open_or_build([path], tokenizer, TokenizeOptions(64, bad_rows="skip"), where)
+    open_or_build([path], tokenizer, TokenizeOptions(64, history_reasoning="strip"), where)
+    open_or_build([path], tokenizer, TokenizeOptions(64, control_tokens="keep"), where)
+    open_or_build([path], tokenizer, TokenizeOptions(64, chat_template_kwargs={"thinking": True}), where)
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "chat_template", f"{tokenizer.chat_template}{{# new #}}")
         open_or_build([path], tokenizer, OPTIONS, where)
     write_jsonl("a.jsonl", question_answer("q", "b"))
     os.utime(path, ns=(1, 1))
     changed = open_or_build([path], tokenizer, OPTIONS, where)
-    assert len(builds) == len(set(builds)) == 9
+    assert len(builds) == len(set(builds)) == 11
     assert tokenizer.decode(changed.document(0).input_ids).endswith("b<｜end▁of▁sentence｜>")
 
 
@@ -203,9 +205,9 @@ def test_a_malformed_row_is_one_error_and_leaves_no_cache(
 def test_what_the_template_refuses_is_named(
     tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refusing = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + tokenizer.chat_template
+    refusing = "{% if messages | length > 4 %}{{ raise_exception('too long') }}{% endif %}" + tokenizer.chat_template
     monkeypatch.setattr(tokenizer, "chat_template", refusing)
-    path = write_jsonl("a.jsonl", question_answer("q", "a"), question_answer("q", "a") * 2)
+    path = write_jsonl("a.jsonl", question_answer("q", "a"), question_answer("q", "a") * 3)
     with pytest.raises(RowError, match=r"a\.jsonl:2: messages: the chat template refuses the conversation: too long"):
         open_or_build([path], tokenizer, OPTIONS, tmp_path / "cache")
 

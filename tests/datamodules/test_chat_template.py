@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -5,7 +6,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from src.datamodules.chat_template import ChatTemplate, Sample
+from src.datamodules.chat_template import ChatTemplate, HistoryReasoning, Sample
+
+from .conftest import question_answer
+from .forms import FORMS, with_template
+from .fuzz import fuzz
 
 EOS = "<｜end▁of▁sentence｜>"
 CALL = (
@@ -13,8 +18,11 @@ CALL = (
     "<｜tool▁calls▁end｜>"
 )
 
-texts = st.text(alphabet="ab 9.\n你好谁？éß,", max_size=10)
-some_text = st.text(alphabet="xy 7你好\n", min_size=1, max_size=8)
+texts = st.text(alphabet="ab 9.\n你好谁？éß,", max_size=10).map(lambda text: text.lstrip("\n"))
+questions = texts.filter(str.strip)
+some_text = st.text(alphabet="xy 7你好\n", min_size=1, max_size=8).map(
+    lambda text: f"a{text}b"
+)  # no edge is the form's
 losses = st.sampled_from([{}, {}, {"loss": True}, {"loss": False}])
 reasonings: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.just({}), some_text.map(lambda text: {"reasoning_content": text})
@@ -22,12 +30,13 @@ reasonings: st.SearchStrategy[dict[str, Any]] = st.one_of(
 
 
 @st.composite
-def conversations(draw: st.DrawFn, tools: bool = True) -> list[dict[str, Any]]:
+def conversations(draw: st.DrawFn, tools: bool = True, thinking: bool = True) -> list[dict[str, Any]]:
+    reasoning = reasonings if thinking else st.just({})
     messages: list[dict[str, Any]] = []
     if draw(st.booleans()):
         messages.append({"role": "system", "content": draw(texts)})
     for _ in range(draw(st.integers(1, 3))):
-        messages.append({"role": "user", "content": draw(texts)})
+        messages.append({"role": "user", "content": draw(questions)})
         for _ in range(draw(st.integers(0, 2)) if tools else 0):
             function = {"name": draw(st.sampled_from(["search", "查询"])), "arguments": '{"q": 1}'}
             call = {
@@ -35,9 +44,9 @@ def conversations(draw: st.DrawFn, tools: bool = True) -> list[dict[str, Any]]:
                 "content": draw(texts),
                 "tool_calls": [{"type": "function", "function": function}],
             }
-            messages.append(call | draw(reasonings) | draw(losses))
+            messages.append(call | draw(reasoning) | draw(losses))
             messages += [{"role": "tool", "content": draw(texts)}] * draw(st.integers(1, 2))
-        messages.append({"role": "assistant", "content": draw(texts)} | draw(reasonings) | draw(losses))
+        messages.append({"role": "assistant", "content": draw(texts)} | draw(reasoning) | draw(losses))
     return messages
 
 
@@ -96,7 +105,7 @@ def test_every_prompt_is_the_templates_own_and_every_target_the_assistants(
 def test_both_reasoning_formats_give_the_same_tokens(
     tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]]
 ) -> None:
-    for history in ("strip", "keep"):
+    for history in ("template", "strip"):
         template = ChatTemplate(tokenizer, history)
         assert template.render(merged(messages)) == template.render(messages)
 
@@ -119,40 +128,34 @@ def test_thinking_that_the_generation_prompt_opens_is_no_target(
 
 
 @fast
-@given(messages=conversations())
+@given(messages=conversations(thinking=False))
 def test_another_models_template(chatml_tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]]) -> None:
     found = spans(ChatTemplate(chatml_tokenizer).render(messages))
     for (ids, start, stop), index in zip(found, trained(messages), strict=True):
         turn = messages[index]
         assert ids[:start] == prompt_ids(chatml_tokenizer, messages[:index])
-        think = f"<think>\n{turn['reasoning_content']}\n</think>\n\n" if "reasoning_content" in turn else ""
-        # Trained as written, though the template trims history, and without the line break behind the end of turn.
+        # As the template has it, trimmed, and without the line break behind the end of turn.
         calls = "".join(f"\n<call>{call['function']['name']}</call>" for call in turn.get("tool_calls", []))
-        assert chatml_tokenizer.decode(ids[start:stop]) == f"{think}{turn['content']}{calls}<|im_end|>"
+        assert chatml_tokenizer.decode(ids[start:stop]) == f"{turn['content'].strip()}{calls}<|im_end|>"
 
 
 @fast
 @given(messages=conversations(tools=False))
 def test_keep_is_one_sample_with_all_reasoning(
-    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]]
+    forms_tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]]
 ) -> None:
-    samples = ChatTemplate(tokenizer, "keep").render(messages)
+    keeping = with_template(forms_tokenizer, FORMS["always kept, other tags"].template)
+    samples = ChatTemplate(keeping, "keep").render(messages)
     if not trained(messages):
         assert samples == []
         return
     (sample,) = samples
+    assert ChatTemplate(keeping).render(messages) == samples
     last = trained(messages)[-1]
-    expected = "<｜begin▁of▁sentence｜>"
-    for turn in messages[: last + 1]:
-        think = f"<think>\n{turn['reasoning_content']}\n</think>\n\n" if "reasoning_content" in turn else ""
-        expected += {
-            "system": turn["content"],
-            "user": f"<｜User｜>{turn['content']}",
-            "assistant": f"<｜Assistant｜>{think}{turn['content']}{EOS}",
-        }[turn["role"]]
-    assert tokenizer.decode(sample.input_ids) == expected
+    whole = keeping.apply_chat_template(messages[: last + 1], tokenize=False)
+    assert f"{keeping.decode(sample.input_ids)}\n" == whole
     for (start, stop), index in zip(sample.target_spans, trained(messages), strict=True):
-        assert tokenizer.decode(sample.input_ids[start:stop]).endswith(messages[index]["content"] + EOS)
+        assert keeping.decode(sample.input_ids[start:stop]).endswith(messages[index]["content"].strip() + "<|im_end|>")
 
 
 def test_a_conversation_is_split_only_where_contexts_differ(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -199,21 +202,91 @@ def test_an_empty_thinking_block_is_trained_as_written(tokenizer: PreTrainedToke
     assert tokenizer.decode(sample.input_ids[start:stop]) == text + EOS
 
 
-def test_reasoning_without_a_place_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_what_is_kept_of_earlier_reasoning(forms_tokenizer: PreTrainedTokenizerFast) -> None:
+    """By the template, or none of what stands before the last question; what a template drops cannot be kept."""
+    call = {"id": "f:0", "function": {"name": "f", "arguments": "{}"}}
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "one", "reasoning_content": "first"},
+        {"role": "user", "content": "2"},
+        {"role": "assistant", "content": "", "reasoning_content": "second", "tool_calls": [call], "loss": False},
+        {"role": "tool", "content": "out", "tool_call_id": "f:0"},
+        {"role": "assistant", "content": "two", "reasoning_content": "third"},
+    ]
+    kept: dict[tuple[str, HistoryReasoning], list[str]] = {
+        ("R1", "template"): [],
+        ("Kimi-K2-Thinking", "template"): ["second"],
+        ("Kimi-K2-Thinking", "strip"): ["second"],
+        ("always kept, other tags", "template"): ["first", "second"],
+        ("always kept, other tags", "strip"): ["second"],
+        ("always kept, other tags", "keep"): ["first", "second"],
+    }
+    for (name, history), expected in kept.items():
+        tokenizer = with_template(forms_tokenizer, FORMS[name].template)
+        ids, start, _ = spans(ChatTemplate(tokenizer, history).render(turns))[-1]
+        context = tokenizer.decode(ids[:start])
+        assert [word for word in ("first", "second", "third") if word in context] == expected, (name, history)
+    for name in ("V3-0324", "R1", "V3.1", "Kimi-K2-Instruct", "Kimi-K2-Thinking"):
+        with pytest.raises(ValueError, match="'keep', but the chat template drops the reasoning of earlier turns"):
+            ChatTemplate(with_template(forms_tokenizer, FORMS[name].template), "keep")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "V3.1",
+            r"messages\[1\]\.{field}: is reasoning, but .* \(thinking is off\); remove it, or let the template think",
+        ),
+        ("Moonlight", r"messages\[1\]\.{field}: is reasoning, but .* neither shows reasoning_content nor cuts <think>"),
+        ("Kimi-K2-Instruct", r"messages\[1\]\.{field}: is reasoning, but the chat template does not tell how"),
+    ],
+)
+def test_reasoning_without_a_place_is_refused(
+    forms_tokenizer: PreTrainedTokenizerFast, name: str, message: str
+) -> None:
+    template = ChatTemplate(with_template(forms_tokenizer, FORMS[name].template))
+    question: dict[str, Any] = {"role": "user", "content": "?"}
+    thought: dict[str, Any] = {"role": "assistant", "content": "a", "reasoning_content": "r"}
+    merged = {"role": "assistant", "content": "<think>\nr\n</think>\n\na"}
+    for turn, field in ((thought, "reasoning_content"), (merged, "content")):
+        with pytest.raises(ValueError, match=message.format(field=field)):
+            template.render([question, turn])
+        # As context its thinking is what a server would not send either.
+        rest = [question, {"role": "assistant", "content": "b"}]
+        plain = [question, {"role": "assistant", "content": "a", "loss": False}, *rest]
+        assert template.render([question, turn | {"loss": False}, *rest]) == template.render(plain)
+    for empty in ({**thought, "reasoning_content": "\n\n"}, {**merged, "content": "<think>\n\n</think>\n\na"}):
+        assert template.render([question, empty]) == template.render([question, thought | {"reasoning_content": None}])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_samples_are_the_templates_rendering(
+    forms_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str
+) -> None:
+    """Contexts and targets by transformers alone, sound and mutated rows (see `fuzz`, a script for many more)."""
+    ends, wrong = fuzz(40, 7, forms_tokenizer, tmp_path, forms={name: FORMS[name]})
+    assert not wrong, "\n".join(wrong)
+    assert min(ends["tokens"], ends["named"]) > 5
+
+
+def test_joined_and_whole_encodings_are_the_same(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context that continues the last sample is not encoded again from its start."""
+    turns = [*question_answer("1", "one"), *question_answer(" 2", "two"), *question_answer("\n3", " \n")]
     template = ChatTemplate(tokenizer)
-    shut = tokenizer.chat_template.replace(
-        "{% if add_generation_prompt and not ns.is_tool %}{{'<｜Assistant｜>'}}",
-        "{% if add_generation_prompt and not ns.is_tool %}{{'<｜Assistant｜></think>'}}",
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "chat_template", shut)
-        with pytest.raises(ValueError, match="thinking is off"):
-            template.render(
-                [
-                    {"role": "user", "content": "?"},
-                    {"role": "assistant", "content": "a", "reasoning_content": "r"},
-                ]
-            )
+    encoded: list[str] = []
+    encode = template._encode
+
+    def recorded(text: str) -> list[int]:
+        encoded.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(template, "_encode", recorded)
+    (sample,) = template.render(turns)
+    assert "".join(encoded) == tokenizer.decode(sample.input_ids)
+    assert sample.input_ids == tokenizer.encode("".join(encoded), add_special_tokens=False)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +294,7 @@ def test_reasoning_without_a_place_is_refused(tokenizer: PreTrainedTokenizerFast
     [
         ("{{ messages[0]['content'] }}", "does not show an assistant turn's content"),
         ("{{ raise_exception('roles must alternate') }}", "refuses the conversation: roles must alternate"),
+        ("{{ messages[0]['content'] + 1 }}", "refuses the conversation: TypeError: can only concatenate str"),
     ],
 )
 def test_a_template_that_cannot_serve(

@@ -247,7 +247,7 @@ def test_validation_sees_every_row_once_also_while_resuming(
         ),
         ({"packing": True}, {}, r"data\.packing is True, but .* False"),
         ({"seed": 5}, {}, r"data\.seed is 5, but the checkpoint was trained with 0"),
-        ({"history_reasoning": "keep"}, {}, r"the training data is not the checkpoint's: 11 rows"),
+        ({"history_reasoning": "strip"}, {}, r"the training data is not the checkpoint's: 11 rows"),
         (
             {"batch_size": 2},
             {},
