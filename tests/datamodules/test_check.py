@@ -163,7 +163,7 @@ def test_what_nothing_reads_is_named_once_with_its_count(tokenizer: PreTrainedTo
     ]
     rows[1]["meta"] = {"lang": "en"}
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pq.write_table(pa.Table.from_pylist(rows[::-1]), tmp_path / "b.parquet")
+    pq.write_table(pa.Table.from_pylist([{"meta": None} | row for row in rows[::-1]]), tmp_path / "b.parquet")
     for name, first_meta in (("a.jsonl", 2), ("b.parquet", 4)):
         data = datamodule(tokenizer, tmp_path, [str(tmp_path / name)])
         (report,) = check(data, 1, 1)
