@@ -128,31 +128,29 @@ class SFTDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Opens the caches and packs, the same on every rank. Needs no trainer."""
+        opened: dict[str, PackedSet] = {}
         if stage == "fit" and self.train_set is None:
-            self.train_set = self._packed("train", self.train_files, self.train_weights)
+            self.train_set = opened["train"] = self._packed("train", self.train_files, self.train_weights)
         if stage == "validate" and not self.val_files and not self.val_sets:
             raise ValueError("there is nothing to validate on: give --data.val_files or --data.val_sets")
         if self.val_files and self.val_set is None:
-            self.val_set = self._packed("val", self.val_files)
+            self.val_set = opened["val"] = self._packed("val", self.val_files)
         for name, files in self.val_sets.items():
             if name not in self.named_val_sets:
-                self.named_val_sets[name] = self._packed(f"val {name}", files)
-        if self.trainer is None or self.trainer.is_global_zero:
-            self._warn()
+                self.named_val_sets[name] = opened[f"val {name}"] = self._packed(f"val {name}", files)
+        if opened and (self.trainer is None or self.trainer.is_global_zero):
+            self._warn(opened)
 
-    def _warn(self) -> None:
+    def _warn(self, sets: dict[str, PackedSet]) -> None:
         """What `check-data` calls suspicious, in counts."""
-        sets = {"train": self.train_set, "val": self.val_set}
-        sets |= {f"val {name}": packed for name, packed in self.named_val_sets.items()}
         train = None if self.train_set is None else Conversations.of(self.train_set.cache)
         lines = []
         for name, packed in sets.items():
-            if packed is not None:
-                copies = Copies.among(Conversations.of(packed.cache), None if name == "train" else train)
-                for remarks in (packed.cache.report.remarks, packed.cache.report.unread, copies.remarks):
-                    for count, examples in remarks.by_kind():
-                        times = f"{count:,} time{'s' if count > 1 else ''}"
-                        lines.append(f"  {name}: suspicious, {times}, first {examples[0]}")
+            copies = Copies.among(Conversations.of(packed.cache), None if name == "train" else train)
+            for remarks in (packed.cache.report.remarks, packed.cache.report.unread, copies.remarks):
+                for count, examples in remarks.by_kind():
+                    times = f"{count:,} time{'s' if count > 1 else ''}"
+                    lines.append(f"  {name}: suspicious, {times}, first {examples[0]}")
         if lines:
             rank_zero_warn("\n".join(["the data:", *lines, f"  to list the rows: {self.check_command}"]))
 

@@ -158,7 +158,7 @@ def test_copies_and_rows_of_train_in_val(
 def test_what_nothing_reads_is_named_once_with_its_count(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Fields with text beside the messages, and fields of messages; numbers beside them say nothing, nulls neither."""
     rows: list[dict[str, Any]] = [
-        {"messages": question_answer("q", f"{row}", name="x"), "id": row, "source": "web", "tags": []}
+        {"messages": question_answer("q", f"{row}", name="x"), "id": row, "source": "web", "tags": [], "meta": None}
         for row in range(5)
     ]
     rows[1]["meta"] = {"lang": "en"}
