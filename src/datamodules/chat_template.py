@@ -109,14 +109,14 @@ class ChatTemplate:
 
     def _find_walls(self) -> tuple[str, ...]:
         """Tokens that end a prompt or a target and let nothing before them change the tokens of what follows."""
-        first = self._form.header.rstrip().endswith
+        ends = (self._form.prompt, self._form.end)
         walls = [
             token.content
             for token in self.tokenizer.added_tokens_decoder.values()
             if not (token.lstrip or token.rstrip or token.single_word)
-            and (self._form.end.endswith(token.content) or first(token.content))
+            and any(text.endswith(token.content) for text in ends)
         ]
-        text = self._form.header
+        text = self._form.prompt
         parted = all(
             self._encode(text + wall + rest) == self._encode(text + wall) + self._encode(rest)
             for wall in walls
@@ -141,9 +141,8 @@ class ChatTemplate:
         bare = form.bare["tool" if before == "tool" else "user"]
         if reasoning is None and bare is not None:
             return bare + body
-        assert form.thinking is not None
-        opened = form.thinking.opened_by(prompt)
-        if reasoning is None and not opened:
+        opened = form.thinking.opened_by(prompt) if form.thinking is not None else 0
+        if form.thinking is None or (reasoning is None and not opened):
             raise ValueError(
                 f"the chat template shows an answer behind a message of the role {before!r} otherwise than behind its "
                 "own generation prompt there; use the template that the model is served with"

@@ -21,7 +21,7 @@ _QUESTION: Message = {"role": "user", "content": "?"}
 _CALL: Message = {"tool_calls": [{"id": "callid000", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}
 _TOOL: Message = {"role": "tool", "tool_call_id": "callid000", "name": "f", "content": _OUTPUT}
 _OPENS = re.compile(r"(<[^<>/\s]+>)(\s*)$")
-_CLOSES = re.compile(r"(</[^<>\s]+>)\s*$")
+_CLOSES = re.compile(r"(</[^<>\s]*(?:think|thought|reason)[^<>\s]*>)\s*$")
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ PUBLISHED = Thinking("<think>\n", "\n</think>\n\n")
 class Form:
     """How a template writes an assistant's turn.
 
-    `end`: from behind the content to the token that ends the turn; `between`: from there to the next turn. `header`:
-    what stands before an answer without reasoning, conversation included, where `_QUESTION` alone precedes it.
+    `end`: from behind the content to the token that ends the turn; `between`: from there to the next turn. `prompt`,
+    `header`: behind `_QUESTION` alone, all that a server sends, and all that stands before an answer without reasoning.
     `bare`: by the role of the message before, what stands between the generation prompt and an answer without
     reasoning; None where the prompt opens the thinking. `thinking`: None where the template does not tell, for the
     reason `untold`. `off`: the generation prompt closes the thinking. `keeps_history`: reasoning of an earlier turn is
@@ -57,6 +57,7 @@ class Form:
     given. `seen`: all that was rendered.
     """
 
+    prompt: str
     header: str
     end: str
     between: str
@@ -110,7 +111,6 @@ def probe(apply: Apply, stops: Collection[str]) -> Form:
         )
     generation = prompt[len(before) :]
     end, between = _split_end(end, stops)
-    closes = _CLOSES.search(generation)
     shown_thinking = _shown_thinking(show, before, generation)
     thinking, untold = (shown_thinking, "") if shown_thinking else _untold_thinking(show, generation, header)
     bare = {"user": _rest(header, generation), "tool": _bare_after_tool(show, _rest(header, generation))}
@@ -118,13 +118,14 @@ def probe(apply: Apply, stops: Collection[str]) -> Form:
         why = untold or f"its generation prompt is {generation!r}, but {header!r} stands before an answer of history"
         raise ValueError(f"the chat template does not tell how a model answers: {why}")
     return Form(
+        prompt=prompt,
         header=before + header,
         end=end,
         between=between,
         bare=bare,
         thinking=thinking,
         untold=untold,
-        off=closes is not None and (thinking is None or closes[1] == thinking.tags[1]),
+        off=generation.rstrip().endswith(thinking.tags[1]) if thinking else _CLOSES.search(generation) is not None,
         keeps_history=_REASONING in show(ask(answer(reasoning_content=_REASONING), _QUESTION), True),
         shows_reasoning=shown_thinking is not None,
         content_verbatim=show(ask(answer(f" \n{_PLAIN}\n "))) == f"{before}{header} \n{_PLAIN}\n {end}{between}",

@@ -12,6 +12,7 @@ template shows the whole last turn, otherwise from what `forms.FORMS` says of it
 import argparse
 import json
 import random
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -39,7 +40,7 @@ def served(messages: list[Row], end: str) -> list[Row]:
         if message["role"] == "assistant" and "</think>" in kept["content"]:
             assert reasoning is None
             reasoning, kept["content"] = kept["content"].split("</think>")
-            reasoning = reasoning.removeprefix("<think>")
+            reasoning = re.sub(r"^\s*<think>", "", reasoning)
         while message["role"] == "assistant" and "tool_calls" not in kept and kept["content"].rstrip().endswith(end):
             kept["content"] = kept["content"].rstrip().removesuffix(end)
         if reasoning is not None:
