@@ -4,6 +4,7 @@ Whatever a row says is read, or an error, or named as not read (`Conversation.un
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -46,19 +47,28 @@ _OF_A_TURN = ("reasoning_content", "tool_calls", "loss")
 class Conversation:
     """A row ("file:row") as training takes it, and all that is wrong with it.
 
-    `messages`, `tools`: for the chat template, where `errors` is empty. `unread`: fields with something to say that
-    nothing reads, "source" or "messages[].name".
+    `messages`, `tools`: for the chat template, where `errors` is empty; the first `added` messages are no turns of the
+    row. `unread`: fields with something to say that nothing reads, "source" or "messages[].name".
     """
 
     source: str
     format: str | None = None
     messages: list[Any] = field(default_factory=list)
+    added: int = 0
     tools: list[Any] | None = None
     errors: list[RowError] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
 
     def wrong(self, where: str, problem: str) -> None:
         self.errors.append(RowError(self.source, where, problem))
+
+    def place(self, where: str) -> str:
+        """Where in the row a field of `messages` is."""
+        match = re.match(r"messages\[(\d+)\]", where)
+        if match is None or not self.added:
+            return where
+        index = int(match[1]) - self.added
+        return f"messages[{index}]{where[match.end() :]}" if index >= 0 else "system"
 
 
 def check_fields(fields: Fields) -> None:
@@ -110,7 +120,9 @@ def _take(turns: list[Any], row: dict[str, Any], found: Conversation, template_r
         found.wrong("system", "is given beside the messages, which begin with another system turn; give it once")
     found.tools = _tools(row.get("tools"), found)
     found.errors += row_errors({"messages": turns, "system": system, "tools": found.tools}, found.source)
-    found.messages = [{"role": "system", "content": system}, *turns] if system and not first else turns
+    found.messages = turns
+    if system and not first:
+        found.messages, found.added = [{"role": "system", "content": system}, *turns], 1
 
 
 # Fields --------------------------------------------------------------------------------------------------------------

@@ -195,19 +195,20 @@ def tokenize_spans(
 
 def _row_samples(found: Conversation, template: ChatTemplate, options: TokenizeOptions, report: Report) -> list[Sample]:
     """The samples of one row that fit; none, and an error, where it cannot be rendered."""
-    if found.tools and found.messages and not template.declares_tools(found.messages):
+    if found.errors:
+        return []
+    if found.tools and not template.declares_tools(found.messages):
         found.wrong(
             "tools",
             "is given, but the chat template does not write tools into the prompt; write them into the system message, "
             "as they are when the model is served, or leave them out: --data.fields '{tools: null}'",
         )
-    if found.errors:
         return []
     try:
         samples = template.render(found.messages, found.tools)
     except Misfit as error:
         for where, problem in error.problems:
-            found.wrong(where, problem)
+            found.wrong(found.place(where), problem)
         return []
     except ValueError as error:
         found.wrong("messages", str(error))
@@ -224,7 +225,7 @@ def _row_samples(found: Conversation, template: ChatTemplate, options: TokenizeO
             return []
     statistics = report.statistics
     statistics.turns += len(found.messages)
-    for remark in row_remarks(found.messages, found.source):
+    for remark in row_remarks(found.messages[found.added :], found.source):
         report.remarks.add(remark)
     for name in found.unread:
         report.unread.add(unread_remark(name, found.source))

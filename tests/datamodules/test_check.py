@@ -191,6 +191,26 @@ def test_answers_without_a_word_are_remarked(
     ]
 
 
+def test_turns_beside_a_system_prompt_are_counted_as_in_the_file(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = [
+        {"messages": question_answer("q", ""), "system": "s"},
+        {"messages": question_answer("q", "<｜User｜>"), "system": "s"},
+        {"messages": question_answer("q", "a"), "system": "<｜User｜>"},
+        {"messages": ["hi"], "system": "s", "tools": [{}]},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (report,) = check(datamodule(tokenizer, tmp_path, [str(tmp_path / "a.jsonl")]), 1, 1)
+    found = [error for _, errors in [*remarked(report), *report.errors.by_kind()] for error in errors]
+    assert [(error.source[-1], error.field) for error in found] == [
+        ("1", "messages[1].content"),
+        ("2", "messages[1].content"),
+        ("3", "system"),
+        ("4", "messages[0]"),
+    ]
+
+
 def test_bad_rows_can_be_skipped(tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path) -> None:
     path = write_jsonl("a.jsonl", GOOD, BAD_ROLE, BAD_TWICE, question_answer("q", "b"))
     with open(path, "a") as file:

@@ -135,6 +135,14 @@ def test_the_system_prompt_beside_the_messages_comes_first() -> None:
     assert error.field == "messages[1].loss"  # as the file counts
 
 
+def test_what_only_rendering_shows_is_placed_as_the_file_counts() -> None:
+    places = ["messages[0].content", "messages[2].content", "messages", "tools"]
+    found = read({"messages": [USER, ANSWER], "system": "s"})
+    assert [found.place(place) for place in places] == ["system", "messages[1].content", "messages", "tools"]
+    found = read({"messages": [SYSTEM, USER, ANSWER], "system": "s"})
+    assert [found.place(place) for place in places] == places
+
+
 def test_tools_are_a_list_or_its_text() -> None:
     for tools in ([TOOL], json.dumps([TOOL])):
         assert read({"messages": [USER, ANSWER], "tools": tools}).tools == [TOOL]

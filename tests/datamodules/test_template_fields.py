@@ -17,8 +17,8 @@ from .conftest import question_answer
 
 TURNS = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}"
-    "{% if m.get('name') and m['role'] != 'assistant' %} {{ m['name'] }}{% endif %}\n{{ m['content'] }}<|im_end|>"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if m.get('name') and m['role'] != 'assistant' %} {{ m['name'] }}{% endif %}{{ '\\n' + m['content'] }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
 )
 DUMPED = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>{% endif %}"
 LISTED = "{% for tool in tools or [] %}<|im_start|>tool\n{{ tool.function.name }}<|im_end|>{% endfor %}"
