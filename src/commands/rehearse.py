@@ -58,7 +58,8 @@ class RehearseCLI(ConfigCommand):
         except ValueError as error:
             self.parser.error(str(error))
         s, needed = plan.settings, alone(plan).host_total / plan.settings.gpus
-        available = min(psutil.virtual_memory().available, memory_limit() or sys.maxsize)
+        usable = min(psutil.virtual_memory().available, memory_limit() or sys.maxsize)
+        available = usable - (1 - Cluster().host_part) * psutil.virtual_memory().total  # the machine's own margin
         if needed > available:
             self.parser.error(
                 f"a rank needs {needed / GIB:.0f} GiB of host memory by the plan, {available / GIB:.0f} are free here; "

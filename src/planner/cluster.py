@@ -96,8 +96,13 @@ class Cluster:
 
     @property
     def host_room(self) -> float:
-        """Bytes of a node that a run may take: a fiftieth stays for the system."""
-        return 0.98 * self.host_memory_gib * 2**30
+        """Bytes of a node that a run may take."""
+        return self.host_part * self.host_memory_gib * 2**30
+
+    @property
+    def host_part(self) -> float:
+        """Of a node's memory: the rest stays for the system and for what comes at once."""
+        return 0.96
 
     @property
     def assumed(self) -> list[str]:
