@@ -115,8 +115,11 @@ def probe(apply: Apply, stops: Collection[str]) -> Form:
     thinking, untold = (shown_thinking, "") if shown_thinking else _untold_thinking(show, generation, header)
     bare = {"user": _rest(header, generation), "tool": _bare_after_tool(show, _rest(header, generation))}
     if bare["user"] is None and (thinking is None or not thinking.opened_by(prompt)):
-        why = untold or f"its generation prompt is {generation!r}, but {header!r} stands before an answer of history"
-        raise ValueError(f"the chat template does not tell how a model answers: {why}")
+        other = f"its generation prompt is {generation!r}, but {header!r} stands before an answer of history"
+        raise ValueError(
+            f"the chat template does not tell how a model answers: {untold if _OPENS.search(generation) else other}; "
+            "use the template that the model is served with"
+        )
     return Form(
         prompt=prompt,
         header=before + header,
@@ -154,7 +157,10 @@ def _split_end(end: str, stops: Collection[str]) -> tuple[str, str]:
 
 
 def _rest(header: str, generation: str) -> str | None:
-    return header[len(generation) :] if header.startswith(generation) else None
+    """What an answer's header has beside the generation prompt; None where they are not the same but for space."""
+    if header.startswith(generation):
+        return header[len(generation) :]
+    return "" if header.rstrip() == generation.rstrip() else None
 
 
 def _reasoned(show: Callable[..., str], reasoning: str) -> list[str]:
@@ -194,7 +200,7 @@ def _shown_thinking(show: Callable[..., str], before: str, generation: str) -> T
 
 def _untold_thinking(show: Callable[..., str], generation: str, header: str) -> tuple[Thinking | None, str]:
     """The block of a template that never shows `reasoning_content`, by what it does show of its tags."""
-    if opens := _OPENS.search("" if header.startswith(generation) else generation):
+    if _rest(header, generation) is None and (opens := _OPENS.search(generation)):
         tag, breaks = opens.groups()
         closing = tag.replace("<", "</", 1)
         if closing in header:  # V3.1: an answer of history stands behind it

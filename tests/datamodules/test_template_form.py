@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from src.datamodules.chat_template import ChatTemplate
 from src.datamodules.template_form import Form, Message, Thinking, probe
 
+from .conftest import question_answer
 from .forms import FORMS, with_template
 
 
@@ -105,7 +106,8 @@ PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor
     ("template", "message"),
     [
         (PLAIN + "{% if add_generation_prompt %}<assistant><think>{% endif %}", "opens '<think>', and nothing in it"),
-        (PLAIN + "{% if add_generation_prompt %}<answer>{% endif %}", r"does not tell how a model answers: .*<answer>"),
+        (PLAIN + "{% if add_generation_prompt %}<answer>{% endif %}", "does not tell how a model answers: .*<answer>"),
+        (PLAIN + "{% if add_generation_prompt %}Answer:{% endif %}", "'Answer:', but '<assistant>' stands before an"),
         (
             PLAIN.replace("<|im_end|>", "{{ m.reasoning_content or '' }}<|im_end|>")
             + "{% if add_generation_prompt %}<assistant>{% endif %}",
@@ -125,6 +127,12 @@ def test_a_template_that_does_not_tell_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         form_of(forms_tokenizer, template)
+
+
+def test_a_prompt_may_differ_from_history_in_space(forms_tokenizer: PreTrainedTokenizerFast) -> None:
+    template = PLAIN + "{% if add_generation_prompt %}{{ '<assistant>\\n' }}{% endif %}"
+    (sample,) = ChatTemplate(with_template(forms_tokenizer, template)).render(question_answer("q", "a"))
+    assert forms_tokenizer.decode(sample.input_ids) == "<user>q<|im_end|><assistant>\na<|im_end|>"
 
 
 def test_how_much_of_the_thinking_a_prompt_opens() -> None:
