@@ -19,6 +19,7 @@ from src.datamodules import SFTDataModule
 from src.datamodules.packing import PackedRows, one_sample_a_row, pack
 from src.datamodules.sequence_shard import Document, target_counts
 from src.datamodules.sft import PackedSet
+from src.datamodules.tokenization import Statistics
 from src.models.sft_module import SFTModule
 from src.strategies import DeepSpeedSPStrategy
 from tests.models.tiny import hf_state_dict, oracle_losses, oracle_tensors
@@ -51,6 +52,7 @@ class MemoryCache:
         self.lengths = np.array([len(d.input_ids) for d in docs], dtype=np.int32)
         counts = np.array([target_counts(map(tuple, d.target_spans.tolist())) for d in docs], dtype=np.int32)
         self.targets, self.mtp_targets = counts[:, 0], counts[:, 1]
+        self.statistics = Statistics(rows=len(docs), samples=len(docs))
 
     def __len__(self) -> int:
         return len(self.docs)
