@@ -153,6 +153,7 @@ class Bench:
             "model.learning_rate": 1e-4,
             "model.min_learning_rate": 1e-5,
             "data.train_files": f"[{self.out}/{'train' if model == 'model' else model}.jsonl]",
+            "data.val_files": "null",
             "data.tokenizer": str(self.out / model),
             "data.max_length": tokens or o.tokens,
             "data.batch_size": layout.sp,
