@@ -8,7 +8,9 @@ Every layout trains the same global batches of `gpus` rows of --tokens tokens, o
 micro-batch is SP rows, so that each GPU has as many tokens whatever SP is, and fewer GPUs accumulate. Shown are losses
 beside those of one GPU, tokens/s a GPU, memory, what `plan` says of the same arguments, SP's exchanges by themselves,
 what NCCL's kernels cost and hide, and a checkpoint that half the GPUs resume and that is exported from the running job
-and from the files. With many experts the states of one GPU no longer fit: name the layouts that do by --only.
+and from the files. Part `hot_path`, if named, runs each layout of all GPUs with DeepSpeed's own gather, reduction and
+step on the host too, and compares gradients, losses and weights bit by bit. With many experts the states of one GPU no
+longer fit: name the layouts that do by --only.
 Everything is written below --out; FOLDER/results.jsonl has one line a row.
 """
 
@@ -21,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,13 +164,16 @@ class Bench:
         }
         return [*(f"--{name}={value}" for name, value in values.items()), *(f"--{text}" for text in o.more)]
 
-    def fit(self, name: str, layout: Layout, *more: str, **recorder: str) -> dict[str, Any]:
+    def fit(
+        self, name: str, layout: Layout, *more: str, callbacks: Iterable[str] = (), **recorder: str
+    ) -> dict[str, Any]:
         record = self.out / f"{name}.json"
-        callback = "--trainer.callbacks+=benchmarks.scaling_run.Recorder"
+        names = [*callbacks, "benchmarks.scaling_run.Recorder"]
         inits = {"out": str(record), **recorder}
         seconds = self.torchrun(
             layout.dp * layout.sp,
-            *("-m", "src.cli", "fit", *more, f"--trainer.default_root_dir={self.out / 'runs' / name}", callback),
+            *("-m", "src.cli", "fit", *more, f"--trainer.default_root_dir={self.out / 'runs' / name}"),
+            *(f"--trainer.callbacks+={name}" for name in names),
             *(f"--trainer.callbacks.init_args.{key}={value}" for key, value in inits.items()),
         )
         return json.loads(record.read_text()) | {"name": name, "whole_s": seconds}
@@ -242,6 +248,43 @@ class Bench:
             if "nccl" in line:
                 print(f"\n{line['name']}, one step of rank 0:")
                 print("\n".join(f"- {text}" for text in lines(line["nccl"])))
+
+    def hot_path(self) -> None:
+        """ZeRO-3 by `src/strategies/zero3_*.py` and `host_optimizer.py`, and by what they replace."""
+        o, cells = self.options, []
+        for layout in layouts(o.gpus):
+            if layout.dp * layout.sp < o.gpus or (o.only and layout.name not in o.only):
+                continue
+            runs = {}
+            for path, callbacks in (("ours", []), ("DeepSpeed's", ["benchmarks.scaling_run.DeepSpeedsOwn"])):
+                name = f"{layout.name}_{path[:4]}"
+                trace = {"trace": str(self.out / f"{name}.trace.json")} if o.device == "cuda" else {}
+                arguments = self.arguments(layout)
+                line = self.fit(name, layout, *arguments, callbacks=callbacks, checksums="true", **trace)
+                line |= {"kind": "hot_path", "path": path}
+                if trace:
+                    line["nccl"] = analyse(read(packed(Path(trace["trace"]))))
+                self.add(line)
+                runs[path] = line
+            ours, theirs = runs.values()
+            equal = [ours["checksums"][key] == theirs["checksums"][key] for key in ("gradients", "masters")]
+            cells.append(
+                [
+                    layout.name,
+                    *(f"{line['step_s']:.3f}" for line in (theirs, ours)),
+                    f"{theirs['step_s'] / ours['step_s']:.2f}",
+                    *(f"{line.get('peak_gib', 0):.1f}" for line in (theirs, ours)),
+                    *(f"{line['nccl']['device_ms']:.0f}" if "nccl" in line else "" for line in (theirs, ours)),
+                    *("bit-equal" if same else "DIFFER" for same in equal),
+                    f"{max(abs(a - b) for a, b in zip(ours['losses'], theirs['losses'], strict=True)):.1e}",
+                ]
+            )
+            print(cells[-1], flush=True)
+        columns = (
+            "layout|step s, DeepSpeed's|ours|ratio|peak GiB, DeepSpeed's|ours|device ms of a step, DeepSpeed's|ours|"
+            "first gradients|masters at the end|largest difference of losses"
+        )
+        table(columns.split("|"), cells)
 
     def exchanges(self) -> None:
         """SP's collectives of one layer, by themselves."""

@@ -1,20 +1,52 @@
-"""What the processes of benchmarks.node_scaling run: a callback that records steps, and SP's exchanges alone."""
+"""What the processes of benchmarks.node_scaling run: callbacks that record steps and that take our hot path out, and
+SP's exchanges alone."""
 
 import json
 import os
 import statistics
 import sys
 import time
+import zlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from torch import Tensor
 
 from benchmarks.common import BF16, median_ms, true_config
 from src.callbacks.step_checkpoint import StepCheckpoint
 from src.rehearsal.job import host_in_use
+from src.strategies import deepspeed_sp, partition
+
+
+class DeepSpeedsOwn(pl.Callback):
+    """ZeRO-3 by DeepSpeed's own gather, reduction and step on the host, in place of ours.
+
+    The hooks stay ours: DeepSpeed's, on every module, change the order in which autograd sums three gradients of one
+    activation, so that nothing could be compared bit by bit.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        ours: Any = deepspeed_sp
+        ours.reduce_by_one_view = ours.step_in_pieces = lambda optimizer: None
+        ours.HostAdamW, ours.allocated_once = partial(DeepSpeedCPUAdam, adamw_mode=True), nullcontext
+        partition.gather_by_one_view = lambda parameter, init: None
+
+
+def checksum(module: pl.LightningModule, get: Callable[[Any], Tensor | None]) -> int:
+    """CRC-32 of what ZeRO holds of every parameter that is trained, whole, in fp32; a collective."""
+    crc = 0
+    for _, parameter in sorted(module.named_parameters()):
+        if parameter.requires_grad and (tensor := get(parameter)) is not None and dist.get_rank() == 0:
+            crc = zlib.crc32(tensor.detach().float().cpu().numpy(), crc)
+    return crc
 
 
 class Recorder(pl.Callback):
@@ -24,10 +56,14 @@ class Recorder(pl.Callback):
         out: a JSON file, written by rank 0.
         keep_checkpoints: otherwise the run's final checkpoint, of which these runs have no use, is not written.
         trace: where rank 0 writes one late step for Perfetto.
+        checksums: of the first step's gradients and of the masters at the end.
     """
 
-    def __init__(self, out: str, keep_checkpoints: bool = False, trace: str | None = None) -> None:
+    def __init__(
+        self, out: str, keep_checkpoints: bool = False, trace: str | None = None, checksums: bool = False
+    ) -> None:
         self.out, self.keep_checkpoints, self.trace = Path(out), keep_checkpoints, trace
+        self.checksums: dict[str, int] | None = {} if checksums else None
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.memory = [0, 0]  # bytes allocated and reserved at most, after the first step and its compilations
@@ -58,6 +94,10 @@ class Recorder(pl.Callback):
             self.profiler.__enter__()
         self.began = time.perf_counter()
 
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
+        if self.checksums == {}:
+            self.checksums["gradients"] = checksum(module, safe_get_full_grad)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -83,6 +123,9 @@ class Recorder(pl.Callback):
             "step_s": statistics.median(self.seconds[1:]) if self.seconds[1:] else None,
             "host_gib": self.host / 2**30,
         }
+        if self.checksums is not None:
+            self.checksums["masters"] = checksum(pl_module, safe_get_full_fp32_param)
+            line["checksums"] = self.checksums
         if torch.cuda.is_available():
             memory = torch.tensor(self.memory).cuda()
             if trainer.world_size > 1:
