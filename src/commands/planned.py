@@ -4,11 +4,13 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from jsonargparse import Namespace
 
 from src.commands.checks import mtp_loss_weight
 from src.datamodules import SFTDataModule
 from src.datamodules.files import NoMatch, expand
+from src.datamodules.packed_set import PackedSet
 from src.datamodules.tokenizer import load_tokenizer
 from src.models.deepseek_v3.sizes import read_sizes, trained_part
 from src.planner.cluster import Cluster
@@ -142,19 +144,34 @@ def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, floa
             "one document each (give --document_length; `check-data` counts)"
         )
         return rows, tokens, source, length
-    values["val_files"] = values["val_sets"] = None
-    module = SFTDataModule(**values)
-    module.setup("fit")
-    assert module.train_set is not None
-    packed = module.train_set
+    packed = _packed(values)
     lengths = packed.cache.lengths.astype("int64")
     rows, tokens = packed.rows_an_epoch, int(lengths.sum() * packed.rows_an_epoch / len(packed.rows))
     document = float((lengths**2).sum() / lengths.sum())
     source = (
         f"{len(lengths):,} samples, {lengths.sum():,} tokens, {rows:,} rows an epoch, documents of {document:,.0f} "
-        "tokens (the mean over tokens)"
+        f"tokens (the mean over tokens); rows are {packed.fill(length):.1%} full, and planned as full"
     )
     return rows, tokens, source, document
+
+
+def _packed(values: dict[str, Any]) -> PackedSet:
+    module = SFTDataModule(**values | {"val_files": None, "val_sets": None})
+    module.setup("fit")
+    assert module.train_set is not None
+    return module.train_set
+
+
+def row_lengths(config: Namespace) -> list[list[int]]:
+    """The lengths of the documents of each row of the training data, in a random order, the same in every run.
+
+    Raises:
+        ValueError: the files or the tokenizer are not here.
+    """
+    expand(config.data.train_files)
+    packed = _packed(config.data.as_dict() | {"tokenizer": config.data.tokenizer or config.model.pretrained})
+    order = np.random.default_rng(0).permutation(len(packed.rows))  # packing puts the fullest first
+    return [packed.cache.lengths[packed.rows[i]].tolist() for i in order]
 
 
 def _present(patterns: list[str]) -> list[str] | None:

@@ -6,18 +6,20 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from src.callbacks.out_of_memory import OutOfMemory
 from src.commands.checks import mtp_loss_weight
 from src.commands.config_command import ConfigCommand
-from src.commands.planned import plan_of
+from src.commands.planned import plan_of, row_lengths
 from src.planner.cluster import Cluster, read_cluster
 from src.planner.plan import Plan, make_plan
-from src.planner.settings import GIB
+from src.planner.settings import GIB, Settings
 from src.planner.streams import makespan
 from src.preflight.node import memory_limit
 from src.rehearsal.job import Job, Measured, rehearse
@@ -34,6 +36,12 @@ class RehearseCLI(ConfigCommand):
         parser.add_argument("--steps", type=int, default=2, help="optimizer steps; the first compiles and is not timed")
         parser.add_argument("--cluster", type=str | None, default=None, help="the machines: as plan's")
         parser.add_argument("--document_length", type=int | None, default=None, help="as plan's")
+        parser.add_argument(
+            "--rows",
+            type=Literal["full", "spread", "data"],
+            default="full",
+            help="their lengths: full as the plan's, 8 to 1 eighths of max_length in turn, or those of the data files",
+        )
         parser.add_argument(
             "--timeline",
             type=str | None,
@@ -74,14 +82,12 @@ class RehearseCLI(ConfigCommand):
         config.model.mtp_loss_weight = mtp_loss_weight(config.model)
         config.model.from_scratch = True  # random weights of this rank's part alone
         made = self.parser.instantiate_classes(config)
-        length = min(int(s.document), s.max_length)
-        rest = s.max_length % length
         job = Job(
             world=s.world,
             sp=s.sp,
             batch_size=s.batch_size,
             accumulate=s.accumulate,
-            documents=[length] * (s.max_length // length) + [rest] * (rest > 0),
+            rows=rows_of(config, s),
             vocab=s.sizes.vocab_size,
         )
         # Its advice is a command for `plan`, which has no --steps.
@@ -97,7 +103,23 @@ class RehearseCLI(ConfigCommand):
             precision=trainer.precision,
             gradient_clip_val=trainer.gradient_clip_val,
         )
-        print(report(plan, measured))
+        print(report(plan, measured, job.rows))
+
+
+def rows_of(config: Namespace, settings: Settings) -> list[list[int]]:
+    """The lengths of each row's documents, as --rows asks.
+
+    Raises:
+        ValueError: the data's are asked for, and their files are not here.
+    """
+    longest = settings.max_length
+    if config.rows == "data":
+        return row_lengths(config)
+    document = min(int(settings.document), longest)
+    # The longest first, and the shortest next to it: what is kept by size shows in the second micro-step.
+    eighths = (8, 1, 7, 2, 6, 3, 5, 4) if config.rows == "spread" else (8,)
+    totals = [max(1, longest * n // 8) for n in eighths]
+    return [[document] * (n // document) + [n % document] * (n % document > 0) for n in totals]
 
 
 def alone(plan: Plan, gather: float | None = None) -> Plan:
@@ -108,7 +130,7 @@ def alone(plan: Plan, gather: float | None = None) -> Plan:
     return make_plan(plan.settings.but(async_save=False, num_workers=0), cluster, plan.data)
 
 
-def report(plan: Plan, measured: Measured) -> str:
+def report(plan: Plan, measured: Measured, lengths: list[list[int]]) -> str:
     s, planned = plan.settings, alone(plan, measured.gather)
     rows = []
     if measured.allocated:
@@ -138,7 +160,14 @@ def report(plan: Plan, measured: Measured) -> str:
             f"  {'':40}{'here':>10}{'planned':>10}",
             *(f"  {name:40}{here:>10}{there:>10}" for name, here, there in rows),
             "",
+            f"Rows of {described(lengths)}; the plan's are of {s.max_length:,} tokens, all full.",
             f"Gathers are copies at {measured.gather / 1e9:.0f} GB/s, and planned as such.",
             f"Losses {', '.join(f'{loss:.2f}' for loss in measured.losses)}: of random weights, and not the job's.",
         ]
     )
+
+
+def described(rows: list[list[int]]) -> str:
+    totals = [sum(row) for row in rows]
+    shortest, longest = min(totals), max(totals)
+    return f"{longest:,} tokens" if shortest == longest else f"{shortest:,} to {longest:,} tokens"

@@ -1,6 +1,7 @@
 """A few optimizer steps of one rank, on rows of random tokens, with what they took."""
 
 import importlib
+import itertools
 import os
 import threading
 import time
@@ -32,34 +33,35 @@ def host_in_use() -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """What one rank does of it. documents: lengths of a row's. accumulate: micro-steps of an optimizer step."""
+    """What one rank does of it. rows: the lengths of each row's documents; rows are taken in turn. accumulate:
+    micro-steps of an optimizer step."""
 
     world: int
     sp: int
     batch_size: int
     accumulate: int
-    documents: list[int]
+    rows: list[list[int]]
     vocab: int
 
 
 class Rows(IterableDataset[Batch]):
-    """Micro-batches of full rows, every token a target: this rank's slice of each."""
+    """Micro-batches of random tokens, every one a target: this rank's slice of each."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
 
     def __iter__(self) -> Iterator[Batch]:
-        job, random = self.job, np.random.default_rng(0)
-        rows_a_step = job.world // job.sp * job.batch_size * job.accumulate
+        job, random, rows = self.job, np.random.default_rng(0), itertools.cycle(self.job.rows)
         while True:
-            lengths = job.documents * job.batch_size
-            documents = [
-                Document(random.integers(0, job.vocab, n).astype(np.int32), np.array([[0, n]], np.int32), "random")
-                for n in lengths
-            ]
-            tokens = rows_a_step * sum(job.documents)
+            step = [[n for _ in range(job.batch_size) for n in next(rows)] for _ in range(job.accumulate)]
+            tokens = job.world // job.sp * sum(map(sum, step))
             counts = {"step_tokens": tokens, "step_targets": tokens, "step_mtp_targets": tokens}
-            yield shard(collate(documents, job.sp), 0, job.sp) | counts
+            for lengths in step:
+                documents = [
+                    Document(random.integers(0, job.vocab, n).astype(np.int32), np.array([[0, n]], np.int32), "random")
+                    for n in lengths
+                ]
+                yield shard(collate(documents, job.sp), 0, job.sp) | counts
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def rehearsed(job: Job, directory: str, offload: bool) -> tuple[list[Any], int, 
 
 @pytest.mark.parametrize(("sp", "offload"), [(2, False), (1, True)])
 def test_it_is_the_jobs_first_rank(sp: int, offload: bool, directory: str) -> None:
-    job = Job(world=4, sp=sp, batch_size=2, accumulate=2, documents=[16, 8], vocab=DEEPSEEK_V3["vocab_size"])
+    job = Job(world=4, sp=sp, batch_size=2, accumulate=2, rows=[[16, 8], [4], [10]], vocab=DEEPSEEK_V3["vocab_size"])
     calls, elements = run_distributed(real, 4, job, directory, offload)[0]
     ours, ours_elements, measured = run_distributed(rehearsed, 1, job, directory, offload)[0]
     assert ours_elements == elements > 0
@@ -119,14 +120,24 @@ def test_other_ranks_parts_are_its_own_moved_on() -> None:
     assert torch.equal(own, part) and objects == [7] * 256
 
 
-def test_the_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rows", "length", "said"),
+    [("full", 32, "32 tokens"), ("spread", 32, "4 to 32 tokens"), ("data", 256, r"\d+ to 256 tokens")],
+)
+def test_the_command(rows: str, length: int, said: str, tmp_path: Path) -> None:
     config = ["--config", "configs/tiny_cpu.yaml", "--trainer.default_root_dir", str(tmp_path / "run")]
-    job = ["--trainer.num_nodes=128", "--trainer.accumulate_grad_batches=2", "--data.max_length=32"]
+    job = [
+        "--trainer.num_nodes=128",
+        "--trainer.accumulate_grad_batches=2",
+        f"--data.max_length={length}",
+        f"--rows={rows}",
+    ]
     result = start_afresh("rehearse", *config, *job)
     assert "rank 0 of 256 (DP 128 x SP 2), everything but the network:" in result.stdout
     for row in ("a micro-step, s", "the last and the optimizer, s", "host memory, GiB", "the busiest expert's load"):
         assert row in result.stdout
     assert "Gathers are copies at " in result.stdout
+    assert re.search(rf"Rows of {said}; the plan's are of {length} tokens, all full", result.stdout)
     assert not (tmp_path / "run").exists()
 
 
