@@ -13,9 +13,11 @@ from src.datamodules.files import NoMatch, expand
 from src.datamodules.packed_set import PackedSet
 from src.datamodules.tokenizer import load_tokenizer
 from src.models.deepseek_v3.sizes import read_sizes, trained_part
+from src.planner import account
 from src.planner.cluster import Cluster
 from src.planner.plan import Data, Plan, make_plan
-from src.planner.settings import Settings
+from src.planner.settings import GIB, Settings
+from src.planner.work import Work
 
 ASSUMED_ROWS = 100_000
 TOKENISED_HERE = 256 << 20  # bytes of data files; larger ones are estimated
@@ -78,6 +80,20 @@ def settings_of(config: Namespace, cluster: Cluster) -> Settings:
         uncounted=_uncounted(config),
         cpu=trainer.accelerator == "cpu",
     )
+
+
+def host_memory(config: Namespace, available: int) -> tuple[str, bool]:
+    """What a run takes of a node's memory and when, in one line; whether `available` bytes are too few.
+
+    Raises:
+        ValueError: as `settings_of`.
+    """
+    settings, cluster = settings_of(config, Cluster()), Cluster()
+    lines = account.host(settings, Work(settings, cluster))
+    total = sum(line.nbytes for line in lines)
+    parts = ", ".join(f"{line.name} {line.nbytes / GIB:.0f} GiB {line.when}" for line in lines)
+    said = f"host memory of a node: {parts}; total {total / GIB:.0f} GiB by the plan, {available / GIB:.0f} are free"
+    return said, total > available
 
 
 def _devices(devices: Any, cluster: Cluster) -> int:

@@ -3,14 +3,18 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import psutil  # type: ignore[import-untyped]
+import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.export_at_end import ExportAtEnd
@@ -34,10 +38,12 @@ from src.commands.checks import (
     refuse_older,
     refuse_other_run,
 )
+from src.commands.planned import host_memory
 from src.datamodules import SFTDataModule
 from src.datamodules.files import expand
 from src.datamodules.tokenizer import load_tokenizer, opening_files
 from src.models.sft_module import SFTModule
+from src.preflight.node import memory_limit
 
 
 class TrainingCLI(LightningCLI):
@@ -96,6 +102,8 @@ class TrainingCLI(LightningCLI):
         if asked is None:
             found = "the model has its block" if settings.model.mtp_loss_weight else "there is no block to train"
             rank_zero_info(f"multi-token prediction: mtp_loss_weight {settings.model.mtp_loss_weight}, {found}")
+        if self.subcommand == "fit" and settings.trainer.accelerator != "cpu" and torch.cuda.is_available():
+            say_host_memory(settings)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         self.datamodule.tokenizer = load_tokenizer(self.datamodule.tokenizer_spec)
@@ -136,3 +144,14 @@ class TrainingCLI(LightningCLI):
             for name in ("val", *(f"val/{name}" for name in self.datamodule.val_sets)):
                 loss = float(self.trainer.callback_metrics[f"{name}/loss"])
                 print(f"{name}/loss {loss:.8f}")
+
+
+def say_host_memory(settings: Namespace) -> None:
+    """What will be allocated on the host and when, before any of it is; a warning where it is more than is there."""
+    usable = min(psutil.virtual_memory().available, memory_limit() or sys.maxsize)
+    with suppress(ValueError):  # of a strategy that the planner does not know
+        said, too_much = host_memory(settings, usable)
+        if too_much:
+            rank_zero_warn(f"{said}: the run is killed when it takes more; see `plan`")
+        else:
+            rank_zero_info(said)

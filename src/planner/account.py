@@ -15,6 +15,7 @@ CONTEXT, NCCL_WORLD, NCCL_SP, FRAGMENTATION = 0.6 * GIB, 1.2 * GIB, 0.5 * GIB, 0
 # rank with two loaders took 2.4 GiB; what NCCL pins for many nodes comes to that.
 PROCESS, CPU_PROCESS, WORKER = 4 * GIB, 0.7 * GIB, 0.8 * GIB
 DISK_HEADERS = 1.001
+AT_START, IN_FIRST_STEP, AT_FIRST_SAVE = "at the start", "in the first micro-step", "at the first save"
 
 
 def _g(value: float) -> str:
@@ -94,24 +95,24 @@ def host(settings: Settings, work: Work) -> list[Line]:
     lines = []
     if s.offload_optimizer:
         why = f"{ranks} ranks x {_g(trained)} x 16 bytes: master and gradient (pinned), two moments, in fp32"
-        lines.append(Line("optimizer states and gradient", ranks * 16 * trained, why))
+        lines.append(Line("optimizer states and gradient", ranks * 16 * trained, why, AT_START))
     if s.offload_parameters:
         why = f"{ranks} ranks x {_g(own)} x {s.param_bytes} bytes"
-        lines.append(Line("weights, pinned", ranks * s.param_bytes * own, why))
+        lines.append(Line("weights, pinned", ranks * s.param_bytes * own, why, AT_START))
     if s.activation_checkpointing:
         layers = s.sizes.layers
         waiting = {"attention outputs": s.attention_output, "layer inputs": s.layer_input}
         for (name, kept), line in zip(waiting.items(), (work.kept_output(), work.layer_input()), strict=True):
             if kept == "offload":
                 why = f"{ranks} ranks x {layers} layers x {line.nbytes / GIB:.2f} GiB ({line.why}), of the longest row"
-                lines.append(Line(f"{name}, pinned", ranks * layers * line.nbytes, why))
+                lines.append(Line(f"{name}, pinned", ranks * layers * line.nbytes, why, IN_FIRST_STEP))
     if s.async_save:
         each = 12 if s.param_bytes == 2 else 8 + s.param_bytes
-        why = f"{ranks} ranks x {_g(trained)} x {each} bytes, from the first save on"
-        lines.append(Line("copy that a save writes, plain", ranks * each * trained, why))
+        why = f"{ranks} ranks x {_g(trained)} x {each} bytes, {AT_FIRST_SAVE} and kept"
+        lines.append(Line("copy that a save writes, plain", ranks * each * trained, why, AT_FIRST_SAVE))
     process = CPU_PROCESS if s.cpu else PROCESS
     why = f"{ranks} ranks x ({process / GIB:.1f} GiB + {s.num_workers} workers x {WORKER / GIB} GiB), assumed"
-    lines.append(Line("processes and loaders", ranks * (process + s.num_workers * WORKER), why))
+    lines.append(Line("processes and loaders", ranks * (process + s.num_workers * WORKER), why, AT_START))
     return lines
 
 

@@ -15,11 +15,12 @@ SHARDS, GRADIENTS, INPUTS, KEPT, LAYER, LOSS = (
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the account: bytes, and their formula with the numbers put in."""
+    """A line of the account: bytes, their formula with the numbers put in, and of host memory when it is allocated."""
 
     name: str
     nbytes: float
     why: str
+    when: str = ""
 
 
 @dataclass

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from src.commands.plan import PlanCLI, verdict
+from src.commands.planned import host_memory
 from src.commands.plan import _Silent as Quiet
 from src.planner.cluster import Cluster
 from src.planner.plan import make_plan
@@ -184,3 +185,13 @@ def test_scale_tells_where_it_stops_paying() -> None:
     assert not plans[0].fits  # 671e9 parameters on one node
     best = pays_until(plans)
     assert best is not None and best.fits
+
+
+def test_fit_says_what_host_memory_comes_when() -> None:
+    config = PlanCLI(["--config", "configs/32n_sp4.yaml"]).config
+    said, too_much = host_memory(config, 1000 << 30)
+    assert not too_much and "\n" not in said
+    for part in ("states and gradient 318 GiB at the start", "pinned 360 GiB in the first micro-step", "1000 are free"):
+        assert part in said
+    assert "copy that a save writes, plain 238 GiB at the first save" in said
+    assert host_memory(config, 900 << 30)[1]
