@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from src.commands.plan import PlanCLI, verdict
-from src.commands.planned import host_memory
 from src.commands.plan import _Silent as Quiet
+from src.commands.planned import host_memory
 from src.planner.cluster import Cluster
 from src.planner.plan import make_plan
 from src.planner.search import nearest, pays_until, scale, search
