@@ -41,7 +41,7 @@ def _visit(visit: Visit, schedule: Schedule, zero: Zero, cluster: Cluster, fetch
         waits = (done,)
     if visit.backward:
         zero.gradients(visit, done)
-    zero.release(visit)
+    zero.release(visit, done)
     if visit.syncs:
         schedule.host_works(0.0, done)
     for name, nbytes in visit.stows.items():

@@ -74,6 +74,7 @@ class Zero:
         self._fetched_for: dict[str, int] = {}
         self._bucket: list[tuple[str, int, int]] = []  # name, elements, operation that made it
         self._copies = 0
+        self._released: tuple[int, ...] = ()
         self._arrivals: list[int] = []  # the operations behind the waits for parameters, and behind
         self._reductions: list[int] = []  # reductions, for which the host comes to wait
 
@@ -116,7 +117,8 @@ class Zero:
         if not params:
             return
         add, settings = self.schedule.add, self.settings
-        last = self.schedule.host
+        # The stream that gathers waits for the computation that used the last memory to be released.
+        after: tuple[int, ...] = (self.schedule.host, *self._released)
         size = settings.param_bytes * sum(params.values())
         small = {name: n for name, n in params.items() if n * settings.param_bytes < OWN_MEMORY}
         flat = None
@@ -133,10 +135,10 @@ class Zero:
                 self._take(name, n)
         if settings.offload_parameters:
             rate = self.cluster.pcie_in_gb_s * 1e9
-            last = add(FROM_HOST, size / settings.world / rate, f"partitions of {what}", last)
+            after = (add(FROM_HOST, size / settings.world / rate, f"partitions of {what}", *after),)
         if not self._alone:
-            last = add(GATHER, collective_seconds(settings, self.cluster, size), f"gather {what}", last)
-        group = _Group(last, flat, set(small))
+            after = (add(GATHER, collective_seconds(settings, self.cluster, size), f"gather {what}", *after),)
+        group = _Group(after[0], flat, set(small))
         self._available |= params
         self._groups |= dict.fromkeys(params, group)
         self.schedule.gathered += sum(params.values())
@@ -157,13 +159,14 @@ class Zero:
             group.flat = None
         return group.op
 
-    def release(self, visit: Visit) -> None:
-        """Frees a visit's weights, but those whose next use a prefetch has passed over."""
+    def release(self, visit: Visit, done: int) -> None:
+        """Frees a visit's weights, which `done` has used, but those whose next use a prefetch has passed over."""
         if self._aliased:
             return
         for name in visit.params:
             if name in self._available and name not in self._groups and self._fetched_for[name] <= self._step - 1:
                 del self._available[name]
+                self._released = (done,)
                 self.ledger.give(name)
 
     # -- gradients ----------------------------------------------------------------------------------------------------

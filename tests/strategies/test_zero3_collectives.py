@@ -148,3 +148,27 @@ def operations(world: int) -> tuple[int, int]:
 def test_the_host_does_the_same_at_any_world_size() -> None:
     small, large = (run_distributed(operations, 1, world)[0] for world in (8, 1024))
     assert small == large and min(small) > 0
+
+
+def used_again(_: int) -> None:
+    begin(8, "cuda")
+    first, second = parameters([(8 * 2**22,), (8 * 2**22,)], torch.bfloat16)
+    gathering = torch.cuda.Stream()
+    with torch.cuda.stream(gathering):
+        first.ours([first]).wait()
+    torch.cuda.current_stream().wait_stream(gathering)
+    expected, place = first.data.double().sum(), first.data.data_ptr()
+    torch.cuda._sleep(10**9)  # the host runs ahead of a computation that still needs the first
+    later = first.data.double().sum()
+    first.partition()
+    assert first.data.numel() == 0
+    with torch.cuda.stream(gathering):
+        second.ours([second]).wait()
+    assert second.data.data_ptr() == place
+    torch.cuda.current_stream().wait_stream(gathering)
+    assert later.item() == expected.item() != second.data.double().sum().item()
+
+
+@pytest.mark.gpu
+def test_released_memory_is_gathered_into_behind_its_last_use() -> None:
+    run_distributed(used_again, 1, 0)
