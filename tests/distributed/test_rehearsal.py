@@ -3,6 +3,8 @@
 import functools
 import math
 import re
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from src.rehearsal.loopback import join
 from src.strategies import DeepSpeedSPStrategy
 from tests.commands import run, start_afresh
 from tests.models.tiny import DEEPSEEK_V3
+from tests.strategies.test_zero3_collectives import Calls as Operations
 
 from .spawn import run_distributed
 
@@ -97,6 +100,46 @@ def test_it_is_the_jobs_first_rank(sp: int, offload: bool, directory: str) -> No
     assert [len(step) for step in measured.micro_steps] == [2] and len(measured.losses) == 2
     # Of an SP group's first rank alone: a part of the loss of random weights, ln(vocabulary).
     assert all(0 < loss < 1.2 * math.log(job.vocab) for loss in measured.losses)
+
+
+class Count(pl.Callback):
+    """Of the last step's first micro-step: operations that PyTorch dispatches, and Python functions that are called."""
+
+    def __init__(self) -> None:
+        self.operations, self.calls = Operations(), Counter[str]()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if (trainer.global_step, trainer.fit_loop.batch_idx % 2) == (1, 0):
+            self.operations.__enter__()
+            sys.setprofile(self._called)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if sys.getprofile() is not None:
+            sys.setprofile(None)
+            self.operations.__exit__(None, None, None)
+
+    def _called(self, frame: Any, event: str, _: Any) -> None:
+        if event == "call":
+            self.calls[f"{frame.f_code.co_filename}:{frame.f_code.co_qualname}"] += 1
+
+
+def counted(world: int, directory: str) -> tuple[Counter[str], Counter[str]]:
+    # All experts of a layer in one shard: one without rows, of which these weights make some, is not computed.
+    settings = SETTINGS | {"experts_per_shard": DEEPSEEK_V3["n_routed_experts"]}
+    job = Job(world, sp=2, batch_size=1, accumulate=2, rows=[[16, 8]], vocab=DEEPSEEK_V3["vocab_size"])
+    count = Count()
+    rehearse(job, SFTModule(directory, **settings), 2, [count], **trainer_arguments(2, False))
+    return count.operations.by_name, count.calls
+
+
+def test_a_micro_step_costs_the_host_the_same_at_8_and_at_1024_ranks(directory: str) -> None:
+    few, many = (run_distributed(counted, 1, world, directory)[0] for world in (8, 1024))
+    # The end of a parameter that 8 ranks do not divide is laid out by itself; nothing else differs.
+    ends = few[0] - many[0]
+    assert many[0] - few[0] == Counter() and set(ends) <= {"aten.slice.Tensor", "aten.select.int", "aten.div.out"}
+    assert ends.total() < 0.02 * many[0].total() and many[0].total() > 1000
+    python = [Counter({name: n for name, n in calls.items() if "torch" not in name}) for _, calls in (few, many)]
+    assert python[0] == python[1] and python[0].total() > 5000
 
 
 def far(_: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
