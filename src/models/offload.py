@@ -8,9 +8,6 @@ from torch import Tensor
 
 from .pinned import pinned
 
-# What is fetched ahead while a layer's backward runs: as many tensors as a layer leaves here (its input, its
-# attention's output and log-sums, its output projection).
-AHEAD = 4
 # Bytes that are copied out at once: the device's engine takes one copy after the other, and the experts' route, which
 # the host waits for, would otherwise wait behind a layer's whole output (7 ms per layer of 671B, measured).
 CHUNK = 32 * 2**20
@@ -34,11 +31,12 @@ class HostStack:
     the buffers. Tensors that are not on a CUDA device stay where they are.
 
     longest: tokens of the longest row that can come, of one SP rank; a longer one enlarges the buffers.
+    ahead: tensors that are fetched before they are asked for: as many as a layer leaves here.
     also_cpu: keeps tensors of the CPU too, for tests.
     """
 
     def __init__(self, also_cpu: bool = False) -> None:
-        self.longest = 0
+        self.longest, self.ahead = 0, 1
         self._also_cpu = also_cpu
         self._tokens = 1
         self._waiting: dict[int, Waiting] = {}  # in the order of `put`
@@ -81,7 +79,7 @@ class HostStack:
             return item
         del self._waiting[id(item)]
         self._fetch(item)
-        before = list(self._waiting.values())[-AHEAD:]
+        before = list(self._waiting.values())[-self.ahead :]
         for other in reversed(before):
             self._fetch(other)
         assert item.fetched is not None

@@ -46,6 +46,11 @@ EXPERTS_BESIDE = (1.60, 1.39)
 PRODUCTS_BESIDE = (1.32, 1.50)
 ATTENTION_BESIDE = (1.18, 5.5)
 
+# "What the host needs": 61 narrow layers of 64 tokens as rank 0 of 256, for which the GPU has next to nothing to do.
+# For a visit of a parameter: hooks, gather, release, reduction and launches; what more a layer of experts needs, in
+# each of forward, recomputation and backward; what more a shard needs, in forward and in backward.
+HOST_PARAMETER, HOST_ROUTE, HOST_SHARD = 0.75e-3, 3.3e-3, 1.0e-3
+
 SKEW = 0.01  # "Four GPUs of one host": of a layer's time, what its six SP exchanges wait for the slowest rank
 
 # Latency of a collective, assumed: seconds, and for each node and each rank of its group.

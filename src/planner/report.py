@@ -8,7 +8,7 @@ from src.planner.ledger import Line
 from src.planner.plan import ASSUMED, MEASURED, Plan, optimizer_why, shifted, step_flops
 from src.planner.search import pays_until
 from src.planner.settings import GIB
-from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, SP, TO_HOST
+from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, HOST, SP, TO_HOST
 from src.planner.timing import export_seconds, load_seconds, network_bytes, save_stall, sp_bytes, write_seconds
 
 
@@ -50,6 +50,7 @@ def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
     add("  compute is slowed", t.slowed, hold)
     hidden = f"{t.micro:.2f} - {t.streams[COMPUTE]:.2f} - {t.slowed:.2f} - {t.streams[SP]:.2f}"
     add("  compute waits", t.exposed, f"{hidden}: what is not hidden")
+    add("    for the host", t.host, f"whose hooks and launches take {t.streams[HOST]:.2f} s, most of them ahead")
     add("optimizer", t.optimizer, optimizer_why(plan))
     off = f"assumed {ASSUMED:.0%} off, others {MEASURED:.0%}"
     step = f"{t.step:.1f} s ({plan.fastest:.0f} to {plan.slowest:.0f})"
@@ -149,6 +150,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "time": {
             "micro_step_s": t.micro,
             "exposed_s": t.exposed,
+            "host_s": t.host,
             "slowed_s": t.slowed,
             "optimizer_s": t.optimizer,
             "step_s": t.step,

@@ -15,6 +15,8 @@ from src.planner.rates import (
     ELEMENTWISE_BACKWARD_MLP,
     ELEMENTWISE_FORWARD,
     EXPERTS_BESIDE,
+    HOST_ROUTE,
+    HOST_SHARD,
     PRODUCTS_BESIDE,
 )
 from src.planner.settings import Settings
@@ -36,7 +38,8 @@ class Visit:
     """One call of a module, or of its backward. Memory is by name, with the line of the account that it belongs to.
 
     params: the weights that it uses, and their elements. parts: its work, one after the other.
-    backward: its weights' gradients come out. syncs: the host waits for its end.
+    backward: its weights' gradients come out. syncs: the host waits for its end. host: seconds that the host needs
+    besides those of its weights.
     takes: allocated before its weights are fetched. during: there until gradients come out; beside: until all are.
     gives: freed behind it; leaves: allocated behind it; stows: copied to the host behind it, in bytes.
     fetches: fetched from the host behind it; awaits: fetched before it, and used here.
@@ -47,6 +50,7 @@ class Visit:
     parts: tuple[Part, ...] = (Part(COMPUTE, 0.0),)
     backward: bool = False
     syncs: bool = False
+    host: float = 0.0
     takes: Mapping[str, Line] = field(default_factory=dict)
     during: Line | None = None
     beside: Line | None = None
@@ -85,7 +89,7 @@ def visits(settings: Settings, work: Work) -> Iterator[Visit]:
 class _Layer:
     def __init__(self, settings: Settings, work: Work, index: int) -> None:
         s = settings.sizes
-        mtp = index == s.num_hidden_layers
+        self.mtp = mtp = index == s.num_hidden_layers
         self.settings, self.work, self.index = settings, work, index
         self.dense, self.again = s.dense(index), settings.activation_checkpointing
         self.name = "MTP block" if mtp else f"layer {index}"
@@ -94,6 +98,7 @@ class _Layer:
         projections = ({"eh_proj": 2 * s.hidden_size**2} if mtp else {}) | attention_weights(s)
         self.attention = {f"{self.name} {name}": size for name, size in projections.items()}
         self.mlp = {f"{self.name} {name}": size for name, size in mlp_weights(s, self.dense).items()}
+        self._host = 0.0 if self.dense else HOST_ROUTE
         self.shards = [
             {f"{self.name} shard {shard} {name}": size for name, size in s.shard.items()}
             for shard in range(0 if self.dense else s.shards)
@@ -163,10 +168,11 @@ class _Layer:
                 self._mlp_part(sum(self.mlp.values()), ELEMENTWISE_FORWARD),
                 takes=route | {"MLP": Line(LAYER, *used)},
                 syncs=not self.dense,  # for the route, without which it cannot call the shards
+                host=self._host,
             )
         ]
         for shard, params in enumerate(self.shards):
-            calls.append(Visit(f"{self.name} shard {shard}", params, self._shard_part(False)))
+            calls.append(Visit(f"{self.name} shard {shard}", params, self._shard_part(False), host=HOST_SHARD))
         leaving = {f"{self.name} input": self.inputs.nbytes} if self.again and s.layer_input == "offload" else {}
         calls[-1] = replace(calls[-1], gives=("MLP", *leaving), stows=leaving)
         yield from calls
@@ -192,6 +198,7 @@ class _Layer:
                     params,
                     self._shard_part(True),
                     backward=True,
+                    host=HOST_SHARD,
                     during=Line(LAYER, *work.shard_activations()),
                     beside=Line(LAYER, *work.shard_backward()),
                     leaves={f"rows {shard}": Line(LAYER, *work.shard_gradient())},
@@ -203,12 +210,15 @@ class _Layer:
                 self.mlp,
                 self._mlp_part(2 * sum(self.mlp.values()), ELEMENTWISE_BACKWARD_MLP),
                 backward=True,
+                host=self._host,
                 gives=(*(f"rows {shard}" for shard in range(len(self.shards))), "MLP", f"{self.name} mlp_graph"),
             )
         )
         calls[0] = replace(calls[0], takes={"MLP": used})
         yield from calls
-        held = ("graph", "kept", "input", *(["route"] if self.again and not self.dense else []))
+        held = ["graph", "kept", "input"]
+        if self.again:
+            held += ["route"] * (not self.dense) + ["joined"] * self.mtp
         yield Visit(
             f"{self.name} attention backward",
             self.attention,
@@ -220,7 +230,9 @@ class _Layer:
 
     def _recomputation(self, ahead: Mapping[str, Line]) -> Iterator[Visit]:
         work, recomputed = self.work, self.settings.attention_output == "recompute"
-        kept = self._own(KEPT, kept=work.kept_output()) if recomputed else {}
+        kept = self._own(KEPT, kept=work.kept_output(projection=False)) if recomputed else {}
+        if self.mtp:
+            kept |= self._own(LAYER, joined=work.joined())
         yield Visit(
             f"{self.name} attention again",
             self.attention if recomputed else _without_last(self.attention),
@@ -234,6 +246,7 @@ class _Layer:
             f"{self.mlp_name} again",
             again,
             self._mlp_part(sum(again.values()), ELEMENTWISE_FORWARD),
+            host=self._host,
             takes=self._own(LAYER, mlp_graph=work.graph_mlp(self.dense)),
         )
 

@@ -1,5 +1,6 @@
 """From the simulated micro-step to an optimizer step, a run and its cost."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from src.planner.account import checkpoint_bytes
@@ -7,7 +8,7 @@ from src.planner.cluster import Cluster
 from src.planner.micro_step import micro_step
 from src.planner.schedule import Schedule
 from src.planner.settings import Settings
-from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, HOST, SP, TO_HOST, Span, busy, makespan, play
+from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, HOST, SP, TO_HOST, Op, Span, busy, makespan, play
 
 # A parameter: fused AdamW on fp32 states 28, flattened gradient 8, its norm in fp64 20, clipping 8, cast to bf16 6; and
 # what comes after a step whatever its size: callbacks and logging (measured: 70 to 92 ms at 2.1e9 to 2.8e9 parameters).
@@ -18,8 +19,8 @@ ORDINARY_COPY_GB_S = 8.0  # a process of the host copying between ordinary memor
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds. micro: one micro-step; forward: of it; exposed: of it, when compute waits; slowed: of it, what compute
-    takes longer beside collectives. optimizer: after the last.
+    """Seconds. micro: one micro-step; forward: of it; exposed: of it, when compute waits; host: of that, what a host
+    without work would save; slowed: of it, what compute takes longer beside collectives. optimizer: after the last.
 
     streams: work of each stream in one micro-step, had it the device for itself.
     """
@@ -27,6 +28,7 @@ class StepTime:
     micro: float
     forward: float
     exposed: float
+    host: float
     slowed: float
     optimizer: float
     step: float
@@ -68,7 +70,15 @@ def step_time(settings: Settings, cluster: Cluster, quick: bool = False) -> Step
     forward = makespan(span for span in spans[: last.forward_ops] if span.op.stream in (COMPUTE, SP))
     slowed = ((n - 1) * _slowed(others) + _slowed(spans)) / n
     exposed = total / n - streams[COMPUTE] - slowed - streams[SP]
-    return StepTime(total / n, forward, exposed, slowed, optimizer, total + optimizer, streams, last, spans)
+    host = 0.0 if quick else makespan(spans) - makespan(play(_scaled(last.ops, {HOST: 0.0})))
+    return StepTime(
+        total / n, forward, exposed, max(0.0, host), slowed, optimizer, total + optimizer, streams, last, spans
+    )
+
+
+def _scaled(ops: Iterable[Op], factors: Mapping[str, float]) -> list[Op]:
+    """Operations that take so many times as long, by stream."""
+    return [replace(op, seconds=op.seconds * factors.get(op.stream, 1.0)) for op in ops]
 
 
 def _slowed(spans: list[Span]) -> float:
@@ -81,9 +91,8 @@ def step_seconds(settings: Settings, cluster: Cluster, time: StepTime, other: Cl
     exchange = "nccl_inter_node_gb_s" if settings.sp > settings.gpus else "nccl_intra_node_gb_s"
     rates = {GATHER: network, SP: exchange, TO_HOST: "pcie_out_gb_s", FROM_HOST: "pcie_in_gb_s"}
     factors = {stream: getattr(cluster, name) / getattr(other, name) for stream, name in rates.items()}
-    factors |= {COMPUTE: kernels, CAST: kernels, HOST: 1.0}
-    ops = [replace(op, seconds=op.seconds * factors[op.stream]) for op in time.schedule.ops]
-    ratio = makespan(play(ops)) / makespan(time.spans)
+    factors |= {COMPUTE: kernels, CAST: kernels}
+    ratio = makespan(play(_scaled(time.schedule.ops, factors))) / makespan(time.spans)
     optimizer, _ = optimizer_seconds(settings, other)
     return settings.accumulate * time.micro * ratio + optimizer * (1.0 if settings.offload_optimizer else kernels)
 
@@ -128,6 +137,8 @@ def busiest(time: StepTime) -> str:
     """What a micro-step waits for most."""
     if time.exposed < 0.05 * time.micro:
         return "compute"
-    others = {name: seconds for name, seconds in time.streams.items() if name not in (COMPUTE, SP)}
+    if time.host > time.exposed / 2:
+        return HOST
+    others = {name: seconds for name, seconds in time.streams.items() if name not in (COMPUTE, SP, HOST)}
     name = max(others, key=lambda stream: others[stream])
     return "ZeRO's network" if name == GATHER else name

@@ -129,11 +129,18 @@ class Work:
         one = self._bytes(layer_input_bytes(self.sizes, b) / b, "a layer's input")
         return one._replace(nbytes=count * one.nbytes)
 
-    def kept_output(self) -> Bytes:
+    def kept_output(self, projection: bool = True) -> Bytes:
         """Attention's output and log-sums (fp32, a head), and the output projection's result."""
         b = self.settings.param_bytes
         out = attention_output_bytes(self.sizes, b) / b
+        if not projection:
+            return self._bytes(out - self.hidden, "attention's output and its log-sums")
         return self._bytes(out, "attention's output, its log-sums and the output projection")
+
+    def joined(self) -> Bytes:
+        """What the multi-token prediction's block has besides: its two inputs side by side, the main model's output
+        before its norm, and the gradient of that output, which waits."""
+        return self._bytes(4 * self.hidden, "two inputs side by side, the main model's output and its gradient")
 
     def route(self) -> Bytes:
         """Chosen experts, order, tokens, slots and shards of each row, int64, kept over the recomputation."""

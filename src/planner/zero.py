@@ -21,7 +21,6 @@ from src.strategies.zero_limits import OWN_MEMORY, PIECE, reduced_in_pieces, zer
 
 EVENTS = 2  # gathers, and reductions, that may be unfinished when the host comes to the next
 NORM_ELEMENTS = 250_000_000  # whose norm is taken at once (`_constant_buffered_norm2`)
-HOOKS = 0.4e-3  # seconds of the host for a visit of one parameter: hooks, allocator, launches
 
 
 def collective_seconds(settings: Settings, cluster: Cluster, nbytes: float) -> float:
@@ -83,7 +82,7 @@ class Zero:
     def fetch(self, visit: Visit) -> tuple[int, ...]:
         """Gathers what the visit needs and is not there, then prefetches; returns what its computation waits for."""
         assert self.order[self._step] is visit
-        self.schedule.host_works(HOOKS * len(visit.params))
+        self.schedule.host_works(rates.HOST_PARAMETER * len(visit.params) + visit.host)
         if self._aliased:
             self._step += 1
             return (self.schedule.host,)

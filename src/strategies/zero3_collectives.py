@@ -17,6 +17,7 @@ gathers, secondary partitions, NVMe) stays DeepSpeed's.
 Legend: W ranks, n elements of a rank's partition of one parameter, padding included, N the sum of n over a bucket.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -30,6 +31,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from . import zero_limits
+
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class _Gathered:
@@ -126,17 +129,22 @@ def gather_by_one_view(parameter: Any, init: Init) -> None:
         parameter.all_gather_coalesced = partial(_gather, init.local_device)
 
 
-def _lay_out(rows: Tensor, gradient: Tensor, size: int, begin: int, divisor: Tensor) -> None:
+def _lay_out(rows: Tensor, gradient: Tensor, size: int, begin: int, divisor: int) -> None:
     """Writes elements [begin, begin + c) of every rank's part of `gradient`, divided, to rows [W, c], in their dtype.
 
     size: n, the elements of a rank's part; the last rank that has one may have less, ranks after it nothing.
     """
     flat, stop = gradient.reshape(-1), begin + rows.shape[1]
+    if _TRITON and rows.is_cuda and rows.dtype == torch.float32:
+        from .triton_layout import lay_out
+
+        return lay_out(rows, flat, size, begin, divisor)
+    by = torch.full((1,), float(divisor), dtype=rows.dtype, device=rows.device)  # of one element, not none: it promotes
     whole, rest = divmod(len(flat), size)
-    torch.div(flat[: whole * size].view(whole, size)[:, begin:stop], divisor, out=rows[:whole])
+    torch.div(flat[: whole * size].view(whole, size)[:, begin:stop], by, out=rows[:whole])
     if rest > begin:
         last = flat[whole * size + begin : whole * size + min(rest, stop)]
-        torch.div(last, divisor, out=rows[whole, : len(last)])
+        torch.div(last, by, out=rows[whole, : len(last)])
 
 
 @torch.no_grad()
@@ -156,12 +164,11 @@ def reduce_scatter(
         flat = first.view(world, total).div_(divisor)
         parts = _scatter(flat, flat[rank], group)
         return [parts]
-    by = torch.full((1,), float(divisor), dtype=dtype, device=first.device)  # of one element, not none: it promotes
     if len(gradients) == 1 and zero_limits.reduced_in_pieces(first.numel(), world):
-        return [_in_pieces(first, total, group, by)[: own[0]]]
+        return [_in_pieces(first, total, group, dtype, divisor)[: own[0]]]
     flat = first.new_empty(world, total, dtype=dtype)  # [W, N]
     for rows, gradient, n in zip(flat.split(sizes, 1), gradients, sizes, strict=True):
-        _lay_out(rows, gradient, n, 0, by)
+        _lay_out(rows, gradient, n, 0, divisor)
     parts = _scatter(flat, flat[rank], group)
     return [part[:n] for part, n in zip(parts.split(sizes), own, strict=True)]
 
@@ -172,17 +179,19 @@ def _scatter(flat: Tensor, out: Tensor, group: dist.ProcessGroup | None) -> Tens
     return out
 
 
-def _in_pieces(gradient: Tensor, size: int, group: dist.ProcessGroup | None, by: Tensor) -> Tensor:
+def _in_pieces(
+    gradient: Tensor, size: int, group: dist.ProcessGroup | None, dtype: torch.dtype, divisor: int
+) -> Tensor:
     """`reduce_scatter` of one large gradient, `zero_limits.PIECE` elements at a time. Returns [n]."""
     world = dist.get_world_size(group)
-    out = torch.empty(size, dtype=by.dtype, device=by.device)
+    out = gradient.new_empty(size, dtype=dtype)
     columns, works = max(1, zero_limits.PIECE // world), list[Any]()
     for begin in range(0, size, columns):
         if len(works) > 1:
             works.pop(0).wait()  # its memory is the next piece's
         part = out[begin : begin + columns]
-        rows = by.new_empty(world, len(part))
-        _lay_out(rows, gradient, size, begin, by)
+        rows = out.new_empty(world, len(part))
+        _lay_out(rows, gradient, size, begin, divisor)
         works.append(dist.reduce_scatter_tensor(part, rows.view(-1), group=group, async_op=True))
     for work in works:
         work.wait()

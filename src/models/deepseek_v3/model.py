@@ -141,6 +141,7 @@ class DeepseekV3ForCausalLM(nn.Module):
             elif isinstance(module, MoE):
                 module.kept = Kept(None)  # the routing: small, and the experts' rows must be the same again
         self.offload_layer_inputs = layer_input == "offload"
+        self.host.ahead = 3 * (attention_output == "offload") + self.offload_layer_inputs
 
     @property
     def kept_bytes(self) -> dict[str, int]:
