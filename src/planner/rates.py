@@ -50,6 +50,7 @@ ATTENTION_BESIDE = (1.18, 5.5)
 # For a visit of a parameter: hooks, gather, release, reduction and launches; what more a layer of experts needs, in
 # each of forward, recomputation and backward; what more a shard needs, in forward and in backward.
 HOST_PARAMETER, HOST_ROUTE, HOST_SHARD = 0.75e-3, 3.3e-3, 1.0e-3
+HOST_PARAMETER_ALONE = 0.4e-3  # of one rank, which gathers nothing: assumed
 
 SKEW = 0.01  # "Four GPUs of one host": of a layer's time, what its six SP exchanges wait for the slowest rank
 

@@ -82,7 +82,8 @@ class Zero:
     def fetch(self, visit: Visit) -> tuple[int, ...]:
         """Gathers what the visit needs and is not there, then prefetches; returns what its computation waits for."""
         assert self.order[self._step] is visit
-        self.schedule.host_works(rates.HOST_PARAMETER * len(visit.params) + visit.host)
+        a_parameter = rates.HOST_PARAMETER_ALONE if self._aliased else rates.HOST_PARAMETER
+        self.schedule.host_works(a_parameter * len(visit.params) + visit.host)
         if self._aliased:
             self._step += 1
             return (self.schedule.host,)

@@ -17,9 +17,11 @@ def _lay_out(gradient, rows, divisor, numel, size, begin, columns, row_stride, B
     tl.store(rows + row * row_stride + column, tl.div_rn(value, divisor), mask=live)
 
 
-def lay_out(rows: Tensor, gradient: Tensor, size: int, begin: int, divisor: float) -> None:
+def lay_out(rows: Tensor, gradient: Tensor, size: int, begin: int, divisor: int) -> None:
     """Writes gradient[r * size + begin + i] / divisor to rows[r, i], fp32 [W, c] with c <= size - begin, where there is
     one. The gradient is contiguous."""
     world, columns = rows.shape
     grid = (triton.cdiv(columns, 2048), world)
-    _lay_out[grid](gradient, rows, divisor, gradient.numel(), size, begin, columns, rows.stride(0), 2048, num_warps=8)
+    _lay_out[grid](
+        gradient, rows, float(divisor), gradient.numel(), size, begin, columns, rows.stride(0), 2048, num_warps=8
+    )
