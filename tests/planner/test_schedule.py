@@ -11,7 +11,7 @@ from src.planner.micro_step import micro_step
 from src.planner.rates import ATTENTION_BESIDE, EXPERTS_BESIDE, PRODUCTS_BESIDE
 from src.planner.settings import Settings
 from src.planner.streams import COMPUTE, GATHER, HOST, SP, STREAMS, Op, busy, makespan, play
-from src.planner.timing import step_time
+from src.planner.timing import busiest, step_time
 from tests.planner.settings import guide, sizes
 
 OPS = st.lists(
@@ -136,3 +136,26 @@ def test_the_host_waits_for_the_route_of_each_layer() -> None:
     routes = [i for i, op in enumerate(ops) if op.name.endswith("router, shared")]
     assert len(routes) == 58
     assert all(ops[i + 1].stream == HOST and ops[i + 1].after == (i,) for i in routes)
+
+
+# benchmarks/RESULTS.md, "What the host needs": of 61 layers, those that are dense; seconds.
+@pytest.mark.parametrize(("dense", "measured"), [(60, 1.02), (3, 2.00)])
+def test_a_gpu_with_little_to_do_waits_for_the_host_as_measured(dense: int, measured: float) -> None:
+    narrow = replace(
+        sizes(),
+        hidden_size=1024,
+        moe_intermediate_size=512,
+        intermediate_size=2048,
+        num_attention_heads=8,
+        q_lora_rank=192,
+        kv_lora_rank=128,
+        vocab_size=16384,
+        first_k_dense_replace=dense,
+        experts_per_shard=256,
+    )
+    network = replace(Cluster(), nccl_inter_node_gb_s=1000.0)
+    settings = guide(sizes=narrow, max_length=64, document=64, batch_size=1, offload_optimizer=False)
+    time = step_time(settings, network)
+    assert time.micro == pytest.approx(measured, rel=0.1)
+    assert time.host > 0.7 * time.exposed and busiest(time) == HOST
+    assert step_time(guide(), Cluster()).host < 0.01 * step_time(guide(), Cluster()).micro
