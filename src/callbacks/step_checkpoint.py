@@ -90,5 +90,6 @@ class StepCheckpoint(Checkpoint):
         self.save_seconds = max(self.save_seconds or 0.0, time.monotonic() - began)
         folder = checkpoint.parent
         point(folder / LAST, checkpoint.name)
-        remove(sorted((p for p in folder.glob("step=*.ckpt") if step_of(p) >= 0), key=step_of)[: -self.keep])
+        others = sorted((p for p in folder.glob("step=*.ckpt") if step_of(p) >= 0 and p != checkpoint), key=step_of)
+        remove(others[: max(0, len(others) + 1 - self.keep)])
         remove_leftovers(folder)

@@ -81,8 +81,8 @@ class WeightsCheckpoint(pl.Callback):
             log.error("%s was not saved, training goes on, and the next save tries again: %s", out, "; ".join(found))
         try:
             if not found:
-                saved = sorted((p for p in out.parent.iterdir() if step_of(p) >= 0), key=step_of)
-                remove(saved[: -self.keep])
+                others = sorted((p for p in out.parent.iterdir() if step_of(p) >= 0 and p != out), key=step_of)
+                remove(others[: max(0, len(others) + 1 - self.keep)])
             _remove_leftovers(out.parent)
         except OSError as own:
             log.error("older weights in %s were not removed: %s", out.parent, own)

@@ -100,6 +100,12 @@ def seal(path: Path) -> tuple[int, str]:
         return file.tell(), crc32
 
 
+def sync_file(path: Path) -> None:
+    """Makes the content of a file that is there already safe."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Makes the names in a folder safe."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from src.checkpoints.disk_space import check_room
-from src.checkpoints.durable import publish
+from src.checkpoints.durable import publish, sync_file
 from src.checkpoints.hf_reader import INDEX_FILE, HFDirectorySource, has_mtp
 from src.checkpoints.hf_writer import Shard, index, is_complete, parse_size, plan_shards, write_json, write_shard
 from src.checkpoints.key_map import PerExpert, mtp_layer
@@ -142,6 +142,7 @@ class Export:
         copy_side_files(self.record / "hf", directory, skip=("config.json",))
         card = model_card(self.record, self.config, self.dtype, mtp=self.mtp)
         (directory / CARD).write_text(card, encoding="utf-8")
+        sync_file(directory / CARD)
         if len(self.shards) > 1:
             write_json(directory / INDEX_FILE, index(self.shards))
         write_config(directory, self.config, dtype=self.dtype, mtp_layers=int(self.mtp))

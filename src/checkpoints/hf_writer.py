@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from src.checkpoints.durable import sync_file
 from src.checkpoints.hf_reader import DTYPE_NAMES, SINGLE_FILE
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -138,7 +139,8 @@ def write_shard(directory: Path, shard: Shard, progress: Callable[[int], object]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file whole or not at all, also where the machine stops."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    sync_file(aside)
     aside.rename(path)

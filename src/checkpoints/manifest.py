@@ -79,7 +79,7 @@ def check_manifest(directory: str | Path, *, checksums: bool = True, rank: int =
     try:
         files = read_manifest(path)
         problems = [] if files is None else _problems(path, files, checksums, rank, world_size)
-    except ValueError as error:  # a torn manifest, which every rank is to know of
+    except (ValueError, OSError) as error:  # a torn manifest or one that is not to be read: every rank must know
         files, problems = {}, [str(error)]
     if files is None and rank == 0:
         log.warning("%s has no %s: its files are taken as they are", path, MANIFEST)

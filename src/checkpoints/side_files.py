@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.checkpoints.durable import sync_file
 from src.checkpoints.fp8 import QUANTIZATION_CONFIG
 from src.checkpoints.hf_writer import write_json
 
@@ -50,6 +51,7 @@ def copy_side_files(src_dir: str | Path, dst_dir: str | Path, skip: tuple[str, .
         target = dst / file.relative_to(src)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
+        sync_file(target)
     return [str(file.relative_to(src)) for file in files]
 
 

@@ -88,7 +88,15 @@ def newest_checkpoint(root: str) -> Path | None:
 
 def refuse_older(checkpoint: Path, root: str) -> None:
     newest = newest_checkpoint(root)
-    if newest is not None and checkpoint.parent == newest.parent.resolve() and step_of(checkpoint) < step_of(newest):
+    if newest is None:
+        return
+    if checkpoint.parent != newest.parent.resolve():
+        raise ValueError(
+            f"--ckpt_path {checkpoint} is of another run, and {newest.parent} holds checkpoints already, the newest "
+            f"{newest.name}. Give another --trainer.default_root_dir, or --ckpt_path last to continue the run that is "
+            "there."
+        )
+    if step_of(checkpoint) < step_of(newest):
         raise ValueError(
             f"--ckpt_path {checkpoint} is older than {newest.name} beside it, which the run would come to write again. "
             "Move the newer ones away, or give --ckpt_path last."

@@ -31,6 +31,26 @@ def test_the_newest_are_kept_by_step_and_not_by_name(tmp_path: Path) -> None:
     assert (folder / LAST).resolve() == folder / "step=10.ckpt"
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_what_was_written_last_is_never_removed(tmp_path: Path, keep: int) -> None:
+    folder = checkpoint_folder(tmp_path)
+    for name in ("step=4.ckpt", "step=5.ckpt", "step=2.ckpt"):  # 4 and 5 of another run, say
+        (folder / name / "checkpoint").mkdir(parents=True)
+    StepCheckpoint(keep=keep)._make_last(0.0, folder / "step=2.ckpt")
+    kept = {"step=2.ckpt", "step=5.ckpt", "step=4.ckpt"} if keep == 3 else {"step=2.ckpt", "step=5.ckpt"}
+    assert {p.name for p in folder.iterdir()} - {LAST} == (kept if keep > 1 else {"step=2.ckpt"})
+    assert (folder / LAST).resolve() == folder / "step=2.ckpt"
+
+
+def test_another_runs_checkpoint_is_not_continued_among_those_that_are_there(tmp_path: Path) -> None:
+    for run, step in (("a", 1), ("b", 4)):
+        (checkpoint_folder(tmp_path / run) / f"step={step}.ckpt").mkdir(parents=True)
+    foreign = find_checkpoint(str(checkpoint_folder(tmp_path / "a") / "step=1.ckpt"), str(tmp_path / "b"))
+    with pytest.raises(ValueError, match="is of another run, and .*holds checkpoints already, the newest step=4.ckpt"):
+        refuse_older(foreign, str(tmp_path / "b"))
+    refuse_older(foreign, str(tmp_path / "c"))  # a folder of its own
+
+
 def test_last_is_the_newest_checkpoint_also_where_a_kill_has_left_the_link_behind(tmp_path: Path) -> None:
     folder = checkpoint_folder(tmp_path)
     for step in (3, 6):

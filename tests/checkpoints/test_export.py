@@ -19,6 +19,7 @@ from src.checkpoints.key_map import hf_shapes
 from src.checkpoints.manifest import MANIFEST, FileRecord, dump_manifest
 from src.checkpoints.side_files import architecture
 from tests.checkpoints.conftest import Checkpoints
+from tests.checkpoints.disk import Disk
 from tests.checkpoints.tiny import CONFIG, LAYERS, SIDE_FILES, dequantise_whole, save_mtp, stored
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -107,6 +108,22 @@ def test_what_the_directory_holds(checkpoints: Checkpoints, tmp_path: Path) -> N
     kept = {key: value for key, value in CONFIG.items() if key != "auto_map"}
     assert written_config(out) == kept | {"num_nextn_predict_layers": 0, "torch_dtype": "bfloat16"}
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("max_shard_size", ["500KB", "5GB"])
+def test_a_power_cut_right_after_it_costs_nothing(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_shard_size: str
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    disk = Disk(root, 10**9, monkeypatch)
+    export(str(checkpoints.folder / "stage 3"), str(root / "out"), max_shard_size=max_shard_size)
+    monkeypatch.undo()
+    left = disk.after_power_cut(tmp_path / "left")
+    disk.close()
+    files = {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
+    assert {str(f.relative_to(left)): f.read_bytes() for f in left.rglob("*") if f.is_file()} == files
+    assert "out/config.json" in files and len(files) > 5
 
 
 def test_one_file_has_no_index(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """What a checkpoint's manifest finds, and what it says then."""
 
+import errno
 import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from src.checkpoints import manifest
 from src.checkpoints.durable import seal
 from src.checkpoints.manifest import MANIFEST, FileRecord, check_manifest, dump_manifest
 from tests.distributed.spawn import run_distributed
@@ -103,3 +106,27 @@ def test_every_rank_raises_the_same_list(tmp_path: Path) -> None:
     flip(folder / "checkpoint/1.pt")
     first, second = run_distributed(check, 2, folder)
     assert first == second and "2 bad files" in first and "0.pt" in first and "1.pt" in first
+
+
+def check_unreadable(folder: Path) -> str:
+    dist.init_process_group("gloo")
+    read = manifest.read_manifest
+
+    def fails(directory: Path) -> Any:
+        if dist.get_rank() == 1:  # a mount that one node has lost
+            raise OSError(errno.EIO, "Input/output error", str(directory / MANIFEST))
+        return read(directory)
+
+    manifest.read_manifest = fails
+    try:
+        check_manifest(folder, rank=dist.get_rank(), world_size=2)
+    except ValueError as error:
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+    return ""
+
+
+def test_what_one_rank_cannot_read_stops_all(tmp_path: Path) -> None:
+    first, second = run_distributed(check_unreadable, 2, make(tmp_path / "step=1.ckpt"))
+    assert first == second and "Input/output error" in first and MANIFEST in first
