@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.export_at_end import ExportAtEnd
@@ -38,6 +38,7 @@ from src.commands.checks import (
     refuse_older,
     refuse_other_run,
 )
+from src.commands.places import check_writable, lock_run
 from src.commands.planned import host_memory
 from src.datamodules import SFTDataModule
 from src.datamodules.files import expand
@@ -83,6 +84,12 @@ class TrainingCLI(LightningCLI):
         if settings.data.tokenizer is None:  # not a link, which could not be set by hand
             settings.data.tokenizer = settings.model.pretrained
         root = settings.trainer.default_root_dir or "."
+        if self.subcommand == "fit" and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            places = {"trainer.default_root_dir": root, "data.cache_dir": settings.data.cache_dir}
+            for option, place in (places | {"export.out": settings.export.out}).items():
+                if place is not None:
+                    check_writable(option, place)
+            lock_run(root)
         if settings.ckpt_path == "auto":
             settings.ckpt_path = "last" if newest_checkpoint(root) else None
         if settings.ckpt_path is None and not settings.model.from_scratch:

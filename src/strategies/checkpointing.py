@@ -1,17 +1,20 @@
 """What DeepSpeedSPStrategy does with a run's state: saves it beside training, resumes on any layout, exports it."""
 
 import os
+import time
+import zlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
 import deepspeed
+import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from src.checkpoints.manifest import check_manifest
+from src.checkpoints.manifest import MANIFEST, check_manifest
 from src.checkpoints.output import Dtype
 from src.checkpoints.run_files import client_state
 from src.checkpoints.saving import CheckpointSaver
@@ -20,6 +23,8 @@ from src.checkpoints.zero_reader import OPTIMIZER_NAMES, ZeroCheckpointSource
 from .live_partitions import export_live
 from .random_state import random_state, set_random_state
 from .reshard import continue_rates, optimizer_names, restore
+
+NFS_PATIENCE = 90.0  # seconds: clients keep what they know of a folder for up to 60
 
 
 class CheckpointingStrategy(DeepSpeedStrategy):
@@ -79,12 +84,45 @@ class CheckpointingStrategy(DeepSpeedStrategy):
             self._saver.close()
         super().teardown()
 
+    def agree_on_checkpoint(self) -> None:
+        """Has all ranks go on from rank 0's checkpoint; called by all of them, before anything of it is read.
+
+        Each rank has looked for the newest by itself, and over NFS a listing may be a minute old.
+
+        Raises:
+            ValueError: on every rank: some have found no checkpoint, or one whose manifest differs.
+        """
+        assert self.lightning_module is not None
+        trainer: Any = self.lightning_module.trainer
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, None if trainer.ckpt_path is None else str(trainer.ckpt_path))
+        if found[0] is None and not any(found):
+            return
+        without = [rank for rank, path in enumerate(found) if (path is None) != (found[0] is None)]
+        if found[0] is None or without:
+            path = next(path for path in found if path is not None)
+            raise ValueError(
+                f"ranks {[rank for rank, path in enumerate(found) if path is None]} see no checkpoint where others see "
+                f"{path}: their listing is old, or the folder is not shared. Start again, with --ckpt_path {path}."
+            )
+        if str(trainer.ckpt_path) != found[0]:
+            trainer.ckpt_path = found[0]
+        digests: list[str] = [""] * len(found)
+        dist.all_gather_object(digests, _digest(Path(found[0])))
+        if others := [f"rank {rank}: {digest}" for rank, digest in enumerate(digests) if digest != digests[0]]:
+            raise ValueError(
+                f"{found[0]} is not the same checkpoint on all ranks: rank 0: {digests[0]}; {', '.join(others)}. "
+                "Check that its folder is mounted on every node."
+            )
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """What Lightning saved; it then has the data checked, and calls `load_model_state_dict`.
 
         Raises:
             ValueError: a file of the checkpoint is missing or torn.
         """
+        assert self.lightning_module is not None
+        checkpoint_path = str(self.lightning_module.trainer.ckpt_path)  # rank 0's: `agree_on_checkpoint`
         if self._is_fitting:  # otherwise `load` has read the weights already, on whatever layout
             check_manifest(checkpoint_path, rank=self.global_rank, world_size=self.world_size)
         return client_state(checkpoint_path)
@@ -111,3 +149,14 @@ class CheckpointingStrategy(DeepSpeedStrategy):
     @property
     def _is_fitting(self) -> bool:
         return self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+
+
+def _digest(checkpoint: Path) -> str:
+    """Of its manifest, for which it waits as long as a listing over NFS may be old."""
+    manifest, until = checkpoint / MANIFEST, time.monotonic() + NFS_PATIENCE
+    while not manifest.is_file() and time.monotonic() < until and dist.get_rank() != 0:
+        time.sleep(0.5)
+    try:
+        return f"manifest {zlib.crc32(manifest.read_bytes()):08x}" if manifest.is_file() else "no manifest"
+    except OSError as error:
+        return str(error)

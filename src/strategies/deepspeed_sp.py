@@ -130,6 +130,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
             group, _ = dist.new_subgroups_by_enumeration(self.dims.sp_groups, timeout=self._timeout)
             assert group is not None
             self.sp_group = ProcessGroupSP(group)
+        self.agree_on_checkpoint()
 
     def _check_threads(self) -> None:
         """DeepSpeedCPUAdam works with OpenMP's threads; torchrun gives each process one unless told otherwise."""

@@ -1,0 +1,59 @@
+"""Where a run writes: that it can, and that no other run writes there; found out before anything is loaded."""
+
+import errno
+import fcntl
+import logging
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import TextIO
+
+log = logging.getLogger(__name__)
+
+LOCK = "fit.lock"
+_held: list[TextIO] = []  # open as long as the process lives: closing one gives its lock up
+
+
+def check_writable(option: str, path: str | Path) -> None:
+    """Writes a file, which is gone at once, in the folder `path` or in the nearest above it that is there.
+
+    Raises:
+        ValueError: it cannot be written; names the option.
+    """
+    folder = next(f for f in (Path(path).absolute(), *Path(path).absolute().parents) if f.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ValueError(
+            f"{option} {path}: {folder} cannot be written: {error.strerror}. Give another place, or make room there."
+        ) from error
+
+
+def lock_run(root: str | Path) -> None:
+    """Holds `root` for this process: the kernel gives it up when the process ends, however it does.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    Path(root).mkdir(parents=True, exist_ok=True)
+    file = open(Path(root) / LOCK, "a+")  # noqa: SIM115 - open as long as the process lives
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+            log.warning("%s: no lock can be had (%s); a second fit there would not be noticed", file.name, error)
+            return
+        file.seek(0)
+        raise ValueError(
+            f"trainer.default_root_dir {root}: another fit trains there ({file.read().strip() or 'unknown'}). "
+            "Wait for its end, stop it, or give another folder."
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    _held.append(file)
