@@ -92,6 +92,7 @@ class Layout:
     offload_parameters: bool = False
     experts_per_shard: int = 2
     attention_output: Literal["keep", "offload", "recompute"] = "recompute"
+    activation_checkpointing: bool = True
     sub_group_size: int = 1_000_000_000  # elements of a flat tensor of stage 3's optimizer
 
     @property
@@ -223,6 +224,7 @@ def fit(
         mtp_loss_weight=recipe.mtp_loss_weight,
         freeze=list(recipe.freeze),
         experts_per_shard=layout.experts_per_shard,
+        activation_checkpointing=layout.activation_checkpointing,
         attention_output=layout.attention_output,
         layer_input="offload" if layout.attention_output == "offload" else "keep",
     )

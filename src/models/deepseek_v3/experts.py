@@ -179,6 +179,9 @@ class Experts(nn.ModuleList):
         """x [T, H], the chosen experts' weights fp32 [T, K] and their route -> [T, H]."""
         if route.arrived is not None:
             route.arrived.synchronize()  # the layer's one wait for the device
+        if torch.is_grad_enabled() and not x.requires_grad and any(p.requires_grad for p in self.parameters()):
+            # Nothing below is trained, but ZeRO-3 gathers and releases a shard behind an input that has a gradient.
+            x = x.detach().requires_grad_()
         sizes: list[int] = route.sizes.tolist()
         channel = _Channel()
         dispatched = _Dispatch.apply(x, weights, route.order, route.slots, route.parts, sizes, channel)
