@@ -141,10 +141,7 @@ def open_weights(path: Path, descriptors: list[int]) -> tuple[dict[str, Stored],
         ValueError: the directory has no safetensors weights, or an index that cannot be read.
     """
     if (path / INDEX_FILE).is_file():
-        try:
-            index: dict[str, str] | None = json.loads((path / INDEX_FILE).read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{path / INDEX_FILE} has no weight_map that can be read ({error!r})") from error
+        index: dict[str, str] | None = _weight_map(path / INDEX_FILE)
         files = sorted(set(index.values())) if index else []
     elif (path / SINGLE_FILE).is_file():
         index, files = None, [SINGLE_FILE]
@@ -172,6 +169,19 @@ def open_weights(path: Path, descriptors: list[int]) -> tuple[dict[str, Stored],
         ]
         problems += [f"{file}: {name} is not in {INDEX_FILE}" for name, file in where.items() if name not in index]
     return found, problems
+
+
+def _weight_map(file: Path) -> dict[str, str]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} has no weight_map that can be read ({error!r}); copy it again") from error
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{file} has no weight_map of tensors' names to files' names; copy it again")
+    if outside := sorted({name for name in names.values() if Path(name).name != name}):
+        raise ValueError(f"{file} names files that are not in its folder: {', '.join(map(repr, outside[:3]))}")
+    return names
 
 
 def _open_file(file: Path, descriptors: list[int]) -> tuple[dict[str, Stored], list[str]]:
@@ -207,11 +217,26 @@ def _header(descriptor: int, size: int) -> tuple[dict[str, Any], int]:
     if not 0 < length <= min(size - 8, _MAX_HEADER):
         raise ValueError(f"truncated, or no safetensors file: {size} bytes, header of {length}")
     try:
-        header: dict[str, Any] = json.loads(os.pread(descriptor, length, 8))
-    except ValueError as error:
+        header = json.loads(os.pread(descriptor, length, 8))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise ValueError("the header lists no tensors")
     header.pop("__metadata__", None)
+    if wrong := [name for name, entry in header.items() if not _is_entry(entry)]:
+        raise ValueError(f"the header's entry of {wrong[0]!r} is no tensor's: {str(header[wrong[0]])[:100]}")
     return header, 8 + length
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it has a dtype, a shape and where the data lies, in the format's types."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    sizes = [*shape, *offsets]
+    return all(type(n) is int and 0 <= n < 2**63 for n in sizes) and offsets[0] <= offsets[1]
 
 
 def _read_into(buffer: torch.Tensor, descriptor: int, offset: int, what: str) -> None:
@@ -225,9 +250,16 @@ def _read_into(buffer: torch.Tensor, descriptor: int, offset: int, what: str) ->
 
 def _block_size(path: Path) -> tuple[int, int]:
     config = path / "config.json"
-    quantization = json.loads(config.read_text()).get("quantization_config") if config.is_file() else None
-    rows, columns = (quantization or {}).get("weight_block_size") or (BLOCK, BLOCK)
-    return int(rows), int(columns)
+    if not config.is_file():
+        return BLOCK, BLOCK
+    try:
+        quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
+        rows, columns = quantization.get("weight_block_size") or (BLOCK, BLOCK)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{config} cannot be read ({error}); copy it again from where the weights are") from error
+    if not all(type(n) is int and n > 0 for n in (rows, columns)):
+        raise ValueError(f"{config}: weight_block_size is {[rows, columns]}; two positive integers are needed")
+    return rows, columns
 
 
 def has_mtp(directory: str | Path, num_hidden_layers: int) -> bool:

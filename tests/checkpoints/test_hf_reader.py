@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,6 +139,57 @@ def test_broken_directories_are_named(copy: Path, breaks: Callable[[Path], objec
     breaks(copy)
     with pytest.raises(ValueError, match=message):
         HFDirectorySource(copy)
+
+
+def test_a_flipped_bit_in_a_header_is_an_error_that_names_the_file_or_changes_nothing(copy: Path) -> None:
+    content, draw = (copy / SHARD).read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(content[:8], "little")
+    whole = {name: HFDirectorySource(copy).shape(name) for name in HFDirectorySource(copy).names()}
+    unnoticed = 0
+    for _ in range(600):
+        place, bit = draw.randrange(header), draw.randrange(8)
+        flipped = bytes([content[place] ^ 1 << bit])
+        (copy / SHARD).write_bytes(content[:place] + flipped + content[place + 1 :])
+        try:
+            source = HFDirectorySource(copy)
+        except ValueError as error:
+            assert SHARD in str(error), str(error)
+        else:
+            assert {name: source.shape(name) for name in source.names()} == whole
+            unnoticed += 1
+    assert unnoticed < 30  # in the metadata
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "content", ["[]", "3", "null", '"x"', '{"weight_map": []}', '{"weight_map": {"a": 3}}', "{", "\x00"]
+)
+def test_other_types_in_json_files_are_named(copy: Path, file: str, content: str) -> None:
+    (copy / file).write_text(content)
+    if file == "config.json" and content.startswith('{"'):
+        content = '{"quantization_config": {"weight_block_size": [0, "x"]}}'
+        (copy / file).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(copy / file))):
+        HFDirectorySource(copy)
+
+
+def test_a_file_outside_the_folder_is_not_opened(copy: Path) -> None:
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = "../other.safetensors"
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names files that are not in its folder: '../other.safetensors'"):
+        HFDirectorySource(copy)
+
+
+@pytest.mark.parametrize("place", [SHARD, "model.safetensors.index.json"])
+def test_a_pipe_or_a_folder_in_a_files_place_does_not_hang(copy: Path, place: str) -> None:
+    for make in (os.mkfifo, os.mkdir):
+        (copy / place).unlink(missing_ok=True)
+        make(copy / place)
+        with pytest.raises(ValueError, match=f"{SHARD}: missing|has neither"):
+            HFDirectorySource(copy)
+        if make is os.mkfifo:
+            (copy / place).unlink()
 
 
 def test_all_problems_are_one_error(copy: Path) -> None:
