@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, config_from_dict, load_config
+from src.models.deepseek_v3.config_json import REQUIRED, check_fields
 
 from .tiny import DEEPSEEK_V3, KIMI_K2
 
@@ -33,6 +35,17 @@ from .tiny import DEEPSEEK_V3, KIMI_K2
 def test_what_is_not_implemented_is_refused_by_name(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_from_dict(DEEPSEEK_V3 | change)
+
+
+@pytest.mark.parametrize("name", [name for name in REQUIRED if name != "norm_topk_prob"])
+@pytest.mark.parametrize("value", [0, -1, 10**9, float("nan"), float("inf"), "7", None, [], True])
+def test_absurd_values_are_named_before_any_memory_is_taken(name: str, value: Any) -> None:
+    allowed = {"first_k_dense_replace": (0,), "q_lora_rank": (None,), "routed_scaling_factor": (10**9,)}
+    allowed |= {"rms_norm_eps": (10**9,)}
+    if value in allowed.get(name, ()) and type(value) is not bool:
+        return
+    with pytest.raises(ValueError, match=rf"^config.json: .*{name}"):
+        check_fields(DEEPSEEK_V3 | {name: value}, "config.json")
 
 
 def test_what_decides_the_model_must_be_there() -> None:

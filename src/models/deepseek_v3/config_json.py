@@ -4,7 +4,9 @@ Without torch and transformers: whoever plans reads and refuses what whoever tra
 """
 
 import json
+import math
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 # Kimi-K2 is DeepSeek-V3 under its own name.
@@ -51,6 +53,13 @@ REQUIRED = (
 )
 NO_INTEGERS = ("q_lora_rank", "norm_topk_prob", "routed_scaling_factor", "rms_norm_eps")  # of REQUIRED
 ROPE_TYPES = ("default", "yarn")
+# The most that a field may be: far beyond any model, and below what would take all memory before a weight is compared.
+MOST = {name: 2**18 for name in REQUIRED if name not in NO_INTEGERS} | {
+    "vocab_size": 2**22,
+    "num_hidden_layers": 2**12,
+    "n_routed_experts": 2**14,
+    "max_position_embeddings": 2**28,
+}
 
 
 def read_fields(directory: str | Path) -> dict[str, Any]:
@@ -132,7 +141,22 @@ def mtp_loss_weight_of(asked: float | None, has_block: bool, base: str) -> float
 def _check_sizes(fields: dict[str, Any], origin: str) -> None:
     experts, groups, chosen_groups = fields["n_routed_experts"], fields["n_group"], fields["topk_group"]
     top_k, heads = fields["num_experts_per_tok"], fields["num_attention_heads"]
-    problems = []
+    problems = [
+        f"{name} is {fields[name]}, which must be {least} to {most:,}"
+        for name, most in MOST.items()
+        if not (least := 0 if name in ("first_k_dense_replace", "n_group", "n_shared_experts") else 1)
+        <= fields[name]
+        <= most
+    ]
+    for name in ("routed_scaling_factor", "rms_norm_eps"):
+        if type(fields[name]) not in (int, float) or not 0 < fields[name] < math.inf:
+            problems.append(f"{name} is {fields[name]!r}, which must be a positive number")
+    if type(fields["q_lora_rank"]) not in (int, NoneType) or (fields["q_lora_rank"] or 0) > 2**18:
+        problems.append(f"q_lora_rank is {fields['q_lora_rank']!r}, which must be null or an integer up to {2**18:,}")
+    elif fields["qk_rope_head_dim"] % 2:
+        problems.append(f"qk_rope_head_dim {fields['qk_rope_head_dim']} is odd; RoPE turns pairs")
+    if problems:
+        raise ValueError(f"{origin}: " + "; ".join(problems) + ".")
     if fields.get("num_key_value_heads", heads) not in (heads, None):
         problems.append(f"num_key_value_heads {fields['num_key_value_heads']} is not num_attention_heads {heads}")
     if groups < 1 or experts % groups:
