@@ -19,12 +19,13 @@ from .step_checkpoint import StepCheckpoint
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 MARGIN = 60.0  # seconds of the measured lead for all that is neither step nor save: other ranks, the processes' end
 
 
 class Stop(pl.Callback):
-    """Stops `fit` between two optimizer steps: on SIGUSR1 or SIGTERM to any rank, or ahead of the end of its time.
+    """Stops `fit` between two optimizer steps: on SIGUSR1, SIGTERM or Ctrl-C to any rank, or ahead of the end of its
+    time. A second Ctrl-C stops at once, without a save.
 
     The step's ordinary checkpoint is saved, once, and is complete when the processes exit, with status 0; the marker
     tells such an end from that of a finished training. Validation is cut short; the export at the end is left to the
@@ -52,6 +53,7 @@ class Stop(pl.Callback):
         self.time_limit = None if time_limit is None else _duration(time_limit)
         self.marker = None if marker is None else Path(marker).absolute()
         self._signal: str | None = None
+        self._speaks = False
         self._handlers: dict[int, Any] = {}
         self._first_step = self._step = 0
         self._boundary: float | None = None  # when the last step began
@@ -67,6 +69,7 @@ class Stop(pl.Callback):
         if isinstance(environment, SLURMEnvironment):
             # Lightning's own requeue saves, collectives and all, inside its signal handler, and to another path.
             environment.auto_requeue = False
+        self._speaks = trainer.is_global_zero
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -80,7 +83,13 @@ class Stop(pl.Callback):
         self._handlers = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = signal.Signals(number).name
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        again, self._signal = name == self._signal == "Ctrl-C", name
+        if name == "Ctrl-C" and self._speaks:  # past the logging, which may be what was interrupted
+            happens = b"stopping at once" if again else b"this step is trained and saved first; again to stop at once"
+            os.write(2, b"\nCtrl-C: " + happens + b"\n")
+        if again:
+            raise KeyboardInterrupt
 
     # -- where a run can stop -------------------------------------------------------------------------------------
 

@@ -94,6 +94,28 @@ def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(directory: str, tmp_
         assert torch.equal(rest[0]["weights"][name], weights), name
 
 
+class Interrupts(Asks):
+    """Ctrl-C goes to all processes of a terminal, as often as it is pressed."""
+
+    def __init__(self, step: int, times: int) -> None:
+        super().__init__(-1, "train", step, signal.SIGINT)
+        self.times = times
+
+    def _maybe(self, trainer: pl.Trainer, hook: str) -> None:
+        if (hook, trainer.global_step) == (self.hook, self.step):
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+def test_ctrl_c_saves_and_a_second_one_does_not_wait(directory: str, tmp_path: Path) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    assert outcome(run_distributed(stopped_fit, 2, directory, str(once), Interrupts(2, 1))) == STOPPED
+    assert saved(once) == ["last.ckpt", "step=2.ckpt"]
+    assert json.loads((once / "marker").read_text()) == {"step": 2, "why": "Ctrl-C"}
+    results = run_distributed(stopped_fit, 2, directory, str(twice), Interrupts(2, 2))
+    assert [result["code"] for result in results] == [1, 1] and saved(twice) == []
+
+
 def test_ahead_of_the_jobs_end_a_step_that_is_saved_already_is_not_saved_again(directory: str, tmp_path: Path) -> None:
     """SIGTERM finds the run stopping already: after its first step, since no save has been measured yet."""
     asks = Asks(0, "train", 1, signal.SIGTERM)
