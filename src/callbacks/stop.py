@@ -20,6 +20,7 @@ from .step_checkpoint import StepCheckpoint
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+WORTHWHILE = 3  # steps of a session: with fewer, loading and saving take the time, start after start
 MARGIN = 60.0  # seconds of the measured lead for all that is neither step nor save: other ranks, the processes' end
 
 
@@ -37,13 +38,15 @@ class Stop(pl.Callback):
 
     Args:
         lead: seconds before that end for one step and one save, until this run has measured its own: then the longest
-            step, validation included, and twice the longest save, since one may be on its way.
+            step, validation included, and twice the longest save, since one may be on its way. At most a quarter of the
+            time that is left when training starts.
         time_limit: days:hours:minutes:seconds of this process, e.g. 00:23:30:00.
         marker: file, written where a stopped run is to be continued: its step, and why.
 
     Raises:
         ValueError: a value is out of its range.
-        SystemExit: 0 where it is to be continued; 1 where no step was trained, which would only repeat itself.
+        SystemExit: 0 where it is to be continued; 1 where no step was trained, or fewer than `WORTHWHILE` before the
+            time ended, which would only repeat itself.
     """
 
     def __init__(self, lead: float = 1800.0, time_limit: str | None = None, marker: str | None = None) -> None:
@@ -76,6 +79,7 @@ class Stop(pl.Callback):
         for number in SIGNALS:  # again: Lightning's handler of SIGTERM, registered since, broadcasts
             signal.signal(number, self._note)
         self._first_step, self._step = trainer.global_step, -1
+        self._fit_lead(is_rank_zero=trainer.is_global_zero)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
@@ -116,6 +120,7 @@ class Stop(pl.Callback):
         # Not `next`: Lightning takes a StopIteration for the end of the data.
         (checkpoint,) = (c for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint))
         why = self._why(checkpoint, is_rank_zero=trainer.is_global_zero)
+        is_late = why is not None and self._signal is None
         if self._finished or not trainer.strategy.reduce_boolean_decision(why is not None, all=False):
             return
         why, step = why or "signal to another rank", trainer.global_step
@@ -124,9 +129,18 @@ class Stop(pl.Callback):
                 log.error("%s: stopped before the first step was trained; there is nothing to save or to continue", why)
             raise SystemExit(1)
         checkpoint.save_and_wait(trainer)
+        out_of_time = trainer.strategy.reduce_boolean_decision(is_late, all=False)
         if step >= trainer.estimated_stepping_batches:
             self._finished = True  # and saved: what is left is validation and export
             return
+        if out_of_time and step - self._first_step < WORTHWHILE:
+            if trainer.is_global_zero:
+                log.error(
+                    "%s: only %d steps fitted into the time, and are saved; not continued by itself. Give more time "
+                    "(sbatch --time), then --ckpt_path last",
+                    *(why, step - self._first_step),
+                )
+            raise SystemExit(1)
         if trainer.is_global_zero:
             log.info("%s: stopped after step %d, which is saved; --ckpt_path last continues from it", why, step)
             if self.marker is not None:
@@ -144,6 +158,20 @@ class Stop(pl.Callback):
             return None
         left, lead = end - time.time(), self.needed(checkpoint)
         return None if left >= lead else f"{left:.0f} s before the end of its time, {lead:.0f} s are needed"
+
+    def _fit_lead(self, *, is_rank_zero: bool) -> None:
+        """Lowers a lead that the time has no room for: it would stop the run after its first step."""
+        end = self._end()
+        if end is None:
+            return
+        left = max(0.0, end - time.time())
+        if self.lead > left / 4:
+            if is_rank_zero:
+                log.warning(
+                    "stop.lead %.0f s is more than a quarter of the %.0f s that are left: %.0f s until it is measured",
+                    *(self.lead, left, left / 4),
+                )
+            self.lead = left / 4
 
     def needed(self, checkpoint: StepCheckpoint) -> float:
         """Seconds for one more step and a save."""

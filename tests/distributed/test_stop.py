@@ -117,10 +117,24 @@ def test_ctrl_c_saves_and_a_second_one_does_not_wait(directory: str, tmp_path: P
 
 
 def test_ahead_of_the_jobs_end_a_step_that_is_saved_already_is_not_saved_again(directory: str, tmp_path: Path) -> None:
-    """SIGTERM finds the run stopping already: after its first step, since no save has been measured yet."""
+    """SIGTERM finds the run saving after each step."""
     asks = Asks(0, "train", 1, signal.SIGTERM)
     results = run_distributed(stopped_fit, 2, directory, str(tmp_path), asks, 1, time.time() + 800)
     assert outcome(results) == STOPPED and saved(tmp_path) == ["last.ckpt", "step=1.ckpt"]
+
+
+def test_a_time_that_ends_after_a_step_saves_it_and_does_not_come_back(directory: str, tmp_path: Path) -> None:
+    results = run_distributed(stopped_fit, 2, directory, str(tmp_path), NEVER, 0, time.time() + 1)
+    assert outcome(results) == FAILED
+    assert saved(tmp_path) == ["last.ckpt", "step=1.ckpt"] and not (tmp_path / "marker").exists()
+
+
+def test_a_lead_that_the_time_has_no_room_for_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = Stop(lead=1800.0)
+    for left, lead in ((20_000, 1800), (1800, 450), (-5, 0)):
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + left))
+        stop._fit_lead(is_rank_zero=True)
+        assert stop.lead == pytest.approx(lead, abs=1)
 
 
 def test_validation_is_cut_short(directory: str, tmp_path: Path) -> None:
