@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def _verify() -> Callable[..., Any]:
     return verify
 
 
+COMMANDS = {"plan": "PlanCLI", "check-data": "CheckDataCLI", "preflight": "PreflightCLI", "rehearse": "RehearseCLI"}
 FUNCTIONS: dict[str, Callable[[], Callable[..., Any]]] = {"export": _export, "verify": _verify}
 
 
@@ -71,33 +73,22 @@ def _spelled_out(function: Callable[..., Any], args: list[str]) -> list[str]:
     ]
 
 
+def _command(module: str, name: str) -> Callable[..., Any]:
+    with redirect_stdout(sys.stderr):  # DeepSpeed's import writes, and --json and --print_config are for programs
+        command: Callable[..., Any] = getattr(import_module(f"src.commands.{module}"), name)
+    return command
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command; `args` are the command line's by default."""
     command, *rest = (sys.argv[1:] if args is None else args) or [""]
     _show_our_log()
+    if command in ("fit", "validate", "rehearse"):
+        _let_segments_grow()
     if command in ("fit", "validate"):
-        _let_segments_grow()
-        from src.commands.training import TrainingCLI
-
-        TrainingCLI([command, *rest] if args is not None else None)
-    elif command == "plan":
-        with redirect_stdout(sys.stderr):  # DeepSpeed's import writes, and --json is for programs
-            from src.commands.plan import PlanCLI
-
-        PlanCLI(rest)
-    elif command == "check-data":
-        from src.commands.check_data import CheckDataCLI
-
-        CheckDataCLI(rest)
-    elif command == "preflight":
-        from src.commands.preflight import PreflightCLI
-
-        PreflightCLI(rest)
-    elif command == "rehearse":
-        _let_segments_grow()
-        from src.commands.rehearse import RehearseCLI
-
-        RehearseCLI(rest)
+        _command("training", "TrainingCLI")([command, *rest] if args is not None else None)
+    elif command in COMMANDS:
+        _command(command.replace("-", "_"), COMMANDS[command])(rest)
     elif command in FUNCTIONS:
         from jsonargparse import auto_cli
 

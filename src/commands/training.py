@@ -38,6 +38,8 @@ from src.commands.checks import (
     refuse_older,
     refuse_other_run,
 )
+from src.commands.config_files import ConfigFile
+from src.commands.parser import Parser
 from src.commands.places import check_writable, lock_run
 from src.commands.planned import host_memory
 from src.datamodules import SFTDataModule
@@ -45,6 +47,17 @@ from src.datamodules.files import expand
 from src.datamodules.tokenizer import load_tokenizer, opening_files
 from src.models.sft_module import SFTModule
 from src.preflight.node import memory_limit
+
+# What every run needs, and Lightning decides otherwise: 1,000 epochs, no clipping, a loss logged every 50 steps.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "accelerator": "cuda",
+    "precision": "bf16-true",
+    "strategy": {"class_path": "src.strategies.DeepSpeedSPStrategy"},
+    "max_epochs": 1,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+}
 
 
 class TrainingCLI(LightningCLI):
@@ -60,12 +73,21 @@ class TrainingCLI(LightningCLI):
             SFTModule,
             SFTDataModule,
             save_config_callback=None,  # each checkpoint carries the config; this one refuses a second run
+            parser_class=Parser,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=list(args) if args is not None else None,
             **kwargs,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
+        parser: LightningArgumentParser = self.parser_class(**kwargs)
+        text = "a YAML file of these options; may be given more than once, a later one over the earlier"
+        parser.add_argument("-c", "--config", action=ConfigFile, help=text)
+        return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
