@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import yaml
-from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from src.commands.config_files import read_config
 from src.commands.training import TRAINER_DEFAULTS
@@ -82,14 +81,15 @@ def test_lists_are_replaced_and_a_plus_appends(tmp_path: Path) -> None:
 
 
 def test_another_class_starts_from_its_own_defaults(tmp_path: Path) -> None:
-    """The shipped file has offload_optimizer true, an argument that both classes have."""
-    other = {"class_path": "lightning.pytorch.strategies.DeepSpeedStrategy", "init_args": {"stage": 2}}
-    mine = write(tmp_path / "mine.yaml", {"trainer": {"strategy": other}, "config": str(SHIPPED)})
-    for args in ([mine], [SHIPPED, write(tmp_path / "two.yaml", {"trainer": {"strategy": other}})]):
-        strategy = Parse([word for path in args for word in ("--config", str(path))]).config.trainer.strategy
-        assert strategy.class_path.endswith(f".{DeepSpeedStrategy.__name__}")
-        assert strategy.init_args.stage == 2 and strategy.init_args.offload_optimizer is False
-        assert "sequence_parallel_size" not in strategy.init_args
+    """`name` is an argument that both classes have."""
+    base = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "here", "name": "theirs"}}
+    other = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "there"}}
+    first = write(tmp_path / "first.yaml", {"config": str(SHIPPED), "trainer": {"logger": base}})
+    mine = write(tmp_path / "mine.yaml", {"trainer": {"logger": other}, "config": "first.yaml"})
+    for args in ([mine], [first, write(tmp_path / "two.yaml", {"trainer": {"logger": other}})]):
+        logger = Parse([word for path in args for word in ("--config", str(path))]).config.trainer.logger
+        assert logger.class_path.endswith(".CSVLogger")
+        assert logger.init_args.save_dir == "there" and logger.init_args.name == "lightning_logs"
     same = {"class_path": "src.strategies.deepspeed_sp.DeepSpeedSPStrategy", "init_args": {"stage": 2}}
     write(mine, {"trainer": {"strategy": same}, "config": str(SHIPPED)})
     options = parsed(mine)["trainer"]["strategy"]["init_args"]
@@ -116,11 +116,14 @@ def test_a_file_of_its_own_gets_what_every_run_needs(tmp_path: Path) -> None:
         ({"mine": "a: [1"}, r"mine\.yaml is no YAML: .*line 1"),
     ],
 )
-def test_what_cannot_be_read_is_named(files: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_named(
+    files: dict[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SystemExit):
         Parse(["--config", str(tmp_path / "mine.yaml")])
+    assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader
 
+from src.errors import UserError
+
 Tree = dict[str, Any]
 
 
@@ -35,26 +37,26 @@ def read_config(path: str | Path, into: Tree | None = None, readers: tuple[Path,
         readers: the files that are being read, each named by the one before.
 
     Raises:
-        ValueError: a file is not there, is no mapping, or names itself.
+        UserError: a file is not there, is no mapping, or names itself.
     """
     file = Path(path).expanduser().resolve()
     if file in readers:
-        raise ValueError(f"{path} names itself: {' -> '.join(f'config: {p.name}' for p in (*readers[1:], file))}.")
+        raise UserError(f"{path} names itself: {' -> '.join(f'config: {p.name}' for p in (*readers[1:], file))}.")
     try:
         content = get_loader("yaml")(file.read_text(encoding="utf-8"))
     except OSError as error:
         by = f"{readers[-1]} names it, and its paths are relative to its folder" if readers else "give another path"
-        raise ValueError(f"the config {path} cannot be read, {error.strerror or error}; {by}.") from None
+        raise UserError(f"the config {path} cannot be read, {error.strerror or error}; {by}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the config {path} is no YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"the config {path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"the config {path} holds {type(content).__name__}; it must be a mapping, `model: ...`.")
+        raise UserError(f"the config {path} holds {type(content).__name__}; it must be a mapping, `model: ...`.")
     named = content.pop("config", None)
     bases = named if isinstance(named, list) else [] if named is None else [named]
     settings = {} if into is None else into
     for base in bases:
         if not isinstance(base, str):
-            raise ValueError(f"{path}: config is {base!r}; it must be the path of a file, or a list of them.")
+            raise UserError(f"{path}: config is {base!r}; it must be the path of a file, or a list of them.")
         read_config(file.parent / Path(base).expanduser(), settings, (*readers, file))
     return merge(settings, nested(content))
 

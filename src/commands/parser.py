@@ -1,7 +1,7 @@
 """The parser of every command that takes `fit`'s arguments."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -27,3 +27,7 @@ class Parser(LightningArgumentParser):
                 if not isinstance(value, Namespace) and name not in SHARED:  # a command's own, `plan --explain`
                     settings.pop(name)
         return super().dump(settings, *args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exits with 2 and the message alone, which is long enough to be overlooked below 40 lines of usage."""
+        self.exit(2, f"error: {message}\n")

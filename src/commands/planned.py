@@ -11,6 +11,7 @@ from src.commands.checks import mtp_loss_weight
 from src.datamodules import SFTDataModule
 from src.datamodules.files import NoMatch, expand
 from src.datamodules.packed_set import PackedSet
+from src.datamodules.sampler import check_accumulation
 from src.datamodules.tokenizer import load_tokenizer
 from src.models.deepseek_v3.sizes import read_sizes, trained_part
 from src.planner import account
@@ -163,6 +164,7 @@ def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, floa
     packed = _packed(values)
     lengths = packed.cache.lengths.astype("int64")
     rows, tokens = packed.rows_an_epoch, int(lengths.sum() * packed.rows_an_epoch / len(packed.rows))
+    check_accumulation(rows, settings.dp, settings.batch_size, settings.accumulate)
     document = float((lengths**2).sum() / lengths.sum())
     source = (
         f"{len(lengths):,} samples, {lengths.sum():,} tokens, {rows:,} rows an epoch, documents of {document:,.0f} "

@@ -42,9 +42,11 @@ from src.commands.config_files import ConfigFile
 from src.commands.parser import Parser
 from src.commands.places import check_writable, lock_run
 from src.commands.planned import host_memory
+from src.commands.ranges import check_ranges
 from src.datamodules import SFTDataModule
 from src.datamodules.files import expand
 from src.datamodules.tokenizer import load_tokenizer, opening_files
+from src.errors import UserError
 from src.models.sft_module import SFTModule
 from src.preflight.node import memory_limit
 
@@ -100,6 +102,13 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(Stop, "stop")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Watchdog, "watchdog")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+            check_ranges(self.config[self.config.subcommand] if "subcommand" in self.config else self.config)
+        except UserError as error:
+            parser.error(str(error))
 
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]

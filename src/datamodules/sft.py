@@ -19,7 +19,7 @@ from .loader import PackedDataLoader, PackedDataset
 from .mixture import check_weights
 from .packed_set import PackedSet, mix_samples, pack_samples
 from .resume import align_progress, check_identity
-from .sampler import MicroBatchSampler
+from .sampler import MicroBatchSampler, check_accumulation
 from .tokenization import BadRows, Overlong, TokenizeOptions
 from .tokenizer import load_tokenizer
 
@@ -131,6 +131,10 @@ class SFTDataModule(LightningDataModule):
         opened: dict[str, PackedSet] = {}
         if stage == "fit" and self.train_set is None:
             self.train_set = opened["train"] = self._packed("train", self.train_files, self.train_weights)
+            if self.trainer is not None:
+                accumulation = self.trainer.accumulate_grad_batches
+                replicas = self._sampler(self.train_set, accumulation, shuffle=True).num_replicas
+                check_accumulation(self.train_set.rows_an_epoch, replicas, self.batch_size, accumulation)
         if stage == "validate" and not self.val_files and not self.val_sets:
             raise ValueError("there is nothing to validate on: give --data.val_files or --data.val_sets")
         if self.val_files and self.val_set is None:

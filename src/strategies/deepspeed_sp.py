@@ -45,6 +45,7 @@ from .partition import materialise
 from .sequence_parallel import ProcessGroupSP
 from .zero3_collectives import reduce_by_one_view
 from .zero3_hooks import hook_owners_alone
+from .zero_limits import check_stage
 
 # DeepSpeed's and our own collectives under names that torch 2.13 deprecates and torch 2.11 knows no others for.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
@@ -104,6 +105,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
     # -- ranks ----------------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
+        check_stage(self._zero["stage"], self.precision_plugin.precision)
         # Past DeepSpeedStrategy's own, which refuses every accelerator but CUDA.
         DDPStrategy.setup_environment(self)
 
