@@ -4,12 +4,12 @@ import inspect
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
-from pathlib import Path
 from typing import Any
+
+from src.errors import UserError
 
 # Heavy libraries are imported by the command that needs them, so that --help answers at once.
 
@@ -92,25 +92,22 @@ def main(args: Sequence[str] | None = None) -> None:
     elif command in FUNCTIONS:
         from jsonargparse import auto_cli
 
+        from src.commands.one_line import OneLineParser
+
         function = FUNCTIONS[command]()
         rest = _spelled_out(function, rest)
-        auto_cli(function, args=rest, as_positional=False, prog=f"python -m src.cli {command}")
+        auto_cli(
+            function, args=rest, as_positional=False, prog=f"python -m src.cli {command}", parser_class=OneLineParser
+        )
     else:
         print(USAGE, end="")
         if command not in ("-h", "--help"):
             raise SystemExit(f"error: unknown command {command!r}")
 
 
-def _refused(error: ValueError) -> bool:
-    """Whether it is one of ours, a message for the user, and not a library's or a mistake of the program."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).is_relative_to(Path(__file__).parent)
-
-
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        if not _refused(error):
-            raise
-        raise SystemExit(f"error: {error}") from None
+    except UserError as error:  # of anything else the traceback is wanted
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from src.checkpoints.side_files import copy_side_files
+from src.errors import UserError
 
 RUN_CONFIG = "config.yaml"
 RUN_RECORD = "run.json"
@@ -52,8 +53,6 @@ def client_state(directory: str | Path) -> dict[str, Any]:
     folder = path / latest.read_text().strip() if latest.is_file() else path
     files = sorted(folder.glob("*mp_rank_00_model_states.pt"))
     if not files:
-        raise ValueError(
-            f"{path} is no checkpoint: it has no model_states file; give a directory such as step=100.ckpt"
-        )
+        raise UserError(f"{path} is no checkpoint: it has no model_states file; give a directory such as step=100.ckpt")
     # The files are this project's own, and hold more than tensors.
     return torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)

@@ -36,6 +36,7 @@ from src.checkpoints.host_copy import HostMemory, host_copy, nbytes
 from src.checkpoints.manifest import MANIFEST, FileRecord, dump_manifest
 from src.checkpoints.run_files import write_run_files
 from src.checkpoints.save_problem import Problem, failure
+from src.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class CheckpointSaver(CheckpointEngine):
                 save.problem = Problem.of(self._rank, save.aside / TAG, error)
         dist.broadcast_object_list(exists)
         if exists[0]:
-            raise ValueError(
+            raise UserError(
                 f"{final} exists already, and checkpoints are never overwritten; move it away, or save to another path."
             )
         self._error = f"{final} was not saved."  # unless it comes to its end

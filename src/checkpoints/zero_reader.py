@@ -47,6 +47,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from src.checkpoints.source import raise_listed
+from src.errors import UserError
 
 Slot = Literal["fp32", "exp_avg", "exp_avg_sq"]
 
@@ -90,7 +91,7 @@ class ZeroCheckpointSource:
         self._files: dict[Path, dict[str, Any]] = {}
         latest = self.path / "latest"
         if not latest.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{self.path} is no checkpoint: it has no file `latest`; give a directory such as step=100.ckpt"
             )
         self._folder = self.path / latest.read_text().strip()
@@ -185,7 +186,7 @@ class ZeroCheckpointSource:
                 try:
                     self._files[file] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
                 except pickle.UnpicklingError as error:
-                    raise ValueError(
+                    raise UserError(
                         f"{file} holds an object that is not loaded for safety; if you trust the file, allow its class "
                         f"with torch.serialization.add_safe_globals: {error}"
                     ) from error
@@ -264,7 +265,7 @@ class ZeroCheckpointSource:
     def _find_whole_moments(self) -> None:
         names = self._load(self._model_files[0]).get(OPTIMIZER_NAMES)
         if names is None:  # saved by others
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: stage 0 does not record whose {self._slot} is whose; train with stage 1 to 3"
             )
         for index, name in enumerate(names):

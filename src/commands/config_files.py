@@ -4,6 +4,7 @@ Settings merge key by key, however deep they stand and whether they are written 
 `key+` appends to one, and another `class_path` replaces the class with all its arguments.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader
 
+from src.commands.one_line import shown
 from src.errors import UserError
 
 Tree = dict[str, Any]
@@ -21,19 +23,26 @@ class ConfigFile(ActionConfigFile):
 
     @staticmethod
     def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
-        if Path(value).is_file():
-            settings = read_config(value, _classes(cfg))
+        inline = "://" in value or re.search(r":\s", value)  # of another place, or the settings themselves
+        if not inline:
+            settings = read_config(value, _classes(cfg), getattr(parser, "read", None))
             _forget_other_classes(cfg, settings)
             value = yaml.safe_dump(settings)
         ActionConfigFile.apply_config(parser, cfg, dest, value)
 
 
-def read_config(path: str | Path, into: Tree | None = None, readers: tuple[Path, ...] = ()) -> Tree:
+def read_config(
+    path: str | Path,
+    into: Tree | None = None,
+    read: list[tuple[str, Tree]] | None = None,
+    readers: tuple[Path, ...] = (),
+) -> Tree:
     """Puts the settings of the files that a file's `config` names, and its own over them, into `into`; returns it.
 
     Args:
         path: a YAML file; its `config` is a path, or a list of them, relative to its own folder.
         into: a nested mapping, such as of the classes that are chosen by default.
+        read: gets each file with its own settings.
         readers: the files that are being read, each named by the one before.
 
     Raises:
@@ -57,8 +66,11 @@ def read_config(path: str | Path, into: Tree | None = None, readers: tuple[Path,
     for base in bases:
         if not isinstance(base, str):
             raise UserError(f"{path}: config is {base!r}; it must be the path of a file, or a list of them.")
-        read_config(file.parent / Path(base).expanduser(), settings, (*readers, file))
-    return merge(settings, nested(content))
+        read_config(file.parent / Path(base).expanduser(), settings, read, (*readers, file))
+    own = nested(content)
+    if read is not None:
+        read.append((shown(file), own))
+    return merge(settings, own)
 
 
 def nested(settings: Mapping[Any, Any]) -> Tree:

@@ -1,17 +1,22 @@
 """The parser of every command that takes `fit`'s arguments."""
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
+
+from src.commands.one_line import OneLineParser
+from src.commands.ranges import CHOICES
 
 PRINT_CONFIG = "--print_config"
 SHARED = ("seed_everything", "ckpt_path", "weights_only")  # by all commands, and in no group
 
 
-class Parser(LightningArgumentParser):
+class Parser(OneLineParser, LightningArgumentParser):
     """Lightning's, whose `--print_config` prints what every command reads back."""
+
+    choices = CHOICES
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any
@@ -27,7 +32,3 @@ class Parser(LightningArgumentParser):
                 if not isinstance(value, Namespace) and name not in SHARED:  # a command's own, `plan --explain`
                     settings.pop(name)
         return super().dump(settings, *args, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exits with 2 and the message alone, which is long enough to be overlooked below 40 lines of usage."""
-        self.exit(2, f"error: {message}\n")

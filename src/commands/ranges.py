@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
+from src.checkpoints.hf_writer import parse_size
 from src.errors import UserError
 from src.strategies import DeepSpeedSPStrategy
 from src.strategies.zero_limits import check_stage
@@ -118,6 +119,10 @@ CHOICES = {
     "trainer.precision": ("bf16-true", "32-true", "32", 32),
     "trainer.gradient_clip_algorithm": ("norm",),
     "trainer.profiler": ("simple", "advanced", "pytorch"),
+    f"{STRATEGY}remote_device": ("cpu", "nvme"),
+    f"{STRATEGY}offload_optimizer_device": ("cpu", "nvme"),
+    f"{STRATEGY}offload_params_device": ("cpu", "nvme"),
+    f"{STRATEGY}process_group_backend": ("nccl", "gloo"),
     "model.attention_kernel": ("auto", "flash_attn_4", "varlen", "sdpa"),
 }
 
@@ -210,6 +215,10 @@ def _check_together(config: Namespace) -> None:
         )
     if not config.data.train_files:
         raise UserError("data.train_files is empty; give the files to train on: --data.train_files '[train.jsonl]'.")
+    batch = options.logging_batch_size_per_gpu
+    if isinstance(batch, str) and batch != "auto":
+        raise UserError(f"{STRATEGY}logging_batch_size_per_gpu is {batch!r}; it must be a number of rows, or auto.")
+    parse_size(config.export.max_shard_size)
     if trainer.barebones:
         raise UserError("trainer.barebones is true, which leaves no checkpoints; it must be false.")
     if options.timeout is not None and options.timeout <= timedelta():

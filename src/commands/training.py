@@ -39,6 +39,7 @@ from src.commands.checks import (
     refuse_other_run,
 )
 from src.commands.config_files import ConfigFile
+from src.commands.instances import errors_as_raised
 from src.commands.parser import Parser
 from src.commands.places import check_writable, lock_run
 from src.commands.planned import host_memory
@@ -142,6 +143,10 @@ class TrainingCLI(LightningCLI):
             rank_zero_info(f"multi-token prediction: mtp_loss_weight {settings.model.mtp_loss_weight}, {found}")
         if self.subcommand == "fit" and settings.trainer.accelerator != "cpu" and torch.cuda.is_available():
             say_host_memory(settings)
+
+    def instantiate_classes(self) -> None:
+        with errors_as_raised(self.parser):
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         self.datamodule.tokenizer = load_tokenizer(self.datamodule.tokenizer_spec)

@@ -99,7 +99,7 @@ def _check_files(
             try:
                 packed = data.pack(cache, data.train_weights)
                 mixed = packed.mixture.lines() if packed.mixture is not None else []
-            except ValueError as error:
+            except UserError as error:
                 report.problems.append(str(error))
         report.numbers = [*_numbers(data, packed, copies, is_train), *mixed]
         report.notes = cache.summary(data.options)[1:]
