@@ -4,11 +4,12 @@ import inspect
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
+from importlib import import_module
 from typing import Any
+
+from src.errors import UserError
 
 # Heavy libraries are imported by the command that needs them, so that --help answers at once.
 
@@ -39,6 +40,7 @@ def _verify() -> Callable[..., Any]:
     return verify
 
 
+COMMANDS = {"plan": "PlanCLI", "check-data": "CheckDataCLI", "preflight": "PreflightCLI", "rehearse": "RehearseCLI"}
 FUNCTIONS: dict[str, Callable[[], Callable[..., Any]]] = {"export": _export, "verify": _verify}
 
 
@@ -71,55 +73,41 @@ def _spelled_out(function: Callable[..., Any], args: list[str]) -> list[str]:
     ]
 
 
+def _command(module: str, name: str) -> Callable[..., Any]:
+    with redirect_stdout(sys.stderr):  # DeepSpeed's import writes, and --json and --print_config are for programs
+        command: Callable[..., Any] = getattr(import_module(f"src.commands.{module}"), name)
+    return command
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command; `args` are the command line's by default."""
     command, *rest = (sys.argv[1:] if args is None else args) or [""]
     _show_our_log()
+    if command in ("fit", "validate", "rehearse"):
+        _let_segments_grow()
     if command in ("fit", "validate"):
-        _let_segments_grow()
-        from src.commands.training import TrainingCLI
-
-        TrainingCLI([command, *rest] if args is not None else None)
-    elif command == "plan":
-        with redirect_stdout(sys.stderr):  # DeepSpeed's import writes, and --json is for programs
-            from src.commands.plan import PlanCLI
-
-        PlanCLI(rest)
-    elif command == "check-data":
-        from src.commands.check_data import CheckDataCLI
-
-        CheckDataCLI(rest)
-    elif command == "preflight":
-        from src.commands.preflight import PreflightCLI
-
-        PreflightCLI(rest)
-    elif command == "rehearse":
-        _let_segments_grow()
-        from src.commands.rehearse import RehearseCLI
-
-        RehearseCLI(rest)
+        _command("training", "TrainingCLI")([command, *rest] if args is not None else None)
+    elif command in COMMANDS:
+        _command(command.replace("-", "_"), COMMANDS[command])(rest)
     elif command in FUNCTIONS:
         from jsonargparse import auto_cli
 
+        from src.commands.one_line import OneLineParser
+
         function = FUNCTIONS[command]()
         rest = _spelled_out(function, rest)
-        auto_cli(function, args=rest, as_positional=False, prog=f"python -m src.cli {command}")
+        auto_cli(
+            function, args=rest, as_positional=False, prog=f"python -m src.cli {command}", parser_class=OneLineParser
+        )
     else:
         print(USAGE, end="")
         if command not in ("-h", "--help"):
             raise SystemExit(f"error: unknown command {command!r}")
 
 
-def _refused(error: ValueError) -> bool:
-    """Whether it is one of ours, a message for the user, and not a library's or a mistake of the program."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).is_relative_to(Path(__file__).parent)
-
-
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        if not _refused(error):
-            raise
-        raise SystemExit(f"error: {error}") from None
+    except UserError as error:  # of anything else the traceback is wanted
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from src.checkpoints.run_files import client_state
 from src.cli import main
 from tests.commands import Command, run, start_afresh
 
@@ -139,6 +141,32 @@ def test_validate_prints_the_loss_of_the_checkpoint(trained: Path, inputs: Path)
     assert (loss, of_set) == ("val/loss", "val/again/loss")
     recorded = scalars(trained, "val/loss")
     assert [float(of_all), float(its_loss)] == pytest.approx([recorded[max(recorded)]] * 2, rel=1e-6)
+
+
+class _Payload:
+    """Unpickled freely it makes a directory."""
+
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.marker,)
+
+
+def test_a_checkpoint_runs_no_code(trained: Path, inputs: Path, tmp_path: Path) -> None:
+    copy, marker = tmp_path / "run/checkpoints/step=1.ckpt", tmp_path / "ran"
+    shutil.copytree((trained / "checkpoints/last.ckpt").resolve(), copy)
+    for file in (copy / "checkpoint").glob("*pp_rank_0_mp_rank_00_model_states.pt"):
+        state = client_state(copy)  # mapped from the file
+        file.unlink()
+        torch.save(state | {"callbacks": {"Payload": _Payload(str(marker))}}, file)
+    (copy / "manifest.json").unlink()
+    for command in ("fit", "validate"):
+        args = [*fit_args(inputs, tmp_path / "run")[1:], f"--ckpt_path={copy}"]
+        one = ["--trainer.devices=1", "--trainer.strategy.init_args.sequence_parallel_size=1"]
+        result = run(command, *args, *one, "--trainer.accumulate_grad_batches=4", check=False)
+        assert result.returncode == 2 and "holds an object that is not loaded for safety" in result.stderr
+        assert "Traceback" not in result.stderr and not marker.exists()
 
 
 def test_export_loads_in_transformers(trained: Path, tmp_path: Path) -> None:

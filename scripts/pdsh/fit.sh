@@ -14,7 +14,8 @@ parse_arguments 'NODES=node0,node1 bash scripts/pdsh/fit.sh [--dry-run]' "$@"
 : "${CORES_PER_RANK:=12}" # for the optimizer in host memory: a node's cores / GPUS_PER_NODE
 : "${MASTER_PORT:=29500}"
 IFS=, read -r -a nodes <<<"$NODES"
-PIDS=/tmp/fit-$(id -un).pid # on each node: its torchrun
+# On each node, while it runs: its torchrun's number. Nobody can guess the name, and no two runs share it.
+PIDS=/tmp/fit-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n').pid
 
 # The environment as a line of shell: exported here in a shell of its own, and read back.
 environment() {
@@ -28,15 +29,17 @@ environment() {
     )
 }
 
-# $1: command; the node's number in place of %n, of which pdsh does not know the order.
+# $1: a function that prints the command of a node, given its number.
 on_all_nodes() {
-    local rank line jobs=() code=0
+    local rank command jobs=() code=0
     for rank in "${!nodes[@]}"; do
-        line="bash -c $(printf '%q' "${1//%n/$rank}")"
+        command=$("$1" "$rank")
         if [[ -n $DRY_RUN ]]; then
-            echo "pdsh -S -R ssh -w ${nodes[rank]} $line"
+            echo "pdsh -S -R ssh -w ${nodes[rank]} bash -c $(printf '%q' "$command")"
         else
-            pdsh -S -R ssh -w "${nodes[rank]}" "$line" &
+            # As letters and digits, through pdsh, which replaces %n and %h, and through the node's shell, whichever it is.
+            command=$(base64 <<<"$command" | tr -d '\n')
+            pdsh -S -R ssh -w "${nodes[rank]}" "echo $command | base64 -d | bash" &
             jobs+=($!)
         fi
     done
@@ -47,23 +50,30 @@ on_all_nodes() {
     return "$code"
 }
 
-torchrun() {
-    echo "cd $(printf '%q' "$PWD") && echo \$\$ >$PIDS && exec env $(environment)$PYTHON -m torch.distributed.run" \
-        "--nnodes=${#nodes[@]} --node_rank=%n --nproc_per_node=$GPUS_PER_NODE --master_addr=${nodes[0]}" \
-        "--master_port=$MASTER_PORT -m src.cli $(printf '%q ' "$@")"
+torchrun() { # $1: the node's number; the rest: arguments of src.cli
+    local rank=$1 command
+    shift
+    command=("$PYTHON" -m torch.distributed.run "--nnodes=${#nodes[@]}" "--node_rank=$rank"
+        "--nproc_per_node=$GPUS_PER_NODE" "--master_addr=${nodes[0]}" "--master_port=$MASTER_PORT" -m src.cli "$@")
+    echo "cd $(printf '%q' "$PWD") &&" \
+        "(umask 077 && echo \$BASHPID >$PIDS && exec env $(environment)$(printf '%q ' "${command[@]}")); code=\$?;" \
+        "rm -f $PIDS; exit \$code"
 }
+
+preflight() { torchrun "$1" preflight "${FIT[@]}"; }
+fit() { torchrun "$1" fit "${FIT[@]}"; }
+# torchrun itself ends at once of SIGUSR1: it goes to its children, the ranks.
+save() { echo "[ ! -f $PIDS ] || pkill -USR1 -P \$(cat $PIDS)"; }
+end() { echo "[ ! -f $PIDS ] || kill \$(cat $PIDS)"; }
 
 stops=0
 stop() {
     stops=$((stops + 1))
-    # torchrun itself ends at once of SIGUSR1: it goes to its children, the ranks.
-    local command="pkill -USR1 -P \$(cat $PIDS)"
-    ((stops == 1)) || command="kill \$(cat $PIDS)"
-    (on_all_nodes "$command") || true
+    if ((stops == 1)); then (on_all_nodes save) || true; else (on_all_nodes end) || true; fi
 }
 [[ -n $DRY_RUN ]] || trap stop INT TERM USR1
 
 if [[ $PREFLIGHT != 0 ]]; then
-    on_all_nodes "$(torchrun preflight "${FIT[@]}")" || { echo "error: fit was not started" >&2 && exit 1; }
+    on_all_nodes preflight || { echo "error: fit was not started" >&2 && exit 1; }
 fi
-on_all_nodes "$(torchrun fit "${FIT[@]}")"
+on_all_nodes fit

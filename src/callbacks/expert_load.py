@@ -8,6 +8,8 @@ import numpy.typing as npt
 from torch import Tensor
 from transformers import DeepseekV3Config
 
+from src.errors import UserError
+
 from .loggers import log_image
 
 FloatArray = npt.NDArray[np.float64]
@@ -48,7 +50,7 @@ class ExpertLoad(pl.Callback):
 
     def __init__(self, heat_map_every_n_steps: int = 50) -> None:
         if heat_map_every_n_steps < 0:
-            raise ValueError(f"heat_map_every_n_steps is {heat_map_every_n_steps}; it must be 0 (never) or more.")
+            raise UserError(f"heat_map_every_n_steps is {heat_map_every_n_steps}; it must be 0 (never) or more.")
         self.heat_map_every_n_steps = heat_map_every_n_steps
         self._step = 0
 

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import yaml
 
 from src.checkpoints.provenance import git_revision, package_versions
+from src.errors import UserError
 
 
 def _license(directory: Path) -> str | None:
@@ -134,6 +135,6 @@ def run_record(trainer: pl.Trainer, asked_by: pl.Callback) -> RunRecord:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RunRecord):
             return callback
-    raise ValueError(
+    raise UserError(
         f"{type(asked_by).__name__} needs the callback RunRecord, which knows the run's config.json and tokenizer"
     )

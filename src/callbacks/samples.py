@@ -10,6 +10,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from src.errors import UserError
+
 from .loggers import log_texts, spare_the_run
 from .phases import Phases
 
@@ -52,9 +54,9 @@ class Samples(pl.Callback):
             ("temperature", temperature, 0),
         ):
             if value < least:
-                raise ValueError(f"samples.{name} is {value}; it must be at least {least}.")
+                raise UserError(f"samples.{name} is {value}; it must be at least {least}.")
         if every_n_steps and not prompts:
-            raise ValueError(
+            raise UserError(
                 f"samples.every_n_steps is {every_n_steps}, but there are no prompts: give --samples.prompts "
                 "'[\"...\"]', or 0 steps for none."
             )
@@ -74,7 +76,7 @@ class Samples(pl.Callback):
         limit = config.max_position_embeddings
         for prompt, ids in zip(self.prompts, self._prompt_ids, strict=True):
             if len(ids) + self.max_new_tokens > limit:
-                raise ValueError(
+                raise UserError(
                     f"samples.prompts: {prompt[:60]!r} has {len(ids)} tokens; with max_new_tokens "
                     f"{self.max_new_tokens} that is above the model's max_position_embeddings {limit}: shorten it or "
                     "lower max_new_tokens."

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from src.checkpoints.durable import point, remove, remove_leftovers
 from src.checkpoints.saving import SaveFailed
+from src.errors import UserError
 
 FOLDER = "checkpoints"
 LAST = "last.ckpt"
@@ -45,9 +46,9 @@ class StepCheckpoint(Checkpoint):
     def __init__(self, every_n_train_steps: int = 100, keep: int = 2, async_save: bool = True) -> None:
         super().__init__()
         if every_n_train_steps < 0:
-            raise ValueError(f"every_n_train_steps is {every_n_train_steps}; it must be 0 (at the end only) or more.")
+            raise UserError(f"every_n_train_steps is {every_n_train_steps}; it must be 0 (at the end only) or more.")
         if keep < 1:
-            raise ValueError(f"keep is {keep}; at least the newest checkpoint is kept.")
+            raise UserError(f"keep is {keep}; at least the newest checkpoint is kept.")
         self.every_n_train_steps = every_n_train_steps
         self.keep = keep
         self.async_save = async_save

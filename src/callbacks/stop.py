@@ -15,6 +15,8 @@ import psutil  # type: ignore[import-untyped]
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 
+from src.errors import UserError
+
 from .step_checkpoint import StepCheckpoint
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class Stop(pl.Callback):
 
     def __init__(self, lead: float = 1800.0, time_limit: str | None = None, marker: str | None = None) -> None:
         if lead <= 0:
-            raise ValueError(f"stop.lead is {lead}; it must be positive: the seconds of one step and one save.")
+            raise UserError(f"stop.lead is {lead}; it must be positive: the seconds of one step and one save.")
         self.lead = lead
         self.time_limit = None if time_limit is None else _duration(time_limit)
         self.marker = None if marker is None else Path(marker).absolute()
@@ -197,6 +199,6 @@ def _duration(text: str) -> float:
     """Seconds of days:hours:minutes:seconds, as the Trainer's max_time has them."""
     parts = text.split(":")
     if len(parts) != 4 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"stop.time_limit is {text!r}; days:hours:minutes:seconds is wanted, e.g. 00:23:30:00.")
+        raise UserError(f"stop.time_limit is {text!r}; days:hours:minutes:seconds is wanted, e.g. 00:23:30:00.")
     days, hours, minutes, seconds = map(int, parts)
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()

@@ -15,6 +15,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from src.errors import UserError
+
 from .phases import Phases
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ class Watchdog(pl.Callback):
 
     def __init__(self, minutes: float = 15.0, exit: bool = True) -> None:
         if minutes < 0:
-            raise ValueError(f"watchdog.minutes is {minutes}; it must be 0 (off) or more.")
+            raise UserError(f"watchdog.minutes is {minutes}; it must be 0 (off) or more.")
         self.minutes, self.exit = minutes, exit
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from src.checkpoints.durable import INCOMPLETE, remove
 from src.checkpoints.export import OtherRankFailed
+from src.errors import UserError
 
 from .export_at_end import ExportingStrategy
 from .run_record import run_record
@@ -34,9 +35,9 @@ class WeightsCheckpoint(pl.Callback):
 
     def __init__(self, every_n_train_steps: int = 0, keep: int = 2) -> None:
         if every_n_train_steps < 0:
-            raise ValueError(f"weights.every_n_train_steps is {every_n_train_steps}; it must be 0 (none) or more.")
+            raise UserError(f"weights.every_n_train_steps is {every_n_train_steps}; it must be 0 (none) or more.")
         if keep < 1:
-            raise ValueError(f"weights.keep is {keep}; at least the newest weights are kept.")
+            raise UserError(f"weights.keep is {keep}; at least the newest weights are kept.")
         self.every_n_train_steps = every_n_train_steps
         self.keep = keep
         self._saved_step = 0

@@ -6,6 +6,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.errors import UserError
+
 
 @dataclass(frozen=True)
 class Room:
@@ -36,7 +38,7 @@ def check_room(path: Path, needed: int, what: str) -> None:
     """
     room = Room.at(path)
     if needed > room.free:
-        raise ValueError(
+        raise UserError(
             f"{path}: {what} takes {needed:,} bytes, and only {room}. Make room there, or write to another disk; "
             f"nothing was begun (df -h {os.fspath(room.folder)})"
         )

@@ -33,6 +33,7 @@ from src.checkpoints.run_files import read_record
 from src.checkpoints.side_files import copy_side_files, read_config, write_config
 from src.checkpoints.source import WeightSource
 from src.checkpoints.zero_reader import ZeroCheckpointSource
+from src.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -232,12 +233,12 @@ def _refuse_others(out: Path) -> None:
     _refuse_present(out)
     partial = partial_of(out)
     if partial.exists() and _found_plan(partial).get("run") != _LIVE:
-        raise ValueError(f"{partial} is left of an interrupted export: remove it, or give another directory")
+        raise UserError(f"{partial} is left of an interrupted export: remove it, or give another directory")
 
 
 def _refuse_present(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already and is not empty: give another directory, or remove it")
+        raise UserError(f"{out} is there already and is not empty: give another directory, or remove it")
 
 
 def _processes() -> tuple[int, int, str]:
@@ -267,9 +268,9 @@ def _join(out: Path, plan: dict[str, Any], run: str, resume: bool) -> Path:
             time.sleep(0.1)
         found = _found_plan(partial) or {"plan": plan}
         if found.get("run") != run and not resume:
-            raise ValueError(f"{partial} is left of an interrupted export: go on with --resume, or remove it") from None
+            raise UserError(f"{partial} is left of an interrupted export: go on with --resume, or remove it") from None
         if found["plan"] != plan:
-            raise ValueError(f"{partial} is an export of {found['plan']}, not of {plan}: remove it") from None
+            raise UserError(f"{partial} is an export of {found['plan']}, not of {plan}: remove it") from None
         if found.get("run") == run:
             return partial
     write_json(plan_file, {"run": run, "plan": plan})

@@ -20,6 +20,7 @@ import torch
 from src.checkpoints.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
 from src.checkpoints.key_map import mtp_layer
 from src.checkpoints.source import raise_listed
+from src.errors import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -146,7 +147,7 @@ def open_weights(path: Path, descriptors: list[int]) -> tuple[dict[str, Stored],
     elif (path / SINGLE_FILE).is_file():
         index, files = None, [SINGLE_FILE]
     else:
-        raise ValueError(
+        raise UserError(
             f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}: give a Hugging Face directory with weights"
         )
     present = [file for file in files if (path / file).is_file()]
@@ -175,12 +176,12 @@ def _weight_map(file: Path) -> dict[str, str]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} has no weight_map that can be read ({error!r}); copy it again") from error
+        raise UserError(f"{file} has no weight_map that can be read ({error!r}); copy it again") from error
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{file} has no weight_map of tensors' names to files' names; copy it again")
+        raise UserError(f"{file} has no weight_map of tensors' names to files' names; copy it again")
     if outside := sorted({name for name in names.values() if Path(name).name != name}):
-        raise ValueError(f"{file} names files that are not in its folder: {', '.join(map(repr, outside[:3]))}")
+        raise UserError(f"{file} names files that are not in its folder: {', '.join(map(repr, outside[:3]))}")
     return names
 
 
@@ -244,7 +245,7 @@ def _read_into(buffer: torch.Tensor, descriptor: int, offset: int, what: str) ->
     while view:
         count = os.preadv(descriptor, [view], offset)  # a call reads 2 GiB at most
         if count == 0:
-            raise ValueError(f"{what}: the file ended at byte {offset}; it was cut while being read")
+            raise UserError(f"{what}: the file ended at byte {offset}; it was cut while being read")
         view, offset = view[count:], offset + count
 
 
@@ -256,9 +257,9 @@ def _block_size(path: Path) -> tuple[int, int]:
         quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
         rows, columns = quantization.get("weight_block_size") or (BLOCK, BLOCK)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{config} cannot be read ({error}); copy it again from where the weights are") from error
+        raise UserError(f"{config} cannot be read ({error}); copy it again from where the weights are") from error
     if not all(type(n) is int and n > 0 for n in (rows, columns)):
-        raise ValueError(f"{config}: weight_block_size is {[rows, columns]}; two positive integers are needed")
+        raise UserError(f"{config}: weight_block_size is {[rows, columns]}; two positive integers are needed")
     return rows, columns
 
 

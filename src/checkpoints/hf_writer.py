@@ -20,6 +20,7 @@ import torch
 
 from src.checkpoints.durable import sync_file
 from src.checkpoints.hf_reader import DTYPE_NAMES, SINGLE_FILE
+from src.errors import UserError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -79,7 +80,7 @@ def parse_size(text: str) -> int:
         unit = _UNITS[match[2].upper()]
         size = int(float(match[1]) * (2 ** (10 * list(_UNITS.values()).index(unit)) if match[3] else unit))
     if size <= 0:
-        raise ValueError(f"max_shard_size {text!r} is no size; write it as 5GB or 500MB")
+        raise UserError(f"max_shard_size {text!r} is no size; write it as 5GB or 500MB")
     return size
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from src.checkpoints.durable import checksum
 from src.checkpoints.source import raise_listed
+from src.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +56,10 @@ def read_manifest(directory: Path) -> dict[str, FileRecord] | None:
     try:
         content = json.loads(file.read_text())
         if content["format"] > FORMAT:
-            raise ValueError(f"{file} has format {content['format']}, this version reads up to {FORMAT}; update it")
+            raise UserError(f"{file} has format {content['format']}, this version reads up to {FORMAT}; update it")
         return {name: FileRecord(**record) for name, record in content["files"].items()}
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is torn: {error}") from error
+        raise UserError(f"{file} is torn: {error}") from error
 
 
 def check_manifest(directory: str | Path, *, checksums: bool = True, rank: int = 0, world_size: int = 1) -> None:

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from src.checkpoints.safe_load import load_safely
 from src.checkpoints.side_files import copy_side_files
+from src.errors import UserError
 
 RUN_CONFIG = "config.yaml"
 RUN_RECORD = "run.json"
@@ -45,15 +45,12 @@ def client_state(directory: str | Path) -> dict[str, Any]:
     """What Lightning put into a DeepSpeed checkpoint, read without an engine; big tensors stay on disk.
 
     Raises:
-        ValueError: the directory is no such checkpoint.
+        UserError: the directory is no such checkpoint, or holds what is not loaded for safety.
     """
     path = Path(directory)
     latest = path / "latest"
     folder = path / latest.read_text().strip() if latest.is_file() else path
     files = sorted(folder.glob("*mp_rank_00_model_states.pt"))
     if not files:
-        raise ValueError(
-            f"{path} is no checkpoint: it has no model_states file; give a directory such as step=100.ckpt"
-        )
-    # The files are this project's own, and hold more than tensors.
-    return torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)
+        raise UserError(f"{path} is no checkpoint: it has no model_states file; give a directory such as step=100.ckpt")
+    return load_safely(files[0])

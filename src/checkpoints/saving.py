@@ -35,7 +35,9 @@ from src.checkpoints.durable import INCOMPLETE, CheckedFile, make_folder, publis
 from src.checkpoints.host_copy import HostMemory, host_copy, nbytes
 from src.checkpoints.manifest import MANIFEST, FileRecord, dump_manifest
 from src.checkpoints.run_files import write_run_files
+from src.checkpoints.safe_load import load_safely
 from src.checkpoints.save_problem import Problem, failure
+from src.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ class CheckpointSaver(CheckpointEngine):
                 save.problem = Problem.of(self._rank, save.aside / TAG, error)
         dist.broadcast_object_list(exists)
         if exists[0]:
-            raise ValueError(
+            raise UserError(
                 f"{final} exists already, and checkpoints are never overwritten; move it away, or save to another path."
             )
         self._error = f"{final} was not saved."  # unless it comes to its end
@@ -196,7 +198,7 @@ class CheckpointSaver(CheckpointEngine):
             self._save.problem = Problem.of(self._rank, Path(path), error)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return torch.load(path, map_location=map_location, weights_only=False)  # the project's own files
+        return load_safely(path, map_location)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         return True

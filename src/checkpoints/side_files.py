@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from src.checkpoints.durable import sync_file
 from src.checkpoints.fp8 import QUANTIZATION_CONFIG
 from src.checkpoints.hf_writer import write_json
+from src.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import DeepseekV3Config
@@ -59,7 +60,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """config.json as it is written. Raises ValueError where there is none."""
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path} is missing; it comes with the weights, and training copies it into each checkpoint")
+        raise UserError(f"{path} is missing; it comes with the weights, and training copies it into each checkpoint")
     config: dict[str, Any] = json.loads(path.read_text())
     return config
 

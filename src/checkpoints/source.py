@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from src.errors import UserError
+
 # Elements moved at a time by each thread: 16 MiB in fp32, large enough for a disk or a network file system to stream.
 CHUNK = 1 << 22
 
@@ -44,4 +46,4 @@ def raise_listed(title: str, problems: list[str], limit: int = 50) -> None:
     """Raises one ValueError that lists all problems, beyond `limit` their number; nothing where there are none."""
     if problems:
         lines = problems[:limit] + ([f"... and {len(problems) - limit} more"] if len(problems) > limit else [])
-        raise ValueError("\n  ".join([title, *lines]))
+        raise UserError("\n  ".join([title, *lines]))

@@ -17,13 +17,12 @@ The files are mapped: a range costs the pages that it touches, and those are the
 
 import copy
 import math
-import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PosixPath
+from pathlib import Path
 from threading import RLock
 from typing import Any, Literal
 
@@ -42,18 +41,16 @@ from deepspeed.checkpoint.constants import (
     SINGLE_PARTITION_OF_FP32_GROUPS,
     ZERO_STAGE,
 )
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
+from src.checkpoints.safe_load import load_safely
 from src.checkpoints.source import raise_listed
+from src.errors import UserError
 
 Slot = Literal["fp32", "exp_avg", "exp_avg_sq"]
 
 # In a checkpoint of stage 0, put there by our strategy: the trained parameters' names, in the optimizer's order.
 OPTIMIZER_NAMES = "optimizer_names"
 
-_ALLOWED = [DynamicLossScaler, LossScaler, PosixPath, ZeroStageEnum, fragment_address]
 _OPTIM = re.compile(r"((?:bf16_|fp16_)?zero_pp_rank_)(\d+)(_mp_rank_00_optim_states\.pt)")
 
 
@@ -90,7 +87,7 @@ class ZeroCheckpointSource:
         self._files: dict[Path, dict[str, Any]] = {}
         latest = self.path / "latest"
         if not latest.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{self.path} is no checkpoint: it has no file `latest`; give a directory such as step=100.ckpt"
             )
         self._folder = self.path / latest.read_text().strip()
@@ -180,15 +177,9 @@ class ZeroCheckpointSource:
         )
 
     def _load(self, file: Path) -> dict[str, Any]:
-        with self._lock, torch.serialization.safe_globals(_ALLOWED):
+        with self._lock:
             if file not in self._files:
-                try:
-                    self._files[file] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-                except pickle.UnpicklingError as error:
-                    raise ValueError(
-                        f"{file} holds an object that is not loaded for safety; if you trust the file, allow its class "
-                        f"with torch.serialization.add_safe_globals: {error}"
-                    ) from error
+                self._files[file] = load_safely(file)
             return self._files[file]
 
     def _optim(self, file: Path) -> Mapping[str, Any]:
@@ -264,7 +255,7 @@ class ZeroCheckpointSource:
     def _find_whole_moments(self) -> None:
         names = self._load(self._model_files[0]).get(OPTIMIZER_NAMES)
         if names is None:  # saved by others
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: stage 0 does not record whose {self._slot} is whose; train with stage 1 to 3"
             )
         for index, name in enumerate(names):

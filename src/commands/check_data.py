@@ -14,6 +14,7 @@ from src.datamodules.check import check
 from src.datamodules.check_html import page
 from src.datamodules.check_text import report_lines, verdict
 from src.datamodules.tokenizer import load_tokenizer
+from src.errors import UserError
 from src.models.deepseek_v3 import load_config
 
 
@@ -33,20 +34,20 @@ class CheckDataCLI(ConfigCommand):
             check_output("--html", settings.html)
             data = SFTDataModule(**settings.data.as_dict())
             data.tokenizer = load_tokenizer(settings.data.tokenizer or settings.model.pretrained)
-        except ValueError as error:  # nothing can be read without them
+        except UserError as error:  # nothing can be read without them
             raise SystemExit(f"check-data: {error}") from None
         problems: list[str] = []
         pretrained, replicas = settings.model.pretrained, None
         if (Path(pretrained) / "config.json").is_file():  # the model may be on the cluster alone
             try:
                 check_data_fits_model(data, load_config(pretrained), pretrained)
-            except ValueError as error:
+            except UserError as error:
                 problems.append(str(error))
         else:
             print(f"{pretrained} has no config.json here: max_length and tokenizer are not compared with the model's")
         try:
             replicas = data_parallel_size(settings.trainer)
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
         reports = check(data, replicas, settings.trainer.accumulate_grad_batches, settings.show)
         reports[0].problems[:0] = problems

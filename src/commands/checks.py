@@ -10,6 +10,7 @@ from src.callbacks.step_checkpoint import LAST, checkpoint_folder, step_of
 from src.checkpoints.hf_reader import has_mtp
 from src.checkpoints.run_files import RUN_CONFIG
 from src.datamodules import SFTDataModule
+from src.errors import UserError
 from src.models.deepseek_v3.config_json import mtp_loss_weight_of, read_fields
 from src.strategies.parallel_dims import ParallelDims
 
@@ -28,12 +29,12 @@ def check_data_fits_model(data: SFTDataModule, config: Any, pretrained: str) -> 
     assert data.tokenizer is not None
     limit, length = config.max_position_embeddings, data.options.max_length
     if length > limit:
-        raise ValueError(
+        raise UserError(
             f"data.max_length {length} is above the model's max_position_embeddings {limit} "
             f"({pretrained}/config.json); lower it."
         )
     if len(data.tokenizer) > config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer {data.tokenizer.name_or_path} has {len(data.tokenizer)} tokens, the model a vocab_size of "
             f"{config.vocab_size}: they do not belong together."
         )
@@ -43,7 +44,7 @@ def find_checkpoint(path: str, root: str) -> Path:
     # A run killed right after a checkpoint appeared has left the link at the one before.
     found = (newest_checkpoint(root) or checkpoint_folder(root) / LAST) if path == "last" else Path(path)
     if not found.is_dir():
-        raise ValueError(
+        raise UserError(
             f"--ckpt_path {path}: there is no checkpoint {found}. "
             "Leave --ckpt_path out to start a new run, or set trainer.default_root_dir to the run's folder."
         )
@@ -52,7 +53,7 @@ def find_checkpoint(path: str, root: str) -> Path:
 
 def check_weights(directory: str) -> None:
     if not has_weights(directory):
-        raise ValueError(
+        raise UserError(
             f"{directory} holds no weights (*.safetensors): give the model's directory with --model.pretrained, "
             "or --model.from_scratch true for random ones."
         )
@@ -91,13 +92,13 @@ def refuse_older(checkpoint: Path, root: str) -> None:
     if newest is None:
         return
     if checkpoint.parent != newest.parent.resolve():
-        raise ValueError(
+        raise UserError(
             f"--ckpt_path {checkpoint} is of another run, and {newest.parent} holds checkpoints already, the newest "
             f"{newest.name}. Give another --trainer.default_root_dir, or --ckpt_path last to continue the run that is "
             "there."
         )
     if step_of(checkpoint) < step_of(newest):
-        raise ValueError(
+        raise UserError(
             f"--ckpt_path {checkpoint} is older than {newest.name} beside it, which the run would come to write again. "
             "Move the newer ones away, or give --ckpt_path last."
         )
@@ -106,7 +107,7 @@ def refuse_older(checkpoint: Path, root: str) -> None:
 def refuse_other_run(root: str) -> None:
     newest = newest_checkpoint(root)
     if newest is not None:
-        raise ValueError(
+        raise UserError(
             f"{newest.parent} holds checkpoints of an earlier run, the newest {newest.name}. "
             "Give --ckpt_path last to continue it, another --trainer.default_root_dir to start a new one, "
             "or remove the folder."

@@ -1,7 +1,7 @@
 """Commands that take every argument of `fit` and build neither model nor trainer."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -20,9 +20,6 @@ class ConfigCommand(TrainingCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_method_arguments(pl.Trainer, "fit", skip=LightningCLI.subcommands()["fit"])
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
         """`fit`'s checks, of weights and of checkpoints, are not for a machine that only reads its config."""

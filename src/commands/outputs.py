@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from src.errors import UserError
+
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")  # of matplotlib
 
 
@@ -12,6 +14,6 @@ def check_output(option: str, path: str | None, suffixes: tuple[str, ...] = ()) 
         return
     folder = Path(path).absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
-        raise ValueError(f"{option} {path} cannot be written; give a file in a folder that is there and writable.")
+        raise UserError(f"{option} {path} cannot be written; give a file in a folder that is there and writable.")
     if suffixes and Path(path).suffix.lower() not in suffixes:
-        raise ValueError(f"{option} {path} has no suffix of a picture; one of {', '.join(suffixes)} is wanted.")
+        raise UserError(f"{option} {path} has no suffix of a picture; one of {', '.join(suffixes)} is wanted.")

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from src.errors import UserError
+
 log = logging.getLogger(__name__)
 
 LOCK = "fit.lock"
@@ -29,7 +31,7 @@ def check_writable(option: str, path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{option} {path}: {folder} cannot be written: {error.strerror}. Give another place, or make room there."
         ) from error
 
@@ -49,7 +51,7 @@ def lock_run(root: str | Path) -> None:
             log.warning("%s: no lock can be had (%s); a second fit there would not be noticed", file.name, error)
             return
         file.seek(0)
-        raise ValueError(
+        raise UserError(
             f"trainer.default_root_dir {root}: another fit trains there ({file.read().strip() or 'unknown'}). "
             "Wait for its end, stop it, or give another folder."
         ) from error

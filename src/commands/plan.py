@@ -11,6 +11,7 @@ from tqdm import tqdm
 from src.commands.config_command import ConfigCommand
 from src.commands.outputs import PICTURES, check_output
 from src.commands.planned import plan_of
+from src.errors import UserError
 from src.planner.cluster import Cluster, read_cluster
 from src.planner.picture import draw, write_trace
 from src.planner.plan import Plan
@@ -50,10 +51,10 @@ class PlanCLI(ConfigCommand):
             check_output("--trace", config.trace)
             check_output("--picture", config.picture, PICTURES)
             if config.picture and find_spec("matplotlib") is None:
-                raise ValueError("--picture needs matplotlib: pip install matplotlib, or the extra `demo`.")
+                raise UserError("--picture needs matplotlib: pip install matplotlib, or the extra `demo`.")
             cluster = read_cluster(config.cluster) if config.cluster else Cluster()
             self.plan = plan_of(config, cluster)
-        except ValueError as error:
+        except UserError as error:
             self.parser.error(str(error))
         self._answer(config, cluster)
 

@@ -11,7 +11,9 @@ from src.commands.checks import mtp_loss_weight
 from src.datamodules import SFTDataModule
 from src.datamodules.files import NoMatch, expand
 from src.datamodules.packed_set import PackedSet
+from src.datamodules.sampler import check_accumulation
 from src.datamodules.tokenizer import load_tokenizer
+from src.errors import UserError
 from src.models.deepseek_v3.sizes import read_sizes, trained_part
 from src.planner import account
 from src.planner.cluster import Cluster
@@ -37,12 +39,12 @@ def plan_of(config: Namespace, cluster: Cluster) -> Plan:
 def settings_of(config: Namespace, cluster: Cluster) -> Settings:
     trainer, model, data = config.trainer, config.model, config.data
     if not isinstance(trainer.strategy, Namespace):
-        raise ValueError(f"trainer.strategy is {trainer.strategy!r}; plan knows src.strategies.DeepSpeedSPStrategy.")
+        raise UserError(f"trainer.strategy is {trainer.strategy!r}; plan knows src.strategies.DeepSpeedSPStrategy.")
     options: dict[str, Any] = trainer.strategy.get("init_args", Namespace()).as_dict()
     options |= trainer.strategy.get("dict_kwargs", {}) or {}
     for name, known in (("config", None), ("offload_optimizer_device", "cpu"), ("offload_params_device", "cpu")):
         if options.get(name, known) != known:
-            raise ValueError(
+            raise UserError(
                 f"trainer.strategy.init_args.{name} is {options[name]!r}: plan reads no DeepSpeed configuration and "
                 "knows no nvme; give stage, offload_optimizer, offload_parameters and reduce_bucket_size as arguments."
             )
@@ -163,6 +165,7 @@ def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, floa
     packed = _packed(values)
     lengths = packed.cache.lengths.astype("int64")
     rows, tokens = packed.rows_an_epoch, int(lengths.sum() * packed.rows_an_epoch / len(packed.rows))
+    check_accumulation(rows, settings.dp, settings.batch_size, settings.accumulate)
     document = float((lengths**2).sum() / lengths.sum())
     source = (
         f"{len(lengths):,} samples, {lengths.sum():,} tokens, {rows:,} rows an epoch, documents of {document:,.0f} "

@@ -18,6 +18,7 @@ from src.commands.checks import newest_checkpoint
 from src.commands.config_command import ConfigCommand
 from src.commands.outputs import check_output
 from src.commands.planned import settings_of
+from src.errors import UserError
 from src.planner import account
 from src.planner.cluster import Cluster, write_cluster
 from src.planner.settings import Settings
@@ -55,7 +56,7 @@ class PreflightCLI(ConfigCommand):
         if ranks.rank == 0:
             try:
                 check_output("--write", write)
-            except ValueError as error:
+            except UserError as error:
                 if ranks.world_size == 1:
                     self.parser.error(str(error))
                 report.problems.append(str(error))  # the others are not left waiting

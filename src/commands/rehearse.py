@@ -16,7 +16,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from src.callbacks.out_of_memory import OutOfMemory
 from src.commands.checks import mtp_loss_weight
 from src.commands.config_command import ConfigCommand
+from src.commands.instances import errors_as_raised
 from src.commands.planned import plan_of, row_lengths
+from src.errors import UserError
 from src.planner.cluster import Cluster, read_cluster
 from src.planner.plan import Plan, make_plan
 from src.planner.settings import GIB, Settings
@@ -63,7 +65,7 @@ class RehearseCLI(ConfigCommand):
             self.parser.error(f"--steps is {config.steps}; the first compiles, so that two are the fewest")
         try:
             plan = plan_of(config, read_cluster(config.cluster) if config.cluster else Cluster())
-        except ValueError as error:
+        except UserError as error:
             self.parser.error(str(error))
         s, needed = plan.settings, alone(plan).host_total / plan.settings.gpus
         usable = min(psutil.virtual_memory().available, memory_limit() or sys.maxsize)
@@ -81,7 +83,8 @@ class RehearseCLI(ConfigCommand):
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // s.gpus))
         config.model.mtp_loss_weight = mtp_loss_weight(config.model)
         config.model.from_scratch = True  # random weights of this rank's part alone
-        made = self.parser.instantiate_classes(config)
+        with errors_as_raised(self.parser):
+            made = self.parser.instantiate_classes(config)
         job = Job(
             world=s.world,
             sp=s.sp,

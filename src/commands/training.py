@@ -38,13 +38,29 @@ from src.commands.checks import (
     refuse_older,
     refuse_other_run,
 )
+from src.commands.config_files import ConfigFile
+from src.commands.instances import errors_as_raised
+from src.commands.parser import Parser
 from src.commands.places import check_writable, lock_run
 from src.commands.planned import host_memory
+from src.commands.ranges import check_ranges
 from src.datamodules import SFTDataModule
 from src.datamodules.files import expand
 from src.datamodules.tokenizer import load_tokenizer, opening_files
+from src.errors import UserError
 from src.models.sft_module import SFTModule
 from src.preflight.node import memory_limit
+
+# What every run needs, and Lightning decides otherwise: 1,000 epochs, no clipping, a loss logged every 50 steps.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "accelerator": "cuda",
+    "precision": "bf16-true",
+    "strategy": {"class_path": "src.strategies.DeepSpeedSPStrategy"},
+    "max_epochs": 1,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+}
 
 
 class TrainingCLI(LightningCLI):
@@ -60,12 +76,21 @@ class TrainingCLI(LightningCLI):
             SFTModule,
             SFTDataModule,
             save_config_callback=None,  # each checkpoint carries the config; this one refuses a second run
+            parser_class=Parser,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=list(args) if args is not None else None,
             **kwargs,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
+        parser: LightningArgumentParser = self.parser_class(**kwargs)
+        text = "a YAML file of these options; may be given more than once, a later one over the earlier"
+        parser.add_argument("-c", "--config", action=ConfigFile, help=text)
+        return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -78,6 +103,13 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(Stop, "stop")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Watchdog, "watchdog")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+            check_ranges(self.config[self.config.subcommand] if "subcommand" in self.config else self.config)
+        except UserError as error:
+            parser.error(str(error))
 
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]
@@ -111,6 +143,10 @@ class TrainingCLI(LightningCLI):
             rank_zero_info(f"multi-token prediction: mtp_loss_weight {settings.model.mtp_loss_weight}, {found}")
         if self.subcommand == "fit" and settings.trainer.accelerator != "cpu" and torch.cuda.is_available():
             say_host_memory(settings)
+
+    def instantiate_classes(self) -> None:
+        with errors_as_raised(self.parser):
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         self.datamodule.tokenizer = load_tokenizer(self.datamodule.tokenizer_spec)

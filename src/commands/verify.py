@@ -16,6 +16,7 @@ from src.checkpoints.load import load
 from src.checkpoints.side_files import read_config, transformers_knows
 from src.checkpoints.source import raise_listed
 from src.commands.opening import opening
+from src.errors import UserError
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, load_config
 from src.models.loss import IGNORE_INDEX
 
@@ -110,7 +111,7 @@ def _check_memory(config: Any) -> None:
     parameters = sum(torch.Size(shape).numel() for shape in hf_shapes(config, mtp=False).values())
     needed, available = 4 * 4 * parameters, psutil.virtual_memory().available
     if needed > 0.9 * available:
-        raise ValueError(
+        raise UserError(
             f"{parameters / 1e9:.1f}e9 parameters need {needed / 2**30:.0f} GiB here (two models in fp32 with "
             f"gradients), {available / 2**30:.0f} GiB are free. Verify a smaller model of the architecture, or use a "
             "machine with more memory."

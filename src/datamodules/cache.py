@@ -18,6 +18,8 @@ import numpy.typing as npt
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerFast
 
+from src.errors import UserError
+
 from .cache_build import BUILDING, FEATURES, SKIPPED, CacheBuild
 from .sequence_shard import Document
 from .tokenization import Report, TokenizeOptions
@@ -115,7 +117,7 @@ def _build(build: CacheBuild) -> None:
         for problem in report.wrong(build.options):
             raise problem
         if not report.statistics.samples:
-            raise ValueError(nothing_to_train_on(build.paths, report, build.options))
+            raise UserError(nothing_to_train_on(build.paths, report, build.options))
         build.publish(building)
 
 
@@ -127,7 +129,7 @@ def open_built(fingerprint: str, paths: Sequence[str], cache_dir: Path | None = 
     """
     directory = (cache_dir or default_cache_dir()) / fingerprint
     if not directory.exists():
-        raise ValueError(
+        raise UserError(
             f"{socket.gethostname()} has no {directory}, the tokens that the first rank trains on: {', '.join(paths)} "
             "must be the same files on every node, or --data.cache_dir a folder that all nodes see"
         )

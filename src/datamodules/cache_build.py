@@ -16,6 +16,8 @@ from datasets import Dataset, Features, List, Value
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
+from src.errors import UserError
+
 from .files import digest
 from .reader import scan
 from .tokenization import Report, TokenizeOptions, tokenize_spans
@@ -87,7 +89,7 @@ class CacheBuild:
             lock = FileLock(f"{directory}.lock", timeout, mode=where.stat().st_mode & 0o666)
             lock.acquire()
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
-            raise ValueError(f"{where} cannot be written to ({error}); give another --data.cache_dir") from None
+            raise UserError(f"{where} cannot be written to ({error}); give another --data.cache_dir") from None
         try:
             yield
         finally:
@@ -124,7 +126,7 @@ class CacheBuild:
         """
         for path, before in zip(self.paths, self._digests, strict=True):
             if digest(path) != before:
-                raise ValueError(f"{path} changed while it was read; start again when it is written")
+                raise UserError(f"{path} changed while it was read; start again when it is written")
         try:
             building.rename(self.directory)
         except OSError:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from src.errors import UserError
+
 from .control_tokens import ControlTokens, ControlTokenText
 from .template_fields import declares_tools, reads_field
 from .template_form import PUBLISHED, Message, ask, probe, reasoned_turns, told
@@ -57,7 +59,7 @@ class ChatTemplate:
         self.history_reasoning, self.control_tokens = history_reasoning, control_tokens
         self._form = form = probe(self._apply, [token.content for token in tokenizer.added_tokens_decoder.values()])
         if history_reasoning == "keep" and not form.keeps_history:
-            raise ValueError(
+            raise UserError(
                 "history_reasoning is 'keep', but the chat template drops the reasoning of earlier turns, so that no "
                 "server would send such a context; use 'template', or a template that keeps it"
             )
@@ -143,7 +145,7 @@ class ChatTemplate:
             return bare + body
         opened = form.thinking.opened_by(prompt) if form.thinking is not None else 0
         if form.thinking is None or (reasoning is None and not opened):
-            raise ValueError(
+            raise UserError(
                 f"the chat template shows an answer behind a message of the role {before!r} otherwise than behind its "
                 "own generation prompt there; use the template that the model is served with"
             )
@@ -159,7 +161,7 @@ class ChatTemplate:
         alone = {key: value for key, value in message.items() if key != "reasoning_content"}
         text = self._apply(ask(alone), False)
         if not text.startswith(self._form.header) or not text.endswith(self._form.between):
-            raise ValueError(
+            raise UserError(
                 f"the chat template renders the turn in a form that cannot be told from its prompt: {text!r} does not "
                 f"begin with {self._form.header!r}"
             )
@@ -172,7 +174,7 @@ class ChatTemplate:
         for turn in reasoned_turns(reasoning):
             shown = shown or told(self._apply(ask(turn), False), self._form.thinking)
         if not shown:
-            raise ValueError("the chat template does not show this reasoning_content; it cannot be a target")
+            raise UserError("the chat template does not show this reasoning_content; it cannot be a target")
         return shown
 
     def _apply(self, messages: list[Message], generate: bool, tools: list[Any] | None = None) -> str:
@@ -181,9 +183,9 @@ class ChatTemplate:
                 messages, tools=tools, tokenize=False, add_generation_prompt=generate, **self.variables
             )
         except TemplateError as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+            raise UserError(f"the chat template refuses the conversation: {error}") from error
         except Exception as error:  # a template raises what Python does with the data: TypeError, KeyError, ...
-            raise ValueError(f"the chat template refuses the conversation: {type(error).__name__}: {error}") from error
+            raise UserError(f"the chat template refuses the conversation: {type(error).__name__}: {error}") from error
         assert isinstance(text, str)
         return text
 

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from src.errors import UserError
+
 from .cache import TokenCache, nothing_to_train_on, open_or_check
 from .copies import Conversations, Copies, first_samples
 from .files import look_up
 from .findings import Findings
 from .packed_set import PackedSet
+from .sampler import check_accumulation
 from .sequence_shard import Document
 from .sft import SFTDataModule
 
@@ -49,6 +52,10 @@ def check(data: SFTDataModule, replicas: int | None, accumulation: int, show: in
     trained = _check_files(train, data, data.train_files, show, None)
     if trained is not None and replicas is not None:
         train.numbers.append(_steps(trained[1], data.batch_size, replicas, accumulation))
+        try:
+            check_accumulation(trained[1], replicas, data.batch_size, accumulation)
+        except UserError as error:
+            train.problems.append(str(error))
     reports = [train]
     sets = {"val": data.val_files or [], **{f"val {name}": files for name, files in data.val_sets.items()}}
     for name, files in sets.items():
@@ -92,7 +99,7 @@ def _check_files(
             try:
                 packed = data.pack(cache, data.train_weights)
                 mixed = packed.mixture.lines() if packed.mixture is not None else []
-            except ValueError as error:
+            except UserError as error:
                 report.problems.append(str(error))
         report.numbers = [*_numbers(data, packed, copies, is_train), *mixed]
         report.notes = cache.summary(data.options)[1:]

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerFast
 
+from src.errors import UserError
+
 ControlTokens = Literal["error", "text", "keep"]
 
 # Around a control token that is text, while the template has it: two code points that are no characters.
@@ -62,7 +64,7 @@ class ControlTokenText:
         """
         if isinstance(value, str):
             if _OPEN in value or _CLOSE in value:
-                raise ValueError("holds U+FDD0 or U+FDD1, which are no characters; remove them")
+                raise UserError("holds U+FDD0 or U+FDD1, which are no characters; remove them")
             return self._tokens.sub(rf"{_OPEN}\g<0>{_CLOSE}", value) if self._beginnings.search(value) else value
         if isinstance(value, dict):
             return {key: self.mark(item) for key, item in value.items()}
@@ -81,7 +83,7 @@ class ControlTokenText:
             return ids
         pieces = self._marked.split(text)
         if any(_OPEN in piece or _CLOSE in piece for piece in pieces):
-            raise ValueError("the chat template takes a control token in a message apart; remove it from the message")
+            raise UserError("the chat template takes a control token in a message apart; remove it from the message")
         return [
             index
             for place, piece in enumerate(pieces)
@@ -94,7 +96,7 @@ class ControlTokenText:
         pieces = self._backend.pre_tokenizer.pre_tokenize_str(text) if self._backend.pre_tokenizer else [(text, None)]
         ids = [item.id for piece, _ in pieces for item in self._backend.model.tokenize(piece)]
         if self._ids.get(token) in ids:
-            raise ValueError(f"{token!r} cannot be encoded as text: the tokenizer makes the token of its characters")
+            raise UserError(f"{token!r} cannot be encoded as text: the tokenizer makes the token of its characters")
         return ids
 
 

@@ -15,6 +15,8 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
+from src.errors import UserError
+
 # What `open_bytes` and reading from it raise where a file is cut or damaged.
 STREAM_ERRORS = (OSError, EOFError, zlib.error)
 
@@ -23,7 +25,7 @@ _ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"\x2a\x4d\x18" for first in ra
 _PIECE = 16 << 20  # bytes that one thread hashes at a time
 
 
-class NoMatch(ValueError):
+class NoMatch(UserError):
     """A pattern that no file matches."""
 
 
@@ -64,16 +66,16 @@ def look_up(patterns: Sequence[str]) -> tuple[list[str], list[ValueError]]:
                 found = os.stat(path)
             except OSError as error:
                 what = "is a link to nothing" if os.path.islink(path) else f"cannot be read ({error.strerror})"
-                problems.append(ValueError(f"{name} {what}; repair it or leave it out"))
+                problems.append(UserError(f"{name} {what}; repair it or leave it out"))
                 continue
             if not S_ISREG(found.st_mode) or not os.access(path, os.R_OK):
                 what = "cannot be read; change its permissions" if S_ISREG(found.st_mode) else "is not a regular file"
-                problems.append(ValueError(f"{name} {what} or leave it out"))
+                problems.append(UserError(f"{name} {what} or leave it out"))
                 continue
             first = names.setdefault((found.st_dev, found.st_ino), name)
             if len(names) == len(paths):
                 problems.append(
-                    ValueError(
+                    UserError(
                         f"{name} is the same file as {first}; name it once (--data.train_weights repeats the rows of "
                         "a file)"
                     )

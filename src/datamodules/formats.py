@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from src.errors import UserError
+
 from .rows import MESSAGE_FIELDS, RowError, kind_of, row_errors, shown
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca"]
@@ -78,7 +80,7 @@ def check_fields(fields: Fields) -> None:
     )
     for name, ours in fields.items():
         if ours is not None and ours not in known:
-            raise ValueError(
+            raise UserError(
                 f"data.fields: {name!r} is mapped to {ours!r}, which is no field of ours; give one of "
                 f"{', '.join(known)}, or null to leave {name!r} out"
             )

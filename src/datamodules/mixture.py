@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from src.errors import UserError
+
 from .packing import PackedRows
 
 
@@ -92,18 +94,18 @@ def check_weights(weights: Sequence[float], entries: Sequence[str]) -> None:
         ValueError: not one for each entry, one that is negative or not finite, or all zero.
     """
     if len(weights) != len(entries):
-        raise ValueError(
+        raise UserError(
             f"data.train_weights has {len(weights)} values, data.train_files {len(entries)} entries; give one weight "
             "for each entry (a glob is one entry)"
         )
     for weight, entry in zip(weights, entries, strict=True):
         if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(
+            raise UserError(
                 f"data.train_weights: {weight} for {entry!r}; a weight says how often the entry's conversations are in "
                 "an epoch: 0 (not at all) or more"
             )
     if not any(weights):
-        raise ValueError("data.train_weights are all 0: there is nothing to train on; give one entry more")
+        raise UserError("data.train_weights are all 0: there is nothing to train on; give one entry more")
 
 
 def mix(
@@ -127,7 +129,7 @@ def mix(
         sums = (int(values[rows.samples].sum(dtype=np.int64)) for values in (tokens, targets))
         part = Part(entry, weight, len(rows), *sums)
         if weight > 0 and part.rows and not part.rows_an_epoch:
-            raise ValueError(
+            raise UserError(
                 f"data.train_weights: {weight:g} of the {part.rows} packed rows of {entry!r} is not one row; raise it "
                 f"to {1 / part.rows:.2g} or more, set it to 0, or lower data.max_length"
             )
@@ -137,5 +139,5 @@ def mix(
     samples = np.concatenate([rows.samples for rows in packed])
     mixture = Mixture(tuple(parts))
     if not len(mixture):
-        raise ValueError("data.train_weights: the entries of a weight above 0 have no samples; give others more than 0")
+        raise UserError("data.train_weights: the entries of a weight above 0 have no samples; give others more than 0")
     return PackedRows(samples, np.concatenate([[0], *offsets]).astype(np.int64)), mixture

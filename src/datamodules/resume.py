@@ -3,6 +3,8 @@ number that no layout changes."""
 
 from typing import Any
 
+from src.errors import UserError
+
 
 def align_progress(
     loops: dict[str, Any],
@@ -55,23 +57,23 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], batch_size: int, 
     """
     for name in ("max_length", "packing", "seed", "train_weights"):
         if saved.get(name) != now[name]:  # of earlier checkpoints none says train_weights
-            raise ValueError(
+            raise UserError(
                 f"data.{name} is {now[name]}, but the checkpoint was trained with {saved.get(name)}, and the rows that "
                 f"it has yet to see would be others: set --data.{name} {str(saved.get(name)).replace('None', 'null')}"
             )
     if saved["fingerprint"] != now["fingerprint"] or saved["rows"] != now["rows"]:
-        raise ValueError(
+        raise UserError(
             f"the training data is not the checkpoint's: {now['rows']} rows ({now['fingerprint']}), but it was "
             f"trained on {saved['rows']} ({saved['fingerprint']}); the files' bytes and order, the tokenizer with "
             "its template, overlong and history_reasoning must be the same, with train_weights the entries of "
             "train_files too. For other data start a new run from exported weights"
         )
     if saved["rows_per_step"] != now["rows_per_step"]:
-        raise ValueError(
+        raise UserError(
             _other_rows_per_step(saved["rows_per_step"], now["rows_per_step"], batch_size, accumulate_grad_batches)
         )
     if saved["steps_per_epoch"] != now["steps_per_epoch"]:
-        raise ValueError(
+        raise UserError(
             f"an epoch has {now['steps_per_epoch']} optimizer steps, but the checkpoint's had "
             f"{saved['steps_per_epoch']}: set limit_train_batches as it was"
         )

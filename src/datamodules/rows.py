@@ -4,6 +4,8 @@ import reprlib
 from collections.abc import Iterator
 from typing import Any
 
+from src.errors import UserError
+
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
 shown = _REPR.repr  # a value of the data for a message, cut in its middle where it is long
@@ -12,7 +14,7 @@ ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "loss")
 
 
-class RowError(ValueError):
+class RowError(UserError):
     """One thing that is wrong with one row: `source` ("file:row"), `field` (a path inside the row) and `problem`,
     which states the value, the constraint and the remedy."""
 

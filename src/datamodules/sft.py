@@ -9,6 +9,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerFast
 
+from src.errors import UserError
+
 from .cache import TokenCache, open_built, open_or_build
 from .chat_template import HistoryReasoning
 from .control_tokens import ControlTokens
@@ -19,7 +21,7 @@ from .loader import PackedDataLoader, PackedDataset
 from .mixture import check_weights
 from .packed_set import PackedSet, mix_samples, pack_samples
 from .resume import align_progress, check_identity
-from .sampler import MicroBatchSampler
+from .sampler import MicroBatchSampler, check_accumulation
 from .tokenization import BadRows, Overlong, TokenizeOptions
 from .tokenizer import load_tokenizer
 
@@ -79,13 +81,13 @@ class SFTDataModule(LightningDataModule):
         super().__init__()
         for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1)):
             if value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
+                raise UserError(f"{name} is {value}; it must be at least {least}")
         check_fields(fields or {})
         if train_weights is not None:
             check_weights(train_weights, train_files)
         for name in val_sets or {}:
             if not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError(f"val_sets: {name!r} is no name for a set; use letters, digits, '_', '-' and '.'")
+                raise UserError(f"val_sets: {name!r} is no name for a set; use letters, digits, '_', '-' and '.'")
         self.train_files, self.val_files = train_files, val_files
         self.train_weights, self.val_sets = train_weights, val_sets or {}
         self.tokenizer_spec = tokenizer
@@ -131,8 +133,12 @@ class SFTDataModule(LightningDataModule):
         opened: dict[str, PackedSet] = {}
         if stage == "fit" and self.train_set is None:
             self.train_set = opened["train"] = self._packed("train", self.train_files, self.train_weights)
+            if self.trainer is not None:
+                accumulation = self.trainer.accumulate_grad_batches
+                replicas = self._sampler(self.train_set, accumulation, shuffle=True).num_replicas
+                check_accumulation(self.train_set.rows_an_epoch, replicas, self.batch_size, accumulation)
         if stage == "validate" and not self.val_files and not self.val_sets:
-            raise ValueError("there is nothing to validate on: give --data.val_files or --data.val_sets")
+            raise UserError("there is nothing to validate on: give --data.val_files or --data.val_sets")
         if self.val_files and self.val_set is None:
             self.val_set = opened["val"] = self._packed("val", self.val_files)
         for name, files in self.val_sets.items():
@@ -174,7 +180,7 @@ class SFTDataModule(LightningDataModule):
     def _tokenizer(self) -> PreTrainedTokenizerFast:
         if self.tokenizer is None:
             if self.tokenizer_spec is None:
-                raise ValueError(
+                raise UserError(
                     "no tokenizer: give --data.tokenizer DIR, 'deepseek', or --model.pretrained DIR that has one"
                 )
             self.tokenizer = load_tokenizer(self.tokenizer_spec)
@@ -211,7 +217,7 @@ class SFTDataModule(LightningDataModule):
     def train_dataloader(self) -> PackedDataLoader:
         assert self.train_set is not None and self.trainer is not None
         if self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]  # set by the Trainer's constructor
-            raise ValueError(
+            raise UserError(
                 "overfit_batches replaces the sampler that packed rows need; use --trainer.limit_train_batches "
                 f"{self.trainer.accumulate_grad_batches} instead"
             )
@@ -268,7 +274,7 @@ class SFTDataModule(LightningDataModule):
         limit, accumulation = self.trainer.limit_train_batches, sampler.accumulate_grad_batches
         batches = min(len(sampler), limit) if isinstance(limit, int) else int(len(sampler) * limit)
         if batches % accumulation:
-            raise ValueError(
+            raise UserError(
                 f"limit_train_batches {limit} ends an epoch of {len(sampler)} micro-batches after {batches}, in the "
                 f"middle of an optimizer step; it must give a multiple of accumulate_grad_batches {accumulation}"
             )

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+from src.errors import UserError
+
 Message = dict[str, Any]
 Apply = Callable[[list[Message], bool], str]
 """Renders messages, with the generation prompt or without; ValueError where the template refuses them."""
@@ -99,13 +101,13 @@ def probe(apply: Apply, stops: Collection[str]) -> Form:
 
     before, prompt, shown = show(ask()), show(ask(), True), show(ask(answer()))
     if not prompt.startswith(before) or not shown.startswith(before):
-        raise ValueError(
+        raise UserError(
             "the chat template changes what stands before an assistant turn when the turn is added, so that no prompt "
             "can be told from it: use the template that the model is served with"
         )
     header, mark, end = shown[len(before) :].partition(_ANSWER)
     if not mark or not end:
-        raise ValueError(
+        raise UserError(
             "the chat template does not show an assistant turn's content followed by an end of turn; training "
             "needs both: use the template that the model is served with"
         )
@@ -116,7 +118,7 @@ def probe(apply: Apply, stops: Collection[str]) -> Form:
     bare = {"user": _rest(header, generation), "tool": _bare_after_tool(show, _rest(header, generation))}
     if bare["user"] is None and (thinking is None or not thinking.opened_by(prompt)):
         other = f"its generation prompt is {generation!r}, but {header!r} stands before an answer of history"
-        raise ValueError(
+        raise UserError(
             f"the chat template does not tell how a model answers: {untold if _OPENS.search(generation) else other}; "
             "use the template that the model is served with"
         )
@@ -191,7 +193,7 @@ def _shown_thinking(show: Callable[..., str], before: str, generation: str) -> T
             opening = opening[opening.rfind(tag) :] if tag != closing.strip() and tag in opening else ""
         if mark and opening.strip() and closing.strip():
             return Thinking(opening, closing)
-        raise ValueError(
+        raise UserError(
             "the chat template shows reasoning_content, but not before the answer and between an opening and a closing "
             "tag; no target can be told from it: use the template that the model is served with"
         )

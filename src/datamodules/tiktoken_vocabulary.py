@@ -14,6 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tokenizers import AddedToken, Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from src.errors import UserError
+
 VOCABULARY = "tiktoken.model"
 SETTINGS = "tokenizer_config.json"
 CLASS = "PreTrainedTokenizerFast"  # of transformers, for a tokenizer.json of any model
@@ -52,7 +54,7 @@ def convert(directory: Path) -> Tokenizer:
     for index, token in special_tokens(directory, tokenizer.get_vocab_size()).items():
         tokenizer.add_tokens([token])
         if (found := tokenizer.token_to_id(token.content)) != index:
-            raise ValueError(
+            raise UserError(
                 f"{directory / SETTINGS}: added_tokens_decoder gives {token.content!r} the id {index}, but it has "
                 f"{found} already; take the file that came with {VOCABULARY}"
             )
@@ -63,11 +65,11 @@ def settings(directory: Path) -> dict[str, Any]:
     """tokenizer_config.json of the converted tokenizer: the published one without the Python class."""
     path = directory / SETTINGS
     if not path.is_file():
-        raise ValueError(f"{path} is missing; it names the special tokens of {VOCABULARY}")
+        raise UserError(f"{path} is missing; it names the special tokens of {VOCABULARY}")
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; copy it again") from error
+        raise UserError(f"{path} is not valid JSON: {error}; copy it again") from error
     return {key: value for key, value in found.items() if key != "auto_map"} | {"tokenizer_class": CLASS}
 
 
@@ -82,11 +84,11 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise ValueError(f"{path}:{number}: not a token in base64 and its id: copy the file again") from None
+            raise UserError(f"{path}:{number}: not a token in base64 and its id: copy the file again") from None
     if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"{path}: the ids of its {len(ranks)} tokens are not 0 to {len(ranks) - 1}; copy it again")
+        raise UserError(f"{path}: the ids of its {len(ranks)} tokens are not 0 to {len(ranks) - 1}; copy it again")
     if absent := sum(bytes([byte]) not in ranks for byte in range(256)):
-        raise ValueError(f"{path} lacks {absent} of the 256 bytes, so that it cannot encode every text; copy it again")
+        raise UserError(f"{path} lacks {absent} of the 256 bytes, so that it cannot encode every text; copy it again")
     return ranks
 
 
@@ -97,7 +99,7 @@ def special_tokens(directory: Path, first: int) -> dict[int, AddedToken]:
     """
     named = {int(index): token for index, token in settings(directory).get("added_tokens_decoder", {}).items()}
     if not named or min(named) < first or not all(isinstance(token, dict) for token in named.values()):
-        raise ValueError(
+        raise UserError(
             f"{directory / SETTINGS}: added_tokens_decoder must name special tokens with ids from {first}, the size of "
             f"{VOCABULARY}, and names {min(named, default='none')}; take the file that came with it"
         )
@@ -116,7 +118,7 @@ def check_pattern(directory: Path) -> None:
     declared = {file: pattern for file in sorted(directory.glob("*.py")) if (pattern := _declared(file)) is not None}
     for file, pattern in declared.items():
         if pattern != PATTERN:
-            raise ValueError(
+            raise UserError(
                 f"{file} splits text by another pat_str than Moonlight's and Kimi's, which alone is known to give the "
                 "same tokens without running it: give a --data.tokenizer directory with a tokenizer.json"
             )

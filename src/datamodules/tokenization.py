@@ -10,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from src.errors import UserError
+
 from .chat_template import ChatTemplate, HistoryReasoning, Sample
 from .control_tokens import ControlTokens
 from .findings import Findings, row_remarks, unread_remark
@@ -103,7 +105,7 @@ class Report:
         """Why training refuses the data: what is wrong with files, and an error of each kind of the rows that are not
         to be skipped."""
         rows = [] if options.bad_rows == "skip" else [examples[0] for _, examples in self.errors.by_kind()]
-        return [*map(ValueError, self.problems), *rows]
+        return [*map(UserError, self.problems), *rows]
 
     def add(self, other: "Report") -> None:
         """Adds that of the rows behind ours."""

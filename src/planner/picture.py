@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from src.errors import UserError
 from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, HOST, SP, STREAMS, TO_HOST, Span, makespan
 
 COLOURS = {
@@ -52,7 +53,7 @@ def draw(path: str | Path, spans: Sequence[Span], title: str) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise ValueError("--picture needs matplotlib: pip install matplotlib, or the extra `demo`.") from error
+        raise UserError("--picture needs matplotlib: pip install matplotlib, or the extra `demo`.") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from src.errors import UserError
 from src.models.deepseek_v3.sizes import Sizes
 
 GIB = 2**30
@@ -65,12 +66,12 @@ class Settings:
             value = getattr(self, field)
             whole = isinstance(value, int) or field == "document"
             if not whole or isinstance(value, bool) or not value > 0:
-                raise ValueError(f"{option} is {value!r}; a number from 1 on is wanted.")
+                raise UserError(f"{option} is {value!r}; a number from 1 on is wanted.")
         if self.world % self.sp:
-            raise ValueError(f"{self.world} processes are no multiple of sequence_parallel_size {self.sp}.")
+            raise UserError(f"{self.world} processes are no multiple of sequence_parallel_size {self.sp}.")
         heads = self.sizes.num_attention_heads
         if heads % self.sp:
-            raise ValueError(f"num_attention_heads {heads} is no multiple of sequence_parallel_size {self.sp}.")
+            raise UserError(f"num_attention_heads {heads} is no multiple of sequence_parallel_size {self.sp}.")
 
     @property
     def world(self) -> int:

@@ -19,6 +19,7 @@ from src.checkpoints.output import Dtype
 from src.checkpoints.run_files import client_state
 from src.checkpoints.saving import CheckpointSaver
 from src.checkpoints.zero_reader import OPTIMIZER_NAMES, ZeroCheckpointSource
+from src.errors import UserError
 
 from .live_partitions import export_live
 from .random_state import random_state, set_random_state
@@ -101,7 +102,7 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         without = [rank for rank, path in enumerate(found) if (path is None) != (found[0] is None)]
         if found[0] is None or without:
             path = next(path for path in found if path is not None)
-            raise ValueError(
+            raise UserError(
                 f"ranks {[rank for rank, path in enumerate(found) if path is None]} see no checkpoint where others see "
                 f"{path}: their listing is old, or the folder is not shared. Start again, with --ckpt_path {path}."
             )
@@ -110,7 +111,7 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         digests: list[str] = [""] * len(found)
         dist.all_gather_object(digests, _digest(Path(found[0])))
         if others := [f"rank {rank}: {digest}" for rank, digest in enumerate(digests) if digest != digests[0]]:
-            raise ValueError(
+            raise UserError(
                 f"{found[0]} is not the same checkpoint on all ranks: rank 0: {digests[0]}; {', '.join(others)}. "
                 "Check that its folder is mounted on every node."
             )

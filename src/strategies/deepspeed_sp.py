@@ -29,6 +29,7 @@ from src.checkpoints.manifest import check_manifest
 from src.checkpoints.random_source import RandomSource
 from src.checkpoints.source import WeightSource
 from src.checkpoints.zero_reader import ZeroCheckpointSource
+from src.errors import UserError
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, SequenceParallelGroup, SingleProcess
 
 from .checkpointing import CheckpointingStrategy
@@ -45,6 +46,7 @@ from .partition import materialise
 from .sequence_parallel import ProcessGroupSP
 from .zero3_collectives import reduce_by_one_view
 from .zero3_hooks import hook_owners_alone
+from .zero_limits import check_stage
 
 # DeepSpeed's and our own collectives under names that torch 2.13 deprecates and torch 2.11 knows no others for.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
@@ -88,7 +90,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         **kwargs: Any,
     ) -> None:
         if offload_parameters and stage != 3:
-            raise ValueError(f"offload_parameters needs ZeRO stage 3, stage is {stage}.")
+            raise UserError(f"offload_parameters needs ZeRO stage 3, stage is {stage}.")
         super().__init__(
             stage=stage,
             contiguous_gradients=stage != 3 if contiguous_gradients is None else contiguous_gradients,
@@ -104,6 +106,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
     # -- ranks ----------------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
+        check_stage(self._zero["stage"], self.precision_plugin.precision)
         # Past DeepSpeedStrategy's own, which refuses every accelerator but CUDA.
         DDPStrategy.setup_environment(self)
 
@@ -115,7 +118,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
     def setup_distributed(self) -> None:
         device = "cpu" if self.root_device.type == "cpu" else "cuda"
         if get_accelerator().device_name() != device:
-            raise ValueError(
+            raise UserError(
                 f"the Trainer runs on {device}, but DeepSpeed chose {get_accelerator().device_name()}: "
                 f"set the environment variable DS_ACCELERATOR={device}."
             )

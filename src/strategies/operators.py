@@ -23,6 +23,8 @@ import psutil  # type: ignore[import-untyped]
 from filelock import FileLock, Timeout
 from torch.utils import cpp_extension
 
+from src.errors import UserError
+
 # Seconds that a lock file must be old in a folder of the user's choice, where another machine may build; no build is as
 # long.
 _OLD = 600.0
@@ -64,7 +66,7 @@ def _build_folder() -> tuple[Path, bool]:
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own)))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (folder == own and (own.is_symlink() or own.stat().st_uid != os.getuid())) or not os.access(folder, os.W_OK):
-        raise ValueError(f"{folder} belongs to another user; set TORCH_EXTENSIONS_DIR to a folder of your own")
+        raise UserError(f"{folder} belongs to another user; set TORCH_EXTENSIONS_DIR to a folder of your own")
     return folder.resolve(), folder == own
 
 
@@ -107,7 +109,7 @@ def _find_tools() -> None:
     wanted = os.environ.get("CXX", "c++")
     compiler = next((name for name in (wanted, "g++", "clang++") if shutil.which(name)), None)
     if compiler is None:
-        raise ValueError(
+        raise UserError(
             f"no C++ compiler found ({wanted}, g++ or clang++): DeepSpeed builds operators on first use. "
             "Install one, e.g. `apt-get install g++` or `dnf install gcc-c++`."
         )

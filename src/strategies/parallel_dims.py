@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from src.errors import UserError
+
 
 @dataclass(frozen=True)
 class ParallelDims:
@@ -17,10 +19,10 @@ class ParallelDims:
 
     def __post_init__(self) -> None:
         if self.sp < 1:
-            raise ValueError(f"sequence_parallel_size is {self.sp}; it must be at least 1.")
+            raise UserError(f"sequence_parallel_size is {self.sp}; it must be at least 1.")
         if self.world_size % self.sp:
             divisors = [n for n in range(1, self.world_size + 1) if self.world_size % n == 0]
-            raise ValueError(
+            raise UserError(
                 f"WORLD_SIZE {self.world_size} (nodes x devices) is no multiple of sequence_parallel_size {self.sp}: "
                 f"world = dp x sp must hold. With {self.world_size} processes it may be "
                 f"{', '.join(map(str, divisors))}."

@@ -7,6 +7,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from src.errors import UserError
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, ExpertShard
 from src.models.deepseek_v3.recompute import recompute
 
@@ -19,7 +20,7 @@ def check_heads(model: DeepseekV3ForCausalLM, dims: ParallelDims) -> None:
     heads = model.config.num_attention_heads
     if heads % dims.sp:
         divisors = [n for n in range(1, heads + 1) if heads % n == 0 and dims.world_size % n == 0]
-        raise ValueError(
+        raise UserError(
             f"num_attention_heads {heads} is not a multiple of sequence_parallel_size {dims.sp} "
             f"(WORLD_SIZE {dims.world_size} = dp {dims.dp} x sp {dims.sp}): each SP rank attends with its own heads. "
             f"It may be {', '.join(map(str, divisors))}."

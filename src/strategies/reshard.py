@@ -16,6 +16,7 @@ from src.checkpoints.key_map import PerExpert, StackedExperts
 from src.checkpoints.load import Sink, fill, persistent, sink_of, stacked_view, unfit
 from src.checkpoints.source import raise_listed
 from src.checkpoints.zero_reader import ZeroCheckpointSource
+from src.errors import UserError
 
 from .zero_parts import part_of
 
@@ -40,7 +41,7 @@ def restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpoin
             in one of the two runs only; the optimizer is offloaded to NVMe.
     """
     if engine.zero_nvme_offload_optimizer():
-        raise ValueError("a run whose optimizer is offloaded to nvme cannot be resumed: offload it to cpu")
+        raise UserError("a run whose optimizer is offloaded to nvme cannot be resumed: offload it to cpu")
     stage, adam = engine.zero_optimization_stage(), engine.basic_optimizer
     if stage == 3:
         engine.optimizer.checkpoint_event_prologue()  # every parameter as partitions

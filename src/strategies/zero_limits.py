@@ -1,5 +1,7 @@
 """How much ZeRO-3 gathers ahead, copies and holds; without torch, so that the planner reads what the strategy does."""
 
+from src.errors import UserError
+
 # Bytes of a whole parameter from which it is gathered into memory of its own: copying it out of a buffer that it shares
 # would cost more than one more collective.
 OWN_MEMORY = 32 * 2**20
@@ -29,3 +31,16 @@ def zero3_limits(shard: int) -> dict[str, int]:
         "stage3_max_reuse_distance": 0,
         "stage3_param_persistence_threshold": 100_000,
     }
+
+
+def check_stage(stage: int, precision: str) -> None:
+    """Refuses bf16 without ZeRO, where DeepSpeed accumulates no gradients in fp32.
+
+    Args:
+        precision: of the Trainer, "bf16-true" or "32-true".
+    """
+    if stage == 0 and not precision.startswith("32"):
+        raise UserError(
+            f"trainer.strategy.init_args.stage is 0 with trainer.precision {precision}: DeepSpeed accumulates "
+            "gradients of bf16 weights in fp32 at stages 1 to 3 alone; take one, or --trainer.precision 32-true."
+        )

@@ -342,7 +342,9 @@ def test_the_first_rank_reads_the_files_and_the_others_open_what_it_names(
                 told.append(value)
             return told[-1]
 
-        return SimpleNamespace(is_global_zero=first, strategy=SimpleNamespace(broadcast=broadcast))
+        strategy = SimpleNamespace(broadcast=broadcast)
+        alone = {"accumulate_grad_batches": 1, "distributed_sampler_kwargs": None}
+        return SimpleNamespace(is_global_zero=first, strategy=strategy, **alone)
 
     first, other = make(val_files=None), make(val_files=None)
     first.trainer, other.trainer = trainer(True), trainer(False)

@@ -1,6 +1,8 @@
 """The launcher without a scheduler, on one node and with a shell for pdsh: Ctrl-C saves, the same command goes on."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -9,12 +11,21 @@ import pytest
 
 from tests.launch.cluster import ROOT
 
+# -S -R ssh -w NODE COMMAND; the node's shell is a plain one, and pdsh's own marks are replaced.
+PDSH = """#!/bin/bash
+node=$5
+shift 5
+command=$*
+command=${command//%n/PDSH} command=${command//%h/$node} command=${command//%u/PDSH}
+exec sh -c "$command"
+"""
+
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     pdsh = tmp_path / "bin/pdsh"
     pdsh.parent.mkdir()
-    pdsh.write_text('#!/bin/bash\nshift 5 # -S -R ssh -w NODE\nexec bash -c "$*"\n')
+    pdsh.write_text(PDSH)
     pdsh.chmod(0o755)
     return os.environ | {
         "PATH": f"{pdsh.parent}:{os.environ['PATH']}",
@@ -53,3 +64,33 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(environment: dict[str, str], 
     assert again.returncode == 0, printed
     assert f"step {done + 1}/{done + 1}" in printed and f"step {done}/" not in printed
     assert (tmp_path / f"run/checkpoints/step={done + 1}.ckpt").exists()
+
+
+def test_arguments_and_paths_arrive_as_they_are(environment: dict[str, str], tmp_path: Path) -> None:
+    """From a folder whose name has a space and a command in it, with a Python there, and pdsh's marks as arguments."""
+    root = tmp_path / "a b $(touch ran) %n"
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    (root / "src").mkdir()
+    (root / "src/cli.py").touch()
+    (root / "my config.yaml").touch()
+    python = root / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/bash\nprintf "%s\\0" "$PWD" "$0" "$@" >"$SEEN.$(ls $(dirname $SEEN) | wc -l)"\nls /tmp\n')
+    python.chmod(0o755)
+    (tmp_path / "seen").mkdir()
+    odd = ["--data.train_files=[/nfs/a b.jsonl]", "--x=%n%h%u", "--y=$(touch ran)", "--z=`touch ran`;'\"\\", "*"]
+    variables = environment | {"NODES": "n0,n1", "SEEN": str(tmp_path / "seen/arguments"), "PREFLIGHT": "1"}
+    command = ["bash", "scripts/pdsh/fit.sh", "my config.yaml", *odd]
+    result = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    runs = [file.read_text().split("\0")[:-1] for file in sorted((tmp_path / "seen").iterdir())]
+    ranks = []
+    for folder, interpreter, *arguments in runs:
+        assert (folder, interpreter) == (str(root), str(python))
+        start = arguments.index("src.cli")
+        assert arguments[start + 2 :] == ["--config", "my config.yaml", "--ckpt_path", "auto", *odd]
+        ranks.append((arguments[start + 1], next(word for word in arguments if word.startswith("--node_rank"))))
+    assert sorted(ranks) == [(name, f"--node_rank={rank}") for name in ("fit", "preflight") for rank in (0, 1)]
+    assert not [path for path in tmp_path.rglob("*") if path.name == "ran"]
+    pids = {word for word in result.stdout.split() if re.fullmatch(r"fit-[0-9a-f]{32}\.pid", word)}
+    assert len(pids) == 1 and not (Path("/tmp") / pids.pop()).exists()

@@ -96,7 +96,7 @@ def test_data_that_is_there_is_counted(tmp_path: Path) -> None:
         (["--trainer.strategy.init_args.sequence_parallel_size", "3"], "no multiple of sequence_parallel_size 3"),
         (["--model.experts_per_shard", "24"], "experts_per_shard 24 does not divide the 256 experts"),
         (["--model.pretrained", "configs"], "configs/config.json does not exist"),
-        (["--data.batch_size", "0"], "data.batch_size is 0; a number from 1 on"),
+        (["--data.batch_size", "0"], "data.batch_size is 0; it must be in [1, 65536]"),
         (["--trainer.accumulate_grad_batches", "-1"], "trainer.accumulate_grad_batches is -1"),
         (["--trainer.strategy.init_args.sequence_parallel_size", "0"], "sequence_parallel_size is 0"),
         (["--trainer.strategy.init_args.offload_optimizer_device", "nvme"], "offload_optimizer_device is 'nvme': plan"),

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from src.errors import UserError
+
 # Kimi-K2 is DeepSeek-V3 under its own name.
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 
@@ -71,16 +73,16 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{path} does not exist; a Hugging Face directory of a DeepSeek-V3 model is needed here "
             "(give it with --model.pretrained)."
         )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; copy it again from where the weights are.") from error
+        raise UserError(f"{path} is not valid JSON: {error}; copy it again from where the weights are.") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds no fields; take the config.json that came with the weights.")
+        raise UserError(f"{path} holds no fields; take the config.json that came with the weights.")
     check_fields(fields, str(path))
     return fields
 
@@ -89,20 +91,20 @@ def check_fields(fields: dict[str, Any], origin: str) -> None:
     """Raises as `read_fields`; `origin` names the fields in errors."""
     model_type = fields.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise ValueError(
+        raise UserError(
             f"{origin}: model_type is {model_type!r}; the DeepSeek-V3 architecture is trained here, "
             f"model_type {' or '.join(MODEL_TYPES)}."
         )
     absent = [name for name in REQUIRED if name not in fields]
     if absent:
-        raise ValueError(f"{origin} lacks {', '.join(absent)}; take the config.json that came with the weights.")
+        raise UserError(f"{origin} lacks {', '.join(absent)}; take the config.json that came with the weights.")
     problems = [
         f"{name} is {fields[name]!r}, which must be an integer"
         for name in REQUIRED
         if name not in NO_INTEGERS and type(fields[name]) is not int
     ]
     if problems:
-        raise ValueError(f"{origin}: " + "; ".join(problems) + ".")
+        raise UserError(f"{origin}: " + "; ".join(problems) + ".")
     problems = [
         f"{name} = {fields[name]!r} (implemented: {' or '.join(map(repr, values))})"
         for name, values in ONLY_VALUES.items()
@@ -118,7 +120,7 @@ def check_fields(fields: dict[str, Any], origin: str) -> None:
     if method != "fp8":  # Kimi-K2-Thinking's INT4, for one
         problems.append(f"quantization_config.quant_method = {method!r} (implemented: 'fp8')")
     if problems:
-        raise ValueError(f"{origin} asks for what this model does not implement: " + "; ".join(problems) + ".")
+        raise UserError(f"{origin} asks for what this model does not implement: " + "; ".join(problems) + ".")
     _check_sizes(fields, origin)
 
 
@@ -131,7 +133,7 @@ def mtp_loss_weight_of(asked: float | None, has_block: bool, base: str) -> float
     if asked is None:
         return 0.1 if has_block else 0.0
     if asked > 0 and not has_block:
-        raise ValueError(
+        raise UserError(
             f"mtp_loss_weight is {asked}, but {base} has no multi-token-prediction block to train: leave it out, or "
             "set --model.mtp_loss_weight 0."
         )
@@ -175,4 +177,4 @@ def _check_sizes(fields: dict[str, Any], origin: str) -> None:
     if not fields["n_shared_experts"]:
         problems.append(f"n_shared_experts is {fields['n_shared_experts']}; at least one is implemented")
     if problems:
-        raise ValueError(f"{origin}: " + "; ".join(problems) + ".")
+        raise UserError(f"{origin}: " + "; ".join(problems) + ".")

@@ -4,6 +4,8 @@ import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 
+from src.errors import UserError
+
 _SHARD = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(gate_up_proj|down_proj)")
 
 
@@ -29,7 +31,7 @@ def frozen(names: Iterable[str], patterns: Sequence[str], experts_per_shard: int
     every = [one for ones in published.values() for one in ones]
     unmatched = [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(one, pattern) for one in every)]
     if unmatched:
-        raise ValueError(
+        raise UserError(
             f"freeze: no parameter's name matches {', '.join(map(repr, unmatched))}; names are such as {every[0]} "
             f"and {every[-1]}, as in the model's published files."
         )
@@ -37,7 +39,7 @@ def frozen(names: Iterable[str], patterns: Sequence[str], experts_per_shard: int
     for name, ones in published.items() if patterns else ():
         hit = [any(fnmatch.fnmatchcase(one, pattern) for pattern in patterns) for one in ones]
         if any(hit) and not all(hit):
-            raise ValueError(
+            raise UserError(
                 f"freeze {', '.join(map(repr, patterns))} matches {ones[hit.index(True)]} and not "
                 f"{ones[hit.index(False)]}, which are trained as one tensor ({experts_per_shard} experts per shard): "
                 f"name them all, or set --model.experts_per_shard to a divisor that separates them."

@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from src.errors import UserError
+
 from .config_json import read_fields
 from .freezing import frozen
 
@@ -162,7 +164,7 @@ def shard_size(experts: int, hidden_size: int, moe_intermediate_size: int, asked
     chosen = auto_experts_per_shard(experts, hidden_size, moe_intermediate_size)
     size = chosen if asked is None else asked
     if size < 1 or experts % size:
-        raise ValueError(
+        raise UserError(
             f"experts_per_shard {size} does not divide the {experts} experts of a layer (n_routed_experts); "
             f"'auto' takes {chosen}."
         )

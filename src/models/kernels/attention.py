@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from src.errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -147,12 +149,12 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> At
         ValueError: there is no kernel of that name, or it cannot run here; `auto` never raises.
     """
     if name not in ("auto", *ATTENTION):
-        raise ValueError(f"attention_kernel {name!r} is unknown; it is one of auto, {', '.join(ATTENTION)}.")
+        raise UserError(f"attention_kernel {name!r} is unknown; it is one of auto, {', '.join(ATTENTION)}.")
     problems = {candidate: kernel.problem(device, dtype) for candidate, kernel in ATTENTION.items()}
     if name == "auto":
         name = next(candidate for candidate, problem in problems.items() if problem is None)
         passed = "; ".join(f"not {candidate}: {problem}" for candidate, problem in problems.items() if problem)
         log.info("attention kernel: %s%s", name, f" ({passed})" if passed else "")
     elif problems[name]:
-        raise ValueError(f"attention_kernel {name!r} cannot run: {problems[name]}. Use auto or sdpa.")
+        raise UserError(f"attention_kernel {name!r} cannot run: {problems[name]}. Use auto or sdpa.")
     return ATTENTION[name]

@@ -1,0 +1,33 @@
+"""Files of a checkpoint, read without running what they hold: a pickle may call anything while it is read."""
+
+import pickle
+from pathlib import Path, PosixPath
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from src.errors import UserError
+
+# All that DeepSpeed and Lightning put beside tensors and plain Python.
+ALLOWED = [DynamicLossScaler, LossScaler, PosixPath, ZeroStageEnum, fragment_address]
+
+
+def load_safely(file: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """The content of a file that torch.save wrote; tensors stay on disk until they are touched.
+
+    Raises:
+        UserError: it holds an object of another class than `ALLOWED`.
+    """
+    try:
+        with torch.serialization.safe_globals(ALLOWED):
+            content: dict[str, Any] = torch.load(file, map_location=map_location, mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = " ".join(str(error).split())
+        raise UserError(
+            f"{file} holds an object that is not loaded for safety; if you trust the file, allow its class with "
+            f"torch.serialization.add_safe_globals: {found}"
+        ) from error
+    return content
