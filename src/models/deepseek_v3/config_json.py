@@ -158,7 +158,7 @@ def _check_sizes(fields: dict[str, Any], origin: str) -> None:
     elif fields["qk_rope_head_dim"] % 2:
         problems.append(f"qk_rope_head_dim {fields['qk_rope_head_dim']} is odd; RoPE turns pairs")
     if problems:
-        raise ValueError(f"{origin}: " + "; ".join(problems) + ".")
+        raise UserError(f"{origin}: " + "; ".join(problems) + ".")
     if fields.get("num_key_value_heads", heads) not in (heads, None):
         problems.append(f"num_key_value_heads {fields['num_key_value_heads']} is not num_attention_heads {heads}")
     if groups < 1 or experts % groups:
