@@ -75,7 +75,8 @@ def dequantise(
         [n] fp32.
     """
     first, last = start // columns, (start + values.numel() - 1) // columns
-    aligned = torch.empty((last - first + 1) * columns)  # whole rows, so that scales are found by row and column
+    # Whole rows, so that scales are found by row and column; fp32 too where a model is built with another default.
+    aligned = torch.empty((last - first + 1) * columns, dtype=torch.float32)
     inside = aligned[start - first * columns :][: values.numel()]
     inside.copy_(values)
     rows = scale[torch.arange(first, last + 1) // block[0] - first // block[0]]  # [rows, ceil(C / block columns)]

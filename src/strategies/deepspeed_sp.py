@@ -7,7 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import lightning.pytorch as pl
@@ -33,6 +33,7 @@ from src.models.deepseek_v3 import DeepseekV3ForCausalLM, SequenceParallelGroup,
 
 from .checkpointing import CheckpointingStrategy
 from .host_optimizer import HostAdamW, allocated_once, step_in_pieces
+from .masters import complete
 from .operators import prepare_builds
 from .parallel_dims import ParallelDims
 from .parallelize import (
@@ -100,6 +101,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         self.sequence_parallel_size = sequence_parallel_size
         self.dims: ParallelDims | None = None
         self.sp_group: SequenceParallelGroup = SingleProcess()
+        self._lower_halves: dict[str, Tensor] = {}  # of what was loaded, for the masters that are not there yet
 
     # -- ranks ----------------------------------------------------------------------------------------------------
 
@@ -190,9 +192,10 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         """Random weights, the same whatever the layout."""
         self._load(model, RandomSource(model.config, seed))
 
-    @staticmethod
-    def _load(model: DeepseekV3ForCausalLM, source: WeightSource) -> None:
-        load(model, source, num_hidden_layers=model.config.num_hidden_layers)
+    def _load(self, model: DeepseekV3ForCausalLM, source: WeightSource) -> None:
+        masters_come = self._is_fitting and self._zero.get("offload_optimizer", {}).get("device") != "nvme"
+        layers = model.config.num_hidden_layers
+        self._lower_halves = load(model, source, num_hidden_layers=layers, lower_halves=masters_come)
 
     # -- the engine -----------------------------------------------------------------------------------------------
 
@@ -236,6 +239,9 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
                 dist_init_required=False,
             )
         reduce_by_one_view(engine.optimizer)
+        assert self.lightning_module is not None
+        # Before the moments on the host: what the load has kept is gone when they come.
+        complete(engine, cast(nn.Module, self.lightning_module.model), self._lower_halves)
         step_in_pieces(engine.optimizer)
         self._save_through(engine)
         return engine, deepspeed_optimizer

@@ -17,6 +17,7 @@ from src.checkpoints.load import Sink, fill, persistent, sink_of, stacked_view, 
 from src.checkpoints.source import raise_listed
 from src.checkpoints.zero_reader import ZeroCheckpointSource
 
+from .masters import weights_follow
 from .zero_parts import part_of
 
 _Moment = Literal["exp_avg", "exp_avg_sq"]
@@ -41,10 +42,13 @@ def restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpoin
     """
     if engine.zero_nvme_offload_optimizer():
         raise ValueError("a run whose optimizer is offloaded to nvme cannot be resumed: offload it to cpu")
-    stage, adam = engine.zero_optimization_stage(), engine.basic_optimizer
-    if stage == 3:
-        engine.optimizer.checkpoint_event_prologue()  # every parameter as partitions
-    tensors = persistent(model)
+    with weights_follow(engine, model):
+        _restore(engine, model, checkpoint)
+
+
+def _restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpointSource) -> None:
+    """`restore` without the trained weights, which follow from the masters."""
+    adam, tensors = engine.basic_optimizer, persistent(model)
     trained: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights, moments = _views(checkpoint, tensors, trained)
 
@@ -58,13 +62,6 @@ def restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpoin
         sinks.append(Sink(weights, name, part.of(part.flat), part.start))
         sinks += [Sink(moments[slot], name, part.of(state[slot]), part.start) for slot in _MOMENTS]
     fill(sinks, "Resuming")
-
-    if stage == 3:
-        for name, part in parts.items():
-            trained[name].ds_tensor.view(-1)[: part.numel].copy_(part.of(part.flat))
-        engine.optimizer.checkpoint_event_epilogue()
-    elif stage > 0:
-        engine.optimizer.update_lp_params()
 
 
 def _views(
