@@ -23,6 +23,7 @@ from src.checkpoints.zero_reader import OPTIMIZER_NAMES, ZeroCheckpointSource
 from .live_partitions import export_live
 from .random_state import random_state, set_random_state
 from .reshard import continue_rates, optimizer_names, restore
+from .rounding import NEAREST
 
 NFS_PATIENCE = 90.0  # seconds: clients keep what they know of a folder for up to 60
 
@@ -31,6 +32,7 @@ class CheckpointingStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy, its checkpoints durable and of any layout."""
 
     _saver: CheckpointSaver | None = None
+    _rounding = NEAREST
 
     def _save_through(self, engine: deepspeed.DeepSpeedEngine) -> None:
         """Has `engine` save as `src.checkpoints.saving` does; to be called by all ranks."""
@@ -139,7 +141,7 @@ class CheckpointingStrategy(DeepSpeedStrategy):
             return
         assert self.lightning_module is not None
         source = ZeroCheckpointSource(str(self.lightning_module.trainer.ckpt_path))
-        restore(self.deepspeed_engine, cast(nn.Module, self.lightning_module.model), source)
+        restore(self.deepspeed_engine, cast(nn.Module, self.lightning_module.model), source, self._rounding)
         self.deepspeed_engine.global_steps = checkpoint["global_steps"]
         self.deepspeed_engine.skipped_steps = checkpoint["skipped_steps"]
         # Lightning loads these states next.

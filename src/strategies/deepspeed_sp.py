@@ -33,7 +33,7 @@ from src.models.deepseek_v3 import DeepseekV3ForCausalLM, SequenceParallelGroup,
 
 from .checkpointing import CheckpointingStrategy
 from .host_optimizer import HostAdamW, allocated_once, step_in_pieces
-from .masters import complete
+from .masters import complete, round_after_steps
 from .operators import prepare_builds
 from .parallel_dims import ParallelDims
 from .parallelize import (
@@ -43,6 +43,7 @@ from .parallelize import (
     zero3_settings,
 )
 from .partition import materialise
+from .rounding import NEAREST, Kind, Rounding
 from .sequence_parallel import ProcessGroupSP
 from .zero3_collectives import reduce_by_one_view
 from .zero3_hooks import hook_owners_alone
@@ -101,6 +102,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         self.sequence_parallel_size = sequence_parallel_size
         self.dims: ParallelDims | None = None
         self.sp_group: SequenceParallelGroup = SingleProcess()
+        self._rounding = NEAREST
         self._lower_halves: dict[str, Tensor] = {}  # of what was loaded, for the masters that are not there yet
 
     # -- ranks ----------------------------------------------------------------------------------------------------
@@ -193,9 +195,13 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         self._load(model, RandomSource(model.config, seed))
 
     def _load(self, model: DeepseekV3ForCausalLM, source: WeightSource) -> None:
-        masters_come = self._is_fitting and self._zero.get("offload_optimizer", {}).get("device") != "nvme"
-        layers = model.config.num_hidden_layers
-        self._lower_halves = load(model, source, num_hidden_layers=layers, lower_halves=masters_come)
+        layers, keep = model.config.num_hidden_layers, self._is_fitting and self._in_memory
+        self._lower_halves = load(model, source, num_hidden_layers=layers, lower_halves=keep)
+
+    @property
+    def _in_memory(self) -> bool:
+        """Whether neither masters nor weights are on a disk."""
+        return all(self._zero.get(f"offload_{what}", {}).get("device") != "nvme" for what in ("optimizer", "param"))
 
     # -- the engine -----------------------------------------------------------------------------------------------
 
@@ -215,11 +221,22 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         self.model_to_device()  # the metrics; the weights are there, and partitions stay where they are offloaded
         super().setup(trainer)
 
-    def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
+    def optimizer(
+        self, groups: list[dict[str, Any]], weight_rounding: Kind = "nearest", seed: int = 0, **settings: Any
+    ) -> Optimizer:
         """AdamW over parameter groups, where the states live: DeepSpeed's on the host, PyTorch's on the device.
 
+        weight_rounding: how bf16 weights follow from the masters; where it is stochastic, `seed` decides.
         settings: lr, betas, eps, weight_decay.
+
+        Raises:
+            ValueError: weights are to be rounded stochastically and masters or weights are on NVMe.
         """
+        if weight_rounding == "stochastic" and not self._in_memory:
+            raise ValueError(
+                "weight_rounding stochastic needs masters and weights in memory, not on nvme: offload to cpu"
+            )
+        self._rounding = Rounding(weight_rounding, seed)
         if self.offloads_optimizer:
             return HostAdamW(groups, **settings)
         return torch.optim.AdamW(groups, fused=self.root_device.type == "cuda", **settings)
@@ -240,9 +257,10 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
             )
         reduce_by_one_view(engine.optimizer)
         assert self.lightning_module is not None
+        trained = cast(nn.Module, self.lightning_module.model)
         # Before the moments on the host: what the load has kept is gone when they come.
-        complete(engine, cast(nn.Module, self.lightning_module.model), self._lower_halves)
-        step_in_pieces(engine.optimizer)
+        complete(engine, trained, self._lower_halves, self._rounding)
+        step_in_pieces(engine.optimizer, round_after_steps(engine, trained, self._rounding))
         self._save_through(engine)
         return engine, deepspeed_optimizer
 

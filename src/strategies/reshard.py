@@ -18,6 +18,7 @@ from src.checkpoints.source import raise_listed
 from src.checkpoints.zero_reader import ZeroCheckpointSource
 
 from .masters import weights_follow
+from .rounding import NEAREST, Rounding
 from .zero_parts import part_of
 
 _Moment = Literal["exp_avg", "exp_avg_sq"]
@@ -25,7 +26,9 @@ _MOMENTS: tuple[_Moment, ...] = ("exp_avg", "exp_avg_sq")
 
 
 @torch.no_grad()
-def restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpointSource) -> None:
+def restore(
+    engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpointSource, rounding: Rounding = NEAREST
+) -> None:
     """Fills masters, moments, step counts, frozen parameters, buffers and the model's own weights, in place.
 
     Beyond what is filled it holds a few chunks, and no weights travel between ranks but those that DeepSpeed gathers
@@ -35,6 +38,7 @@ def restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpoin
         engine: of a training run that has not taken a step.
         model: what the engine trains, with names as in `src.checkpoints.key_map`.
         checkpoint: its fp32 slot.
+        rounding: how the model's own weights follow from the masters.
 
     Raises:
         ValueError: before anything is written, one list of the tensors that are not this model's, or that are trained
@@ -42,7 +46,7 @@ def restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpoin
     """
     if engine.zero_nvme_offload_optimizer():
         raise ValueError("a run whose optimizer is offloaded to nvme cannot be resumed: offload it to cpu")
-    with weights_follow(engine, model):
+    with weights_follow(engine, model, rounding, checkpoint.step):
         _restore(engine, model, checkpoint)
 
 

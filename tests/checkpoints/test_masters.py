@@ -40,8 +40,7 @@ class Start(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name, parameter in pl_module.model.named_parameters():  # type: ignore[union-attr]
             if parameter.requires_grad:
-                master = safe_get_full_fp32_param(parameter)
-                self.masters[name] = master.clone().view(parameter.ds_shape if hasattr(parameter, "ds_id") else -1)
+                self.masters[name] = safe_get_full_fp32_param(parameter).clone()
             with deepspeed.zero.GatheredParameters(parameter, enabled=hasattr(parameter, "ds_id")):
                 self.weights[name] = parameter.detach().clone()
 
