@@ -79,6 +79,9 @@ class HFDirectorySource:
     def names(self) -> Iterable[str]:
         return [name for name in self._tensors if not self._is_scale(name)]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors and not self._is_scale(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
@@ -95,6 +98,18 @@ class HFDirectorySource:
         first, last = (element // columns // self._block[0] for element in (start, stop - 1))
         scale = self._read_stored(name + SCALE_SUFFIX, first * scale_columns, (last + 1) * scale_columns)
         return dequantise(values, scale.view(-1, scale_columns), start, columns, self._block)
+
+    def scales(self, name: str, first_row: int, stop_row: int) -> torch.Tensor | None:
+        """The scales [rows, columns of blocks] of some rows of an FP8 weight in blocks of 128 x 128; None of others.
+
+        first_row: a multiple of 128.
+        """
+        if not self._is_fp8(name) or self._block != (BLOCK, BLOCK):
+            return None
+        assert first_row % BLOCK == 0, f"{name}: row {first_row} is inside a block"
+        columns = self.shape(name + SCALE_SUFFIX)[1]
+        first, stop = first_row // BLOCK, -(-stop_row // BLOCK)
+        return self._read_stored(name + SCALE_SUFFIX, first * columns, stop * columns).view(-1, columns)
 
     def _is_fp8(self, name: str) -> bool:
         return self._dequantise and self._tensors[name].dtype == torch.float8_e4m3fn

@@ -39,12 +39,14 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         engine.checkpoint_engine = self._saver = CheckpointSaver(os.environ["MASTER_ADDR"])
         engine._copy_recovery_script = lambda folder: None  # written past the checkpoint engine; `export` does its work
 
-    def export(self, run_files: dict[str, Any], out: Path, dtype: Dtype, max_shard_size: str) -> None:
+    def export(
+        self, run_files: dict[str, Any], out: Path, dtype: Dtype, max_shard_size: str, measure: bool = True
+    ) -> None:
         """Writes the weights as they stand as a Hugging Face directory; see `export_live`."""
         assert self.lightning_module is not None
         model: Any = self.lightning_module.model
         with self._timed_as_checkpoint():
-            export_live(self.deepspeed_engine, model, self.root_device, run_files, out, dtype, max_shard_size)
+            export_live(self.deepspeed_engine, model, self.root_device, run_files, out, dtype, max_shard_size, measure)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """A directory that appears whole or not at all (`src.checkpoints.saving`).
