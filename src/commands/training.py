@@ -22,6 +22,7 @@ from src.callbacks.loggers import RunLogger
 from src.callbacks.loss_spike import LossSpike
 from src.callbacks.out_of_memory import OutOfMemory
 from src.callbacks.progress import Progress
+from src.callbacks.rounding_kept import RoundingKept
 from src.callbacks.run_record import RunRecord
 from src.callbacks.samples import Samples
 from src.callbacks.step_checkpoint import StepCheckpoint
@@ -78,6 +79,7 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(Stop, "stop")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Watchdog, "watchdog")
+        parser.add_lightning_class_args(RoundingKept, "rounding")
 
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]

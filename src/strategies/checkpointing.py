@@ -3,7 +3,7 @@
 import os
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -14,16 +14,19 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from src.checkpoints.kept import Kept
 from src.checkpoints.manifest import MANIFEST, check_manifest
 from src.checkpoints.output import Dtype
 from src.checkpoints.run_files import client_state
 from src.checkpoints.saving import CheckpointSaver
+from src.checkpoints.source import WeightSource
 from src.checkpoints.zero_reader import OPTIMIZER_NAMES, ZeroCheckpointSource
 
 from .live_partitions import export_live
 from .random_state import random_state, set_random_state
 from .reshard import continue_rates, optimizer_names, restore
 from .rounding import NEAREST
+from .sampled_change import sample_changes
 
 NFS_PATIENCE = 90.0  # seconds: clients keep what they know of a folder for up to 60
 
@@ -47,6 +50,12 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         model: Any = self.lightning_module.model
         with self._timed_as_checkpoint():
             export_live(self.deepspeed_engine, model, self.root_device, run_files, out, dtype, max_shard_size, measure)
+
+    def sample_changes(self, base: WeightSource) -> Callable[[], Kept] | None:
+        """What compares a sample of weights, masters and the base; see `sampled_change`."""
+        assert self.lightning_module is not None
+        model = cast(nn.Module, self.lightning_module.model)
+        return sample_changes(self.deepspeed_engine, model, base, self.root_device)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """A directory that appears whole or not at all (`src.checkpoints.saving`).

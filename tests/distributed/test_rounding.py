@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import re
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
+from src.callbacks.rounding_kept import RoundingKept
 from src.callbacks.step_checkpoint import StepCheckpoint
-from src.strategies import host_optimizer
+from src.strategies import host_optimizer, sampled_change
 
 from .spawn import run_distributed
 from .training import Layout, Recipe, fit
@@ -53,12 +55,25 @@ class State(pl.Callback):
                 self.found[when][name] = master, parameter.detach().flatten().clone()
 
 
+class Logged(pl.Callback):
+    """What the sample says, beside whole masters, weights and base after the last step."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[float, float]] = []
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        if "rounding/kept" in metrics:
+            self.found.append((float(metrics["rounding/kept"]), float(metrics["rounding/error"])))
+
+
 def train(layout: Layout, recipe: Recipe, directory: str, root: str, checkpoint: str | None = None) -> Any:
     host_optimizer.PIECE = 300  # several pieces, which end inside parameters
-    state = State()
-    callbacks = (state, StepCheckpoint(STEPS, keep=9))
+    sampled_change.TENSORS, sampled_change.ELEMENTS = 1000, 10**6  # all
+    state, logged = State(), Logged()
+    callbacks = (state, StepCheckpoint(STEPS, keep=9), RoundingKept(1), logged)
     fit(layout, recipe, directory, 20, root, more_callbacks=callbacks, checkpoint=checkpoint)
-    return state.found
+    return state.found | {"logged": logged.found}
 
 
 def expected(name: str, master: Tensor, step: int) -> Tensor:
@@ -87,6 +102,28 @@ def test_weights_are_masters_rounded_by_their_place(layout: Layout, directory: s
     for found in run_distributed(train, layout.world_size, layout, RECIPE, directory, str(tmp_path)):
         check(found["start"], 0)  # an fp32 base
         check(found["end"], STEPS)
+        change, left = (
+            torch.cat([of(*found["end"][name]) - of(*found["start"][name]) for name in found["end"]]).double()
+            for of in (lambda master, weights: master, lambda master, weights: weights.float())
+        )
+        left += torch.cat(
+            [w.float() - m.bfloat16().float() for m, w in found["start"].values()]
+        )  # of the base, rounded
+        (kept, error), *_ = found["logged"]
+        assert kept == pytest.approx(float(left @ change / (change @ change)), rel=1e-6)
+        assert error == pytest.approx(float((left - change).norm() / change.norm()), rel=1e-6)
+
+
+def test_fp32_runs_and_runs_without_their_base_log_nothing(directory: str, tmp_path: Any) -> None:
+    fp32 = Layout(dp=2, sp=1, accumulation=1, batch_size=1)
+    for found in run_distributed(train, 2, fp32, RECIPE, directory, str(tmp_path)):
+        assert found["logged"] == []
+    copy = shutil.copytree(directory, tmp_path / "model")
+    (copy / "model.safetensors").unlink()
+    bf16, recipe = replace(fp32, precision="bf16-true"), replace(RECIPE, steps=STEPS + 1)
+    go_on = functools.partial(train, bf16, recipe, str(copy), str(tmp_path / "more"))
+    for found in run_distributed(go_on, 2, str(tmp_path / "checkpoints" / f"step={STEPS}.ckpt")):
+        assert found["logged"] == []
 
 
 def test_a_resumed_run_goes_on_with_the_same_weights(directory: str, tmp_path: Any) -> None:
