@@ -279,14 +279,19 @@ def _block_size(path: Path) -> tuple[int, int]:
 
 def has_mtp(directory: str | Path, num_hidden_layers: int) -> bool:
     """Whether a directory's weights, if there are any, have a multi-token-prediction block; reads headers alone."""
+    return any(mtp_layer(name, num_hidden_layers) for name in stored_dtypes(directory))
+
+
+def stored_dtypes(directory: str | Path) -> dict[str, torch.dtype]:
+    """The dtypes of a directory's tensors by name, none where it has no weights; reads headers alone."""
     if not any(Path(directory).glob("*.safetensors")):
-        return False
+        return {}
     descriptors: list[int] = []
     try:
         tensors, _ = open_weights(Path(directory), descriptors)
     finally:
         close(descriptors)
-    return any(mtp_layer(name, num_hidden_layers) for name in tensors)
+    return {name: stored.dtype for name, stored in tensors.items()}
 
 
 def close(descriptors: list[int]) -> None:

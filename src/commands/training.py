@@ -38,6 +38,7 @@ from src.commands.checks import (
     newest_checkpoint,
     refuse_older,
     refuse_other_run,
+    rounded_to_bf16,
 )
 from src.commands.places import check_writable, lock_run
 from src.commands.planned import host_memory
@@ -96,6 +97,12 @@ class TrainingCLI(LightningCLI):
             settings.ckpt_path = "last" if newest_checkpoint(root) else None
         if settings.ckpt_path is None and not settings.model.from_scratch:
             check_weights(settings.model.pretrained)
+            finer = rounded_to_bf16(settings.model.pretrained)
+            if self.subcommand == "validate" and finer and "bf16" in str(settings.trainer.precision):
+                rank_zero_warn(
+                    f"the weights in {settings.model.pretrained} are {finer} and are rounded to bf16 here; "
+                    "--trainer.precision 32-true computes the loss of the values that they have"
+                )
         val_sets = (settings.data.val_files, *(settings.data.val_sets or {}).values())
         for files in (settings.data.train_files if self.subcommand == "fit" else None, *val_sets):
             if files:
