@@ -36,7 +36,7 @@ from tests.commands import run
 from tests.small import save_tokenizer
 
 RATES = (2e-7, 1e-6, 1e-5)
-ROW, TOKENS = 512, 4000
+ROW, TOKENS = 256, 4000
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Bench:
         self.model = folder / "model"
         self.model.mkdir()
         fields = json.loads(Path("configs/models/tiny/config.json").read_text()) | {"vocab_size": TOKENS + 96}
+        fields |= {"num_hidden_layers": 2, "n_routed_experts": 8}
         (self.model / "config.json").write_text(json.dumps(fields))
         save_tokenizer(self.model, TOKENS)
         self.rows = self._validation_rows()
@@ -94,7 +95,6 @@ class Bench:
         root = self.folder / name
         defaults: dict[str, object] = {
             "trainer.devices": 1,
-            "trainer.precision": "bf16-true",
             "trainer.strategy.init_args.sequence_parallel_size": 1,
             "trainer.default_root_dir": root,
             "trainer.max_steps": steps,
@@ -105,6 +105,7 @@ class Bench:
             "trainer.logger.save_dir": root / "csv",
             "checkpoint.every_n_train_steps": 0,
             "model.learning_rate": rate,
+            "model.activation_checkpointing": "false",
             "data.train_files": json.dumps([str(self.files[train])]),
             "data.val_files": json.dumps([self.options.val]),
             "data.tokenizer": self.model,
@@ -160,6 +161,7 @@ def measure(bench: Bench, one: Run, bases: dict[str, Path]) -> dict[str, Any]:
         "model.min_learning_rate": one.rate,
         "model.warmup_ratio": 0,
         "model.weight_rounding": one.rounding,
+        "trainer.precision": "bf16-true",
         "rounding.every_n_steps": bench.options.steps,
     }
     checkpoint = bench.fit(one.name, "tune", bench.options.steps, bench.options.batch, one.rate, **settings)

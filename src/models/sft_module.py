@@ -46,7 +46,7 @@ class SFTModule(pl.LightningModule):
         weight_decay: on matrices; norms and biases have none.
         warmup_ratio: the part of all optimizer steps over which the rate rises linearly.
         weight_rounding: how bf16 weights follow from the fp32 masters after a step: to the `nearest`, or `stochastic`,
-            seeded by seed_everything and the same on every layout. In fp32 nothing is rounded.
+            seeded by seed_everything and the same on every layout. In fp32 nothing is rounded, on NVMe to the nearest.
         mtp_loss_weight: weight of the multi-token prediction's loss relative to the next-token loss; 0 does not build
             its block. None: 0.1 where the base has the block, else 0. Here config.json (num_nextn_predict_layers) says
             whether it does; `fit` looks at the weights too (src/commands/checks.py).
@@ -78,7 +78,7 @@ class SFTModule(pl.LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.03,
-        weight_rounding: Literal["nearest", "stochastic"] = "nearest",
+        weight_rounding: Literal["nearest", "stochastic"] = "stochastic",
         mtp_loss_weight: float | None = None,
         aux_loss_alpha: float = 1e-4,
         router_bias_update_speed: float = 0.0,

@@ -226,16 +226,13 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
     ) -> Optimizer:
         """AdamW over parameter groups, where the states live: DeepSpeed's on the host, PyTorch's on the device.
 
-        weight_rounding: how bf16 weights follow from the masters; where it is stochastic, `seed` decides.
+        weight_rounding: how bf16 weights follow from the masters; where it is stochastic, `seed` decides. What is on
+            NVMe is rounded to the nearest.
         settings: lr, betas, eps, weight_decay.
-
-        Raises:
-            ValueError: weights are to be rounded stochastically and masters or weights are on NVMe.
         """
         if weight_rounding == "stochastic" and not self._in_memory:
-            raise ValueError(
-                "weight_rounding stochastic needs masters and weights in memory, not on nvme: offload to cpu"
-            )
+            rank_zero_warn("masters or weights are on nvme, where weights are rounded to the nearest: offload to cpu")
+            weight_rounding = "nearest"
         self._rounding = Rounding(weight_rounding, seed)
         if self.offloads_optimizer:
             return HostAdamW(groups, **settings)

@@ -56,7 +56,7 @@ def start(layout: Layout, directory: str, root: str, checkpoint: str | None = No
 
     HFDirectorySource.__init__ = noted  # type: ignore[method-assign]
     found = Start()
-    recipe = Recipe(steps=steps, mtp_loss_weight=0.1, freeze=FROZEN)
+    recipe = Recipe(steps=steps, mtp_loss_weight=0.1, freeze=FROZEN, weight_rounding="nearest")
     callbacks = (found, StepCheckpoint(1, keep=9))
     result = fit(layout, recipe, directory, 8, root, more_callbacks=callbacks, checkpoint=checkpoint)
     read = sum(source.bytes_read for source in sources)

@@ -32,7 +32,7 @@ LAYOUTS = [
     Layout(dp=1, sp=2, accumulation=2, stage=1, experts_per_shard=4, **BF16),
 ]
 STEPS = 2
-RECIPE = Recipe(steps=STEPS, weight_rounding="stochastic", mtp_loss_weight=0.0)
+RECIPE = Recipe(steps=STEPS, mtp_loss_weight=0.0)
 
 
 class State(pl.Callback):

@@ -110,7 +110,7 @@ class Recipe:
     mtp_loss_weight: float | None = None
     steps: int = 5
     freeze: tuple[str, ...] = ()
-    weight_rounding: Literal["nearest", "stochastic"] = "nearest"
+    weight_rounding: Literal["nearest", "stochastic"] = "stochastic"
 
 
 class Record(pl.Callback):
