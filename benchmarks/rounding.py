@@ -8,6 +8,8 @@ weights on the first two thirds of the data and exported in FP8: the base. It is
 learning rate, from the FP8 file (masters true to it) and from its BF16 rounding (where masters start on BF16's grid),
 with both ways of rounding weights. Every run is exported in fp32, BF16 and FP8, and the validation loss of each
 directory is computed in fp32, with the values that it holds.
+
+Without --data: what is kept of made-up updates of weights of standard deviation 0.02.
 """
 
 import argparse
@@ -27,11 +29,14 @@ import torch
 
 from benchmarks.common import head, table
 from src.checkpoints.export import export
+from src.checkpoints.fp8 import dequantise, quantise, quantise_change
 from src.checkpoints.hf_reader import HFDirectorySource
+from src.checkpoints.kept import Kept
 from src.checkpoints.load import load
 from src.datamodules import SFTDataModule
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, LossWeights, load_config
 from src.strategies.partition import materialise
+from src.strategies.rounding import Rounding
 from tests.commands import run
 from tests.small import save_tokenizer
 
@@ -168,10 +173,42 @@ def measure(bench: Bench, one: Run, bases: dict[str, Path]) -> dict[str, Any]:
     return {"checkpoint": str(checkpoint), "forward": forward_kept(bench.folder / one.name)}
 
 
+def updates(size: int = 2048) -> None:
+    """What is kept of an update that goes on in one direction, and of a random walk, by our own export and rounding."""
+    torch.manual_seed(0)
+    codes, scale = quantise(torch.randn(size, size) * 0.02)
+    fp8 = dequantise(codes.view(-1), scale, 0, size).view(size, size)
+    bf16 = fp8.bfloat16().float()
+    rows = []
+    for rate, steps in ((2e-7, 200), (2e-7, 1000), (1e-6, 200), (1e-6, 1000), (1e-5, 200)):
+        found: dict[str, list[str]] = {}
+        for walk in (False, True):
+            step = torch.randn(size, size)
+            change = step * rate * steps**0.5 if walk else step.sign() * rate * steps
+            for name, base, scales, dtype in (
+                ("BF16 file, BF16 base", bf16, None, "bf16"),
+                ("BF16 file, FP8 base", fp8, None, "bf16"),
+                ("forward, stochastic", bf16, None, "stochastic"),
+                ("FP8 file, FP8 base", fp8, scale, "fp8"),
+            ):
+                masters, kept = base + change, Kept()
+                if dtype == "fp8":
+                    left = quantise_change(masters, base, scales)[2]
+                else:
+                    weights = masters.bfloat16()
+                    if dtype == "stochastic":
+                        Rounding("stochastic")(masters.view(-1), weights.view(-1), "weight", 0, steps)
+                    left = weights.float() - base.bfloat16().float()
+                kept.add(left, masters - base)
+                found.setdefault(name, []).append(f"{kept.part:.0%} ({kept.relative_error:.0%})")
+        rows.append([f"{rate:g}", steps, *(" / ".join(pair) for pair in found.values())])
+    table(["lr", "steps", *found], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--val", required=True)
+    parser.add_argument("--data")
+    parser.add_argument("--val")
     parser.add_argument("--before", type=int, default=400, help="steps that make the base")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=2, help=f"rows of {ROW} tokens per step")
@@ -180,6 +217,9 @@ def main() -> None:
     parser.add_argument("--out", help="a JSON file that holds what is known so far")
     options = parser.parse_args()
     head("What rounding leaves of a fine-tuning", torch.device("cpu"))
+    if options.data is None:
+        updates()
+        return
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
         scratch = {"model.pretrained": bench.model, "model.from_scratch": "true", "model.min_learning_rate": 0}
