@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.checkpoints.run_files import client_state
 from src.cli import main
+from tests.checkpoints.tiny import dequantised, stored
 from tests.commands import Command, run, start_afresh
 
 
@@ -167,6 +169,28 @@ def test_a_checkpoint_runs_no_code(trained: Path, inputs: Path, tmp_path: Path) 
         result = run(command, *args, *one, "--trainer.accumulate_grad_batches=4", check=False)
         assert result.returncode == 2 and "holds an object that is not loaded for safety" in result.stderr
         assert "Traceback" not in result.stderr and not marker.exists()
+
+
+def test_validate_takes_an_export_in_the_dtype_that_it_has(trained: Path, inputs: Path, tmp_path: Path) -> None:
+    """In fp32: the masters' loss is that of the checkpoint, FP8's that of its values, dequantised block by block."""
+    plain = tmp_path / "plain"
+    shutil.copytree(trained / "fp8", plain, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(
+        {name: t.float() for name, t in dequantised(stored(trained / "fp8")).items()}, plain / "model.safetensors"
+    )
+    losses = {}
+    for directory, precision in ((trained / "hf", 32), (trained / "fp8", 32), (plain, 32), (trained / "fp8", "bf16")):
+        args = fit_args(inputs, tmp_path, f"--model.pretrained={directory}", "--model.from_scratch=false")
+        args += ["--trainer.devices=1", "--trainer.strategy.init_args.sequence_parallel_size=1"]
+        args += [f"--trainer.precision={precision}-true"]
+        result = run("validate", *[arg for arg in args[1:] if not arg.startswith("--trainer.accumulate")])
+        losses[directory.name, precision] = float(result.stdout.split()[-1])
+        said = "are FP8 and are rounded to bf16 here; --trainer.precision 32-true" in result.stderr
+        assert said == (precision == "bf16")
+    recorded = scalars(trained, "val/loss")
+    assert losses["hf", 32] == pytest.approx(recorded[max(recorded)], rel=1e-6)
+    assert losses["fp8", 32] == losses["plain", 32] != losses["hf", 32]
+    assert losses["fp8", "bf16"] != losses["fp8", 32] == pytest.approx(losses["fp8", "bf16"], rel=1e-2)
 
 
 def test_export_loads_in_transformers(trained: Path, tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from .run_record import run_record
 class ExportingStrategy(Protocol):
     """What this callback asks of the strategy; src.strategies.DeepSpeedSPStrategy has it."""
 
-    def export(self, run_files: dict[str, Any], out: Path, dtype: Dtype, max_shard_size: str) -> None: ...
+    def export(
+        self, run_files: dict[str, Any], out: Path, dtype: Dtype, max_shard_size: str, measure: bool = True
+    ) -> None: ...
 
 
 class ExportAtEnd(pl.Callback):

@@ -70,7 +70,8 @@ class WeightsCheckpoint(pl.Callback):
         found = _of_all_ranks(trainer, error)
         if not found:
             try:
-                cast(ExportingStrategy, trainer.strategy).export(run_files, out, "bf16", MAX_SHARD_SIZE)
+                # Unmeasured: training waits, and `train/kept` tells it.
+                cast(ExportingStrategy, trainer.strategy).export(run_files, out, "bf16", MAX_SHARD_SIZE, measure=False)
             except OtherRankFailed:
                 pass
             except Exception as own:  # every rank has one of the two, so none is left waiting for the others

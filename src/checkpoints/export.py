@@ -24,10 +24,20 @@ from tqdm import tqdm
 from src.checkpoints.disk_space import check_room
 from src.checkpoints.durable import publish, sync_file
 from src.checkpoints.hf_reader import INDEX_FILE, HFDirectorySource, has_mtp
-from src.checkpoints.hf_writer import Shard, index, is_complete, parse_size, plan_shards, write_json, write_shard
+from src.checkpoints.hf_writer import (
+    Shard,
+    index,
+    is_complete,
+    parse_size,
+    plan_shards,
+    read_notes,
+    write_json,
+    write_shard,
+)
+from src.checkpoints.kept import ENOUGH, Kept, by_group, table
 from src.checkpoints.key_map import PerExpert, mtp_layer
 from src.checkpoints.manifest import check_manifest
-from src.checkpoints.model_card import CARD, model_card
+from src.checkpoints.model_card import CARD, from_scratch, model_card
 from src.checkpoints.output import Dtype, output_tensors
 from src.checkpoints.run_files import read_record
 from src.checkpoints.side_files import copy_side_files, read_config, write_config
@@ -64,8 +74,9 @@ def export(
         dtype: bf16; fp8, DeepSeek's 128 x 128 blocks; or fp32, the masters as they are.
         max_shard_size: most bytes of tensors in a file.
         resume: go on with an export of the same checkpoint and settings that was interrupted.
-        base: Hugging Face directory from which the multi-token-prediction block comes where it was not trained; by
-            default the one that training started from, which the checkpoint records.
+        base: Hugging Face directory from which the multi-token-prediction block comes where it was not trained, and
+            beside which it is measured how much of the training `dtype` keeps; by default the one that training started
+            from, which the checkpoint records.
 
     Raises:
         ValueError: `out` is there already, an interrupted export is and `resume` is not set, or it was one of something
@@ -81,7 +92,13 @@ def export(
     if rank >= len(job.shards):  # more processes than files
         return
     job.check_room(target)
-    plan = {"ckpt": str(Path(ckpt).resolve()), "dtype": dtype, "max_shard_size": max_shard_size, "base": job.base}
+    plan = {
+        "ckpt": str(Path(ckpt).resolve()),
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "base": job.base,
+        "beside": job.beside,
+    }
     partial = _join(target, plan, run, resume)
     if rank == 0 and not (partial / "config.json").is_file():
         job.write_side_files(partial)
@@ -98,6 +115,7 @@ class Export:
         config: the content of hf/config.json.
         dtype: bf16, fp8 or fp32.
         base: Hugging Face directory that an untrained multi-token-prediction block comes from; None if there is none.
+        beside: the one that training started from, where it is measured what is kept; None where it is not.
         shards: the files of weights.
     """
 
@@ -105,27 +123,37 @@ class Export:
     config: dict[str, Any]
     dtype: Dtype
     base: str | None
+    beside: str | None
     shards: list[Shard]
 
     @classmethod
     def plan(
-        cls, record: Path, trained: WeightSource, dtype: Dtype, max_shard_size: str, base: str | None = None
+        cls,
+        record: Path,
+        trained: WeightSource,
+        dtype: Dtype,
+        max_shard_size: str,
+        base: str | None = None,
+        measure: bool = True,
     ) -> "Export":
         """Lists what is to be written, reading none of it.
 
         Args:
             trained: the weights in Hugging Face names.
             base: by default the directory that `record` names.
+            measure: whether the base is read beside the weights, to find out how much of the training is kept.
 
         Raises:
             ValueError: as `export`.
         """
         config = read_config(record / "hf")
+        start = _start(record, base) if measure and dtype != "fp32" else None
         if base is None and config.get("num_nextn_predict_layers"):
             base = _recorded_base(record, config["num_hidden_layers"])
         untrained = HFDirectorySource(base, dequantise=dtype != "fp8") if base else None
-        tensors = output_tensors(trained, config, dtype, untrained)
-        return cls(record, config, dtype, base, plan_shards(tensors, parse_size(max_shard_size)))
+        tensors = output_tensors(trained, config, dtype, untrained, start)
+        beside = None if start is None else str(start.path)
+        return cls(record, config, dtype, base, beside, plan_shards(tensors, parse_size(max_shard_size)))
 
     @property
     def mtp(self) -> bool:
@@ -141,12 +169,35 @@ class Export:
                 "started from has one: exporting without it"
             )
         copy_side_files(self.record / "hf", directory, skip=("config.json",))
-        card = model_card(self.record, self.config, self.dtype, mtp=self.mtp)
-        (directory / CARD).write_text(card, encoding="utf-8")
-        sync_file(directory / CARD)
+        self._write_card(directory, {})
         if len(self.shards) > 1:
             write_json(directory / INDEX_FILE, index(self.shards))
         write_config(directory, self.config, dtype=self.dtype, mtp_layers=int(self.mtp))
+
+    def _write_card(self, directory: Path, kept: dict[str, Kept]) -> None:
+        aside = directory / f".{CARD}.{os.getpid()}"
+        aside.write_text(model_card(self.record, self.config, self.dtype, mtp=self.mtp, kept=kept), encoding="utf-8")
+        sync_file(aside)
+        aside.rename(directory / CARD)
+
+    def _say_what_is_kept(self, directory: Path) -> None:
+        """From all files' notes: into the card, as a table to the terminal, and a warning where it is too little."""
+        notes = read_notes(directory, self.shards)
+        kept = by_group(notes, self.dtype)
+        if not kept:
+            return
+        self._write_card(directory, kept)
+        print(f"what {self.dtype} keeps of the training, beside {self.beside}:\n{table(kept)}")
+        part = kept["whole"].part
+        if part < ENOUGH:
+            fits = self.dtype == "fp8" and by_group(notes, "bf16")["whole"].part >= ENOUGH
+            log.warning(
+                "%s keeps %.1f %% of what training changed in the weights, the rest is the base's: %s keeps it, "
+                "--dtype %s (docs/rounding.md)",
+                self.dtype,
+                100 * part,
+                *(2 * ["bf16" if fits else "fp32"]),
+            )
 
     def write_shards(self, directory: Path, rank: int, world_size: int) -> None:
         """Writes this process's files of weights, those that are not there yet; a bar on rank 0."""
@@ -177,6 +228,10 @@ class Export:
             if partial.is_dir():
                 log.info("%d of %d files are left to the other processes", missing, len(self.shards))
             return
+        try:
+            self._say_what_is_kept(partial)
+        except FileNotFoundError:  # another process saw the last file at the same moment
+            return
         for left in partial.glob(".model*.safetensors.*"):  # written aside by a process that was killed
             left.unlink(missing_ok=True)
         try:
@@ -186,6 +241,22 @@ class Export:
             return
         nbytes = sum(shard.nbytes for shard in self.shards)
         log.info("exported %.2f GB in %d files to %s", nbytes / 1e9, len(self.shards), out)
+
+
+def _start(record: Path, base: str | None) -> HFDirectorySource | None:
+    """What to measure beside: `base`, or else where training started from as recorded. Says why where there is none."""
+    recorded = base or read_record(record).get("base")
+    try:
+        if from_scratch(record):
+            reason = "it started from random weights"
+        elif recorded is None:
+            reason = "the checkpoint does not record what it started from; give --base"
+        else:
+            return HFDirectorySource(recorded)
+    except ValueError as error:
+        reason = f"{str(error).splitlines()[0]}; give --base"
+    log.warning("how much of the training the export keeps is not measured: %s", reason)
+    return None
 
 
 def _recorded_base(record: Path, layers: int) -> str | None:

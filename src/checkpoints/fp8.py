@@ -40,23 +40,67 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = (BLOCK, BLOCK))
     return -(-rows // block[0]), -(-columns // block[1])
 
 
-def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise(weight: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantises a weight, or a band of its rows that starts at a multiple of 128.
 
     Args:
         weight: [R, C], any float dtype.
+        scale: [ceil(R/128), ceil(C/128)] fp32; by default each block's largest magnitude / 448, or 1 for a block of
+            zeros.
 
     Returns:
-        The e4m3 values [R, C] and the fp32 scales [ceil(R/128), ceil(C/128)]: the block's largest magnitude / 448, or
-        1 for a block of zeros.
+        The e4m3 values [R, C] and the scales.
     """
     rows, columns = weight.shape
-    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)  # [R/128, 128, C/128, 128]
-    largest = blocks.abs().amax(dim=(1, 3))
-    scale = torch.where(largest > 0, largest / _E4M3_MAX, 1.0)
+    blocks = _blocks(weight)
+    if scale is None:
+        largest = blocks.abs().amax(dim=(1, 3))
+        scale = torch.where(largest > 0, largest / _E4M3_MAX, 1.0)
     values = (blocks / scale[:, None, :, None]).clamp_(-_E4M3_MAX, _E4M3_MAX)  # a quotient may round past 448
-    return values.view_as(padded)[:rows, :columns].to(torch.float8_e4m3fn), scale
+    padded = values.view(blocks.shape[0] * BLOCK, -1)
+    return padded[:rows, :columns].to(torch.float8_e4m3fn), scale
+
+
+def quantise_change(
+    weight: torch.Tensor, base: torch.Tensor, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantises a weight so that most of its change from `base` is left, block by block.
+
+    A block has its own scale or the base's, whichever gives the smaller error |r - d| of the change r that is left
+    of d = weight - base. Under the base's scale what has not moved stays where it was; where much has, the weight's own
+    largest value may not be in its range.
+
+    Args:
+        weight: [R, C] fp32, as `quantise` takes it.
+        base: [R, C] fp32.
+        scale: the base's, where it is in FP8; by default those that `quantise` gives it.
+
+    Returns:
+        As `quantise`, and r [R, C] fp32, the change beside the base in its own scales.
+    """
+    base_values, base_scale = quantise(base, scale)
+    before = _whole(base_values, base_scale)
+    own, kept = quantise(weight), quantise(weight, base_scale)
+    own_change, kept_change = _whole(*own) - before, _whole(*kept) - before
+    own_error, kept_error = (
+        _blocks(change - (weight - base)).square().sum(dim=(1, 3)) for change in (own_change, kept_change)
+    )
+    better = own_error < kept_error  # [ceil(R/128), ceil(C/128)]
+    elements = better.repeat_interleave(BLOCK, 0)[: len(weight)].repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
+    values = torch.where(elements, own[0].view(torch.uint8), kept[0].view(torch.uint8)).view(torch.float8_e4m3fn)
+    return values, torch.where(better, own[1], kept[1]), torch.where(elements, own_change, kept_change)
+
+
+def _blocks(weight: torch.Tensor) -> torch.Tensor:
+    """[R, C] -> fp32 [ceil(R/128), 128, ceil(C/128), 128], padded with zeros."""
+    rows, columns = weight.shape
+    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    return padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+
+
+def _whole(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Dequantises [R, C]."""
+    return dequantise(values.reshape(-1), scale, 0, values.shape[1]).view(values.shape)
 
 
 def dequantise(
@@ -75,7 +119,8 @@ def dequantise(
         [n] fp32.
     """
     first, last = start // columns, (start + values.numel() - 1) // columns
-    aligned = torch.empty((last - first + 1) * columns)  # whole rows, so that scales are found by row and column
+    # Whole rows, so that scales are found by row and column; fp32 too where a model is built with another default.
+    aligned = torch.empty((last - first + 1) * columns, dtype=torch.float32)
     inside = aligned[start - first * columns :][: values.numel()]
     inside.copy_(values)
     rows = scale[torch.arange(first, last + 1) // block[0] - first // block[0]]  # [rows, ceil(C / block columns)]

@@ -80,6 +80,9 @@ class HFDirectorySource:
     def names(self) -> Iterable[str]:
         return [name for name in self._tensors if not self._is_scale(name)]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors and not self._is_scale(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
@@ -96,6 +99,18 @@ class HFDirectorySource:
         first, last = (element // columns // self._block[0] for element in (start, stop - 1))
         scale = self._read_stored(name + SCALE_SUFFIX, first * scale_columns, (last + 1) * scale_columns)
         return dequantise(values, scale.view(-1, scale_columns), start, columns, self._block)
+
+    def scales(self, name: str, first_row: int, stop_row: int) -> torch.Tensor | None:
+        """The scales [rows, columns of blocks] of some rows of an FP8 weight in blocks of 128 x 128; None of others.
+
+        first_row: a multiple of 128.
+        """
+        if not self._is_fp8(name) or self._block != (BLOCK, BLOCK):
+            return None
+        assert first_row % BLOCK == 0, f"{name}: row {first_row} is inside a block"
+        columns = self.shape(name + SCALE_SUFFIX)[1]
+        first, stop = first_row // BLOCK, -(-stop_row // BLOCK)
+        return self._read_stored(name + SCALE_SUFFIX, first * columns, stop * columns).view(-1, columns)
 
     def _is_fp8(self, name: str) -> bool:
         return self._dequantise and self._tensors[name].dtype == torch.float8_e4m3fn
@@ -265,14 +280,19 @@ def _block_size(path: Path) -> tuple[int, int]:
 
 def has_mtp(directory: str | Path, num_hidden_layers: int) -> bool:
     """Whether a directory's weights, if there are any, have a multi-token-prediction block; reads headers alone."""
+    return any(mtp_layer(name, num_hidden_layers) for name in stored_dtypes(directory))
+
+
+def stored_dtypes(directory: str | Path) -> dict[str, torch.dtype]:
+    """The dtypes of a directory's tensors by name, none where it has no weights; reads headers alone."""
     if not any(Path(directory).glob("*.safetensors")):
-        return False
+        return {}
     descriptors: list[int] = []
     try:
         tensors, _ = open_weights(Path(directory), descriptors)
     finally:
         close(descriptors)
-    return any(mtp_layer(name, num_hidden_layers) for name in tensors)
+    return {name: stored.dtype for name, stored in tensors.items()}
 
 
 def close(descriptors: list[int]) -> None:

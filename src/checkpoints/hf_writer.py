@@ -27,12 +27,16 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to be written: `chunks()` yields its elements in order, as 1-D CPU tensors of `dtype`."""
+    """A tensor to be written: `chunks()` yields its elements in order, as 1-D CPU tensors of `dtype`.
+
+    `notes()` tells, as JSON has it, what was found out meanwhile; it is kept beside the file.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunks: Callable[[], Iterator[torch.Tensor]]
+    notes: Callable[[], Any] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -136,7 +140,23 @@ def write_shard(directory: Path, shard: Shard, progress: Callable[[int], object]
             assert written == tensor.nbytes, f"{tensor.name}: {written} bytes instead of {tensor.nbytes}"
         file.flush()
         os.fsync(file.fileno())
+    notes = {tensor.name: tensor.notes() for tensor in shard.tensors if tensor.notes is not None}
+    if notes:
+        write_json(_notes_file(directory, shard), notes)
     aside.rename(directory / shard.file)
+
+
+def read_notes(directory: Path, shards: list[Shard]) -> dict[str, Any]:
+    """What was noted of all tensors of files that are complete, by name."""
+    found: dict[str, Any] = {}
+    for shard in shards:
+        if any(tensor.notes is not None for tensor in shard.tensors):
+            found |= json.loads(_notes_file(directory, shard).read_text())
+    return found
+
+
+def _notes_file(directory: Path, shard: Shard) -> Path:
+    return directory / f".{shard.file}.notes"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -73,6 +73,15 @@ def hf_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
     ]
 
 
+def place_in_layer(name: str, numel: int) -> tuple[str, int]:
+    """Where our tensor `name` of `numel` elements is if the experts of a layer are not cut into shards.
+
+    Returns the name of the whole, and which of its elements is the tensor's first.
+    """
+    match = _EXPERTS.fullmatch(name)
+    return (f"{match[1]}.{match[3]}_proj", int(match[2]) * numel) if match else (name, 0)
+
+
 def mtp_layer(name: str, num_hidden_layers: int) -> bool:
     """Whether a tensor belongs to the multi-token-prediction block, whose layer ids follow the decoder's."""
     match = re.match(r"model\.layers\.(\d+)\.", name)

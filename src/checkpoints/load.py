@@ -5,13 +5,17 @@ Under ZeRO-3 rank r of n keeps the elements [r*p, (r+1)*p) of each flattened par
 `Init._partition_param`). Other parameters and all buffers are filled whole. `load` is for a model before
 `deepspeed.initialize`, which copies the fp32 masters from what stands here; `fill` is the loop that it shares with a
 resumed run, whose masters and moments are sinks too.
+
+bf16 is the upper half of fp32. So that masters are the source's fp32 values to the bit, and each byte is still read
+once, a load for training writes the upper halves into the parameters and returns the lower ones, two bytes an element
+in host memory, until the masters are there (src/strategies/masters.py).
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,25 +34,57 @@ THREADS = 8
 
 @dataclass(frozen=True)
 class Sink:
-    """Where values go: destination [n], on any device, takes elements [start, start + n) of the flattened tensor."""
+    """Where values go: destination [n], on any device, takes elements [start, start + n) of the flattened tensor.
+
+    With `low`, int16 [n], a bf16 destination takes the upper halves of fp32 values, `low` the lower ones.
+    """
 
     source: WeightSource
     name: str
     destination: torch.Tensor
     start: int
+    low: torch.Tensor | None = None
+
+    def take(self, begin: int, end: int) -> int:
+        """Reads elements [begin, end) of the destination; returns their bytes there."""
+        part = self.destination[begin:end]
+        values = self.source.read(self.name, self.start + begin, self.start + end)
+        if self.low is None:
+            part.copy_(values)
+        else:
+            both = halves(values.float())
+            self.low[begin:end].copy_(both[:, 0])
+            part.view(torch.int16).copy_(both[:, 1])
+        return part.nbytes
+
+
+def halves(values: torch.Tensor) -> torch.Tensor:
+    """fp32 [n] as int16 [n, 2], a view: the lower half of each element's bits, and the upper one, its bf16 if cut."""
+    return values.view(torch.int16).view(-1, 2)
 
 
 def load(
-    model: nn.Module, source: WeightSource, *, num_hidden_layers: int, threads: int = THREADS, progress: bool = True
-) -> None:
+    model: nn.Module,
+    source: WeightSource,
+    *,
+    num_hidden_layers: int,
+    lower_halves: bool = False,
+    threads: int = THREADS,
+    progress: bool = True,
+) -> dict[str, torch.Tensor]:
     """Fills the parameters and persistent buffers of `model` from `source`.
 
     Args:
         model: plain parameters or ZeRO-3 partitions, on any device but meta; names as in `src.checkpoints.key_map`.
         source: in Hugging Face names; each value is cast to the parameter's dtype as it is copied.
         num_hidden_layers: layers from this id on are the MTP block, which only `source` may have.
+        lower_halves: cut fp32 values of trained bf16 parameters instead of rounding them, and return what is cut off.
         threads: reads in flight.
         progress: a bar with bytes a second, on rank 0.
+
+    Returns:
+        With `lower_halves`, by name, int16 [n] in host memory: of this rank's partition without padding, or of the
+        whole parameter where it is not partitioned. Only of parameters whose values in `source` are fp32.
 
     Raises:
         ValueError: one list of all tensors that are missing, unexpected or of another shape, and of destinations that
@@ -68,7 +104,18 @@ def load(
     if not problems:  # a destination is compared with its source, which must be there
         problems = unfit(tensors, view)
     raise_listed(f"{len(problems)} tensors do not fit the model; check config.json against the weights:", problems)
-    fill([sink_of(view, name, tensor) for name, tensor in tensors.items()], "Loading weights", threads, progress)
+    sinks = [sink_of(view, name, tensor) for name, tensor in tensors.items()]
+    if lower_halves:
+        sinks = [_cut(sink) if tensors[sink.name].requires_grad else sink for sink in sinks]
+    fill(sinks, "Loading weights", threads, progress)
+    return {sink.name: sink.low for sink in sinks if sink.low is not None}
+
+
+def _cut(sink: Sink) -> Sink:
+    """The sink with room for the lower halves, where its values have any that its destination does not take."""
+    if sink.destination.dtype != torch.bfloat16 or sink.source.dtype(sink.name) != torch.float32:
+        return sink
+    return replace(sink, low=torch.empty(len(sink.destination), dtype=torch.int16))
 
 
 def fill(sinks: list[Sink], what: str, threads: int = THREADS, progress: bool = True) -> None:
@@ -79,9 +126,7 @@ def fill(sinks: list[Sink], what: str, threads: int = THREADS, progress: bool = 
 
     def copy(job: tuple[Sink, int, int]) -> int:
         sink, begin, end = job
-        part = sink.destination[begin:end]
-        part.copy_(sink.source.read(sink.name, sink.start + begin, sink.start + end))
-        return part.nbytes
+        return sink.take(begin, end)
 
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not progress or rank != 0) as bar,

@@ -5,11 +5,13 @@ models are named without the folders that they lie in; those stand in the config
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
+from src.checkpoints.kept import Kept, table
 from src.checkpoints.output import Dtype
 from src.checkpoints.run_files import RUN_CONFIG, read_record
 
@@ -23,7 +25,9 @@ _FORMATS = {
 _HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
-def model_card(record: Path, config: dict[str, Any], dtype: Dtype, *, mtp: bool) -> str:
+def model_card(
+    record: Path, config: dict[str, Any], dtype: Dtype, *, mtp: bool, kept: Mapping[str, Kept] | None = None
+) -> str:
     """The card's text.
 
     Args:
@@ -31,9 +35,9 @@ def model_card(record: Path, config: dict[str, Any], dtype: Dtype, *, mtp: bool)
         config: the content of config.json.
         dtype: of the weights written.
         mtp: whether the multi-token-prediction block is among them.
+        kept: how much of the training they keep, by group of weights; empty or None where it was not measured.
     """
-    facts, file = read_record(record), record / RUN_CONFIG
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    facts, text = read_record(record), _config(record)
     settings: dict[str, Any] = yaml.safe_load(text) or {}
     sections = [
         _header(facts, settings),
@@ -42,11 +46,32 @@ def model_card(record: Path, config: dict[str, Any], dtype: Dtype, *, mtp: bool)
             ["| fact | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in _rows(facts, settings))]
             + [f"| weights | {_FORMATS[dtype]} |", f"| multi-token prediction | {_mtp(mtp, config)} |"]
         ),
+        *([_rounding(kept or {})] if dtype != "fp32" and not _from_scratch(settings) else []),
         _usage(record / "hf", dtype, mtp),
     ]
     if text:
         sections.append(f"## Configuration of the run\n\n```yaml\n{text.rstrip()}\n```")
     return "\n\n".join(sections) + "\n"
+
+
+def from_scratch(record: Path) -> bool:
+    """Whether the run that `record` describes started from random weights."""
+    return _from_scratch(yaml.safe_load(_config(record)) or {})
+
+
+def _config(record: Path) -> str:
+    file = record / RUN_CONFIG
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _rounding(kept: Mapping[str, Kept]) -> str:
+    title = "## What rounding leaves of the training\n\n"
+    if not kept:
+        return title + "Not measured: the base was not beside these weights when they were written."
+    return f"""{title}The change of the rounded weights along that of the FP32 masters, both from the base; and by how
+much single weights are off, relative to their change.
+
+{table(kept)}"""
 
 
 def _header(facts: dict[str, Any], settings: dict[str, Any]) -> str:

@@ -7,7 +7,9 @@ from typing import Any, Literal
 import torch
 
 from src.checkpoints.fp8 import BLOCK, SCALE_SUFFIX, is_quantised, quantise, scale_shape
+from src.checkpoints.hf_reader import HFDirectorySource
 from src.checkpoints.hf_writer import OutputTensor
+from src.checkpoints.kept import Change
 from src.checkpoints.key_map import hf_shapes, mtp_copies, mtp_layer
 from src.checkpoints.side_files import architecture
 from src.checkpoints.source import CHUNK, WeightSource, chunks, raise_listed
@@ -16,7 +18,11 @@ Dtype = Literal["bf16", "fp8", "fp32"]
 
 
 def output_tensors(
-    trained: WeightSource, config: dict[str, Any], dtype: Dtype, base: WeightSource | None = None
+    trained: WeightSource,
+    config: dict[str, Any],
+    dtype: Dtype,
+    base: WeightSource | None = None,
+    beside: HFDirectorySource | None = None,
 ) -> list[OutputTensor]:
     """What an export consists of, in the order of the files.
 
@@ -26,6 +32,7 @@ def output_tensors(
         dtype: of all weights but `e_score_correction_bias`, which is always F32.
         base: where the MTP block comes from if it is not in `trained`. Where its dtypes are those to be written, its
             tensors are copied byte for byte; for fp8 it is to be opened with dequantise=False.
+        beside: what training started from; tensors then note how much of their change from it is kept, by dtype.
 
     Raises:
         ValueError: one list of the tensors that are missing, unexpected or mis-shaped.
@@ -48,13 +55,30 @@ def output_tensors(
         elif source.shape(stored) != shape:
             problems.append(f"shape of {stored}: {source.shape(stored)} instead of {shape}")
         else:
-            tensors += _output(name, stored, source, shape, dtype)
+            change = _change(name, shape, dtype, trained, beside) if stored == name and source is trained else None
+            tensors += _output(name, stored, source, shape, dtype, change)
     raise_listed(f"{len(problems)} tensors are not those of config.json; check which model was trained:", problems)
     return tensors
 
 
-def _output(name: str, stored: str, source: WeightSource, shape: tuple[int, ...], dtype: Dtype) -> list[OutputTensor]:
+def _change(
+    name: str, shape: tuple[int, ...], dtype: Dtype, trained: WeightSource, beside: HFDirectorySource | None
+) -> Change | None:
+    """What counts how much is kept of a tensor that is rounded from fp32 masters and in the base has this shape."""
+    if beside is None or _is_exact(name, dtype) or trained.dtype(name) != torch.float32:
+        return None
+    return Change(beside, name) if name in beside and beside.shape(name) == shape else None
+
+
+def _is_exact(name: str, dtype: Dtype) -> bool:
+    return dtype == "fp32" or name.endswith("e_score_correction_bias")
+
+
+def _output(
+    name: str, stored: str, source: WeightSource, shape: tuple[int, ...], dtype: Dtype, change: Change | None
+) -> list[OutputTensor]:
     """The tensor `name`, read as `stored`: in FP8 values and scales, otherwise one."""
+    notes = None if change is None else change.notes
     if dtype == "fp8" and is_quantised(name):
         scale = name + SCALE_SUFFIX
         if source.dtype(stored) == torch.float8_e4m3fn:
@@ -64,14 +88,13 @@ def _output(name: str, stored: str, source: WeightSource, shape: tuple[int, ...]
                     scale, scale_shape(shape), torch.float32, _Cast(source, stored + SCALE_SUFFIX, torch.float32)
                 ),
             ]
-        quantised = _Quantise(source, stored)
+        quantised = _Quantise(source, stored, change)
         return [
-            OutputTensor(name, shape, torch.float8_e4m3fn, quantised),
+            OutputTensor(name, shape, torch.float8_e4m3fn, quantised, notes),
             OutputTensor(scale, scale_shape(shape), torch.float32, quantised.scales),
         ]
-    exact = dtype == "fp32" or name.endswith("e_score_correction_bias")
-    written = torch.float32 if exact else torch.bfloat16
-    return [OutputTensor(name, shape, written, _Cast(source, stored, written))]
+    written = torch.float32 if _is_exact(name, dtype) else torch.bfloat16
+    return [OutputTensor(name, shape, written, _Cast(source, stored, written, change), notes)]
 
 
 @dataclass
@@ -81,10 +104,16 @@ class _Cast:
     source: WeightSource
     name: str
     dtype: torch.dtype
+    change: Change | None = None
 
     def __call__(self) -> Iterator[torch.Tensor]:
+        if self.change is not None:
+            self.change.start()
         for start, stop in chunks(0, torch.Size(self.source.shape(self.name)).numel()):
-            yield self.source.read(self.name, start, stop).to(self.dtype)
+            values = self.source.read(self.name, start, stop)
+            if self.change is not None:
+                self.change.cast(values, start)
+            yield values.to(self.dtype)
 
 
 @dataclass
@@ -93,15 +122,18 @@ class _Quantise:
 
     source: WeightSource
     name: str
+    change: Change | None = None
     _scales: list[torch.Tensor] = field(default_factory=list)
 
     def __call__(self) -> Iterator[torch.Tensor]:
         rows, columns = self.source.shape(self.name)
         self._scales.clear()
+        if self.change is not None:
+            self.change.start()
         band = max(1, CHUNK // (BLOCK * columns)) * BLOCK
         for start, stop in chunks(0, rows, band):
             weight = self.source.read(self.name, start * columns, stop * columns).view(-1, columns)
-            values, scale = quantise(weight)
+            values, scale = quantise(weight) if self.change is None else self.change.quantise(weight, start)
             self._scales.append(scale.view(-1))
             yield values.view(-1)
 

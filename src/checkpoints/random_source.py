@@ -44,9 +44,9 @@ class RandomSource:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         if name.endswith("norm.weight"):
-            return torch.ones(stop - start)
+            return torch.ones(stop - start, dtype=torch.float32)
         if name.endswith("bias"):
-            return torch.zeros(stop - start)
+            return torch.zeros(stop - start, dtype=torch.float32)
         key = int.from_bytes(hashlib.sha256(f"{self._seed}:{name}".encode()).digest()[:16], "little")
         numel, values = math.prod(self.shape(name)), np.empty(stop - start, dtype=np.float32)
         for block in range(start // _BLOCK, -(-stop // _BLOCK)):

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 
 from src.callbacks.step_checkpoint import LAST, checkpoint_folder, step_of
-from src.checkpoints.hf_reader import has_mtp
+from src.checkpoints.hf_reader import has_mtp, stored_dtypes
 from src.checkpoints.run_files import RUN_CONFIG
 from src.datamodules import SFTDataModule
 from src.errors import UserError
@@ -61,6 +62,14 @@ def check_weights(directory: str) -> None:
 
 def has_weights(directory: str) -> bool:
     return any(Path(directory).glob("*.safetensors"))
+
+
+def rounded_to_bf16(directory: str) -> str | None:
+    """Which dtype of a directory's weights loses by bf16: FP8, whose scales are fp32, or FP32; None where none does."""
+    matrices = {dtype for name, dtype in stored_dtypes(directory).items() if name.endswith("proj.weight")}
+    if torch.float8_e4m3fn in matrices:
+        return "FP8"
+    return "FP32" if torch.float32 in matrices else None
 
 
 def mtp_loss_weight(model: Namespace, checkpoint: Path | None = None) -> float:

@@ -22,6 +22,7 @@ from src.callbacks.loggers import RunLogger
 from src.callbacks.loss_spike import LossSpike
 from src.callbacks.out_of_memory import OutOfMemory
 from src.callbacks.progress import Progress
+from src.callbacks.rounding_kept import RoundingKept
 from src.callbacks.run_record import RunRecord
 from src.callbacks.samples import Samples
 from src.callbacks.step_checkpoint import StepCheckpoint
@@ -37,6 +38,7 @@ from src.commands.checks import (
     newest_checkpoint,
     refuse_older,
     refuse_other_run,
+    rounded_to_bf16,
 )
 from src.commands.config_files import ConfigFile
 from src.commands.instances import errors_as_raised
@@ -103,6 +105,7 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(Stop, "stop")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Watchdog, "watchdog")
+        parser.add_lightning_class_args(RoundingKept, "rounding")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
@@ -126,6 +129,12 @@ class TrainingCLI(LightningCLI):
             settings.ckpt_path = "last" if newest_checkpoint(root) else None
         if settings.ckpt_path is None and not settings.model.from_scratch:
             check_weights(settings.model.pretrained)
+            finer = rounded_to_bf16(settings.model.pretrained)
+            if self.subcommand == "validate" and finer and "bf16" in str(settings.trainer.precision):
+                rank_zero_warn(
+                    f"the weights in {settings.model.pretrained} are {finer} and are rounded to bf16 here; "
+                    "--trainer.precision 32-true computes the loss of the values that they have"
+                )
         val_sets = (settings.data.val_files, *(settings.data.val_sets or {}).values())
         for files in (settings.data.train_files if self.subcommand == "fit" else None, *val_sets):
             if files:

@@ -47,6 +47,8 @@ class SFTModule(pl.LightningModule):
         betas: AdamW's; its eps is 1e-8.
         weight_decay: on matrices; norms and biases have none.
         warmup_ratio: the part of all optimizer steps over which the rate rises linearly.
+        weight_rounding: how bf16 weights follow from the fp32 masters after a step: to the `nearest`, or `stochastic`,
+            seeded by seed_everything and the same on every layout. In fp32 nothing is rounded, on NVMe to the nearest.
         mtp_loss_weight: weight of the multi-token prediction's loss relative to the next-token loss; 0 does not build
             its block. None: 0.1 where the base has the block, else 0. Here config.json (num_nextn_predict_layers) says
             whether it does; `fit` looks at the weights too (src/commands/checks.py).
@@ -78,6 +80,7 @@ class SFTModule(pl.LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.03,
+        weight_rounding: Literal["nearest", "stochastic"] = "stochastic",
         mtp_loss_weight: float | None = None,
         aux_loss_alpha: float = 1e-4,
         router_bias_update_speed: float = 0.0,
@@ -114,6 +117,7 @@ class SFTModule(pl.LightningModule):
         self.betas = betas
         self.weight_decay = weight_decay
         self.warmup_ratio = warmup_ratio
+        self.weight_rounding = weight_rounding
         self.aux_loss_alpha = aux_loss_alpha
         self.router_bias_update_speed = router_bias_update_speed
         self.freeze_patterns = freeze or []
@@ -136,6 +140,10 @@ class SFTModule(pl.LightningModule):
     @property
     def _strategy(self) -> ModelStrategy:
         return cast(ModelStrategy, self.trainer.strategy)
+
+    @property
+    def _seed(self) -> int:
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -161,7 +169,7 @@ class SFTModule(pl.LightningModule):
         if checkpoint is not None:
             strategy.load(self.model, str(checkpoint))
         elif self.from_scratch:
-            strategy.initialise(self.model, int(os.environ.get("PL_GLOBAL_SEED", 0)))
+            strategy.initialise(self.model, self._seed)
         else:
             strategy.load(self.model, self.pretrained)
 
@@ -183,7 +191,8 @@ class SFTModule(pl.LightningModule):
         groups = [group for group in groups if group["params"]]  # DeepSpeed drops an empty one, the scheduler would not
         if not groups:
             raise UserError(f"freeze {self.freeze_patterns} leaves no parameter to train.")
-        optimizer = self._strategy.optimizer(groups, lr=self.learning_rate, betas=self.betas, eps=1e-8)
+        adam = {"lr": self.learning_rate, "betas": self.betas, "eps": 1e-8}
+        optimizer = self._strategy.optimizer(groups, self.weight_rounding, self._seed, **adam)
         total = max(1, int(self.trainer.estimated_stepping_batches))
         floor = self.min_learning_rate / self.learning_rate if self.learning_rate else 0.0
         rate = functools.partial(warmup_cosine, total=total, warmup=math.ceil(self.warmup_ratio * total), floor=floor)

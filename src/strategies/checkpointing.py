@@ -3,7 +3,7 @@
 import os
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -14,16 +14,20 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from src.checkpoints.kept import Kept
 from src.checkpoints.manifest import MANIFEST, check_manifest
 from src.checkpoints.output import Dtype
 from src.checkpoints.run_files import client_state
 from src.checkpoints.saving import CheckpointSaver
+from src.checkpoints.source import WeightSource
 from src.checkpoints.zero_reader import OPTIMIZER_NAMES, ZeroCheckpointSource
 from src.errors import UserError
 
 from .live_partitions import export_live
 from .random_state import random_state, set_random_state
 from .reshard import continue_rates, optimizer_names, restore
+from .rounding import NEAREST
+from .sampled_change import sample_changes
 
 NFS_PATIENCE = 90.0  # seconds: clients keep what they know of a folder for up to 60
 
@@ -32,18 +36,27 @@ class CheckpointingStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy, its checkpoints durable and of any layout."""
 
     _saver: CheckpointSaver | None = None
+    _rounding = NEAREST
 
     def _save_through(self, engine: deepspeed.DeepSpeedEngine) -> None:
         """Has `engine` save as `src.checkpoints.saving` does; to be called by all ranks."""
         engine.checkpoint_engine = self._saver = CheckpointSaver(os.environ["MASTER_ADDR"])
         engine._copy_recovery_script = lambda folder: None  # written past the checkpoint engine; `export` does its work
 
-    def export(self, run_files: dict[str, Any], out: Path, dtype: Dtype, max_shard_size: str) -> None:
+    def export(
+        self, run_files: dict[str, Any], out: Path, dtype: Dtype, max_shard_size: str, measure: bool = True
+    ) -> None:
         """Writes the weights as they stand as a Hugging Face directory; see `export_live`."""
         assert self.lightning_module is not None
         model: Any = self.lightning_module.model
         with self._timed_as_checkpoint():
-            export_live(self.deepspeed_engine, model, self.root_device, run_files, out, dtype, max_shard_size)
+            export_live(self.deepspeed_engine, model, self.root_device, run_files, out, dtype, max_shard_size, measure)
+
+    def sample_changes(self, base: WeightSource) -> Callable[[], Kept] | None:
+        """What compares a sample of weights, masters and the base; see `sampled_change`."""
+        assert self.lightning_module is not None
+        model = cast(nn.Module, self.lightning_module.model)
+        return sample_changes(self.deepspeed_engine, model, base, self.root_device)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """A directory that appears whole or not at all (`src.checkpoints.saving`).
@@ -140,7 +153,7 @@ class CheckpointingStrategy(DeepSpeedStrategy):
             return
         assert self.lightning_module is not None
         source = ZeroCheckpointSource(str(self.lightning_module.trainer.ckpt_path))
-        restore(self.deepspeed_engine, cast(nn.Module, self.lightning_module.model), source)
+        restore(self.deepspeed_engine, cast(nn.Module, self.lightning_module.model), source, self._rounding)
         self.deepspeed_engine.global_steps = checkpoint["global_steps"]
         self.deepspeed_engine.skipped_steps = checkpoint["skipped_steps"]
         # Lightning loads these states next.

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import lightning.pytorch as pl
@@ -34,6 +34,7 @@ from src.models.deepseek_v3 import DeepseekV3ForCausalLM, SequenceParallelGroup,
 
 from .checkpointing import CheckpointingStrategy
 from .host_optimizer import HostAdamW, allocated_once, step_in_pieces
+from .masters import complete, round_after_steps
 from .operators import prepare_builds
 from .parallel_dims import ParallelDims
 from .parallelize import (
@@ -43,6 +44,7 @@ from .parallelize import (
     zero3_settings,
 )
 from .partition import materialise
+from .rounding import NEAREST, Kind, Rounding
 from .sequence_parallel import ProcessGroupSP
 from .zero3_collectives import reduce_by_one_view
 from .zero3_hooks import hook_owners_alone
@@ -102,6 +104,8 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         self.sequence_parallel_size = sequence_parallel_size
         self.dims: ParallelDims | None = None
         self.sp_group: SequenceParallelGroup = SingleProcess()
+        self._rounding = NEAREST
+        self._lower_halves: dict[str, Tensor] = {}  # of what was loaded, for the masters that are not there yet
 
     # -- ranks ----------------------------------------------------------------------------------------------------
 
@@ -193,9 +197,14 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         """Random weights, the same whatever the layout."""
         self._load(model, RandomSource(model.config, seed))
 
-    @staticmethod
-    def _load(model: DeepseekV3ForCausalLM, source: WeightSource) -> None:
-        load(model, source, num_hidden_layers=model.config.num_hidden_layers)
+    def _load(self, model: DeepseekV3ForCausalLM, source: WeightSource) -> None:
+        layers, keep = model.config.num_hidden_layers, self._is_fitting and self._in_memory
+        self._lower_halves = load(model, source, num_hidden_layers=layers, lower_halves=keep)
+
+    @property
+    def _in_memory(self) -> bool:
+        """Whether neither masters nor weights are on a disk."""
+        return all(self._zero.get(f"offload_{what}", {}).get("device") != "nvme" for what in ("optimizer", "param"))
 
     # -- the engine -----------------------------------------------------------------------------------------------
 
@@ -215,11 +224,19 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         self.model_to_device()  # the metrics; the weights are there, and partitions stay where they are offloaded
         super().setup(trainer)
 
-    def optimizer(self, groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
+    def optimizer(
+        self, groups: list[dict[str, Any]], weight_rounding: Kind = "nearest", seed: int = 0, **settings: Any
+    ) -> Optimizer:
         """AdamW over parameter groups, where the states live: DeepSpeed's on the host, PyTorch's on the device.
 
+        weight_rounding: how bf16 weights follow from the masters; where it is stochastic, `seed` decides. What is on
+            NVMe is rounded to the nearest.
         settings: lr, betas, eps, weight_decay.
         """
+        if weight_rounding == "stochastic" and not self._in_memory:
+            rank_zero_warn("masters or weights are on nvme, where weights are rounded to the nearest: offload to cpu")
+            weight_rounding = "nearest"
+        self._rounding = Rounding(weight_rounding, seed)
         if self.offloads_optimizer:
             return HostAdamW(groups, **settings)
         return torch.optim.AdamW(groups, fused=self.root_device.type == "cuda", **settings)
@@ -239,7 +256,11 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
                 dist_init_required=False,
             )
         reduce_by_one_view(engine.optimizer)
-        step_in_pieces(engine.optimizer)
+        assert self.lightning_module is not None
+        trained = cast(nn.Module, self.lightning_module.model)
+        # Before the moments on the host: what the load has kept is gone when they come.
+        complete(engine, trained, self._lower_halves, self._rounding)
+        step_in_pieces(engine.optimizer, round_after_steps(engine, trained, self._rounding))
         self._save_through(engine)
         return engine, deepspeed_optimizer
 

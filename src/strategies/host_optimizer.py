@@ -79,11 +79,18 @@ class HostAdamW(DeepSpeedCPUAdam):
             self.updated(parameter, start, stop)
 
 
+Rounded = Callable[[Tensor, int, Tensor, Tensor], None]
+
+
+def _nearest(flat: Tensor, start: int, masters: Tensor, weights: Tensor) -> None:
+    weights.copy_(masters)
+
+
 class _Steps:
     """What a ZeRO-3 optimizer does around HostAdamW's step; replaces functions of its own, by their names."""
 
-    def __init__(self, zero: Any, adam: HostAdamW) -> None:
-        self._zero, self._adam = zero, adam
+    def __init__(self, zero: Any, adam: HostAdamW, rounded: Rounded) -> None:
+        self._zero, self._adam, self._rounded = zero, adam, rounded
         masters = zero.fp32_partitioned_groups_flat
         self._index = {id(master): i for i, master in enumerate(masters)}
         self._sent = set[int]()
@@ -109,12 +116,12 @@ class _Steps:
         index = self._index[id(master)]
         weights, part = self._zero.fp16_partitioned_groups_flat[index], master.data[start:stop]
         if self._stream is None or not weights.is_cuda:
-            weights.data[start:stop].copy_(part)
+            self._rounded(master, start, part, weights.data[start:stop])
         else:
             if not self._sent:
                 self._stream.wait_stream(torch.cuda.current_stream(weights.device))
             with torch.cuda.stream(self._stream):
-                weights.data[start:stop].copy_(part.to(weights.device, non_blocking=True))
+                self._rounded(master, start, part.to(weights.device, non_blocking=True), weights.data[start:stop])
         self._sent.add(index)
 
     def _hand_over(self, sub_group: int) -> None:
@@ -137,10 +144,14 @@ def _is_ours(zero: DeepSpeedZeroOptimizer_Stage3) -> bool:
     return whole and in_fp32 and not on_disk and isinstance(zero.optimizer, HostAdamW)
 
 
-def step_in_pieces(zero: Any) -> None:
-    """Has a ZeRO-3 optimizer whose states are in host memory step as this file does; others stay as they are."""
+def step_in_pieces(zero: Any, rounded: Rounded = _nearest) -> None:
+    """Has a ZeRO-3 optimizer whose states are in host memory step as this file does; others stay as they are.
+
+    rounded: writes the weights of masters; called with the flat tensor of masters, the index there of the first of
+        them, the masters [n] on the weights' device, and the weights [n].
+    """
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3) and _is_ours(zero):
-        _Steps(zero, zero.optimizer)
+        _Steps(zero, zero.optimizer, rounded)
 
 
 @contextmanager

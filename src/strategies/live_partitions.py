@@ -157,6 +157,7 @@ def export_live(
     out: Path,
     dtype: Dtype,
     max_shard_size: str,
+    measure: bool = True,
 ) -> None:
     """Writes the weights of a running job as a Hugging Face directory; to be called on every rank.
 
@@ -167,6 +168,7 @@ def export_live(
         engine, model, device: as `LivePartitions` takes them.
         run_files: what `write_run_files` takes.
         out: directory that appears when all ranks have written their files.
+        measure: read the base too, to find out how much of the training is kept.
 
     Raises:
         ValueError: `out` is there, the weights are not those of config.json, or the disk has no room for them.
@@ -181,12 +183,12 @@ def export_live(
         with partitions.sharing():
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             write_run_files(folder, **run_files)
-            job = Export.plan(folder, PerExpert(partitions), dtype, max_shard_size)
+            job = Export.plan(folder, PerExpert(partitions), dtype, max_shard_size, measure=measure)
             job.check_room(out)  # before any rank writes
         with partitions.sharing():
             if rank == 0:
                 job.write_side_files(partial)
             job.write_shards(partial, rank, world_size)
-    with partitions.sharing():
-        if rank == 0:
-            job.finish(partial, out)
+        with partitions.sharing():
+            if rank == 0:
+                job.finish(partial, out)

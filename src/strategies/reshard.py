@@ -18,6 +18,8 @@ from src.checkpoints.source import raise_listed
 from src.checkpoints.zero_reader import ZeroCheckpointSource
 from src.errors import UserError
 
+from .masters import weights_follow
+from .rounding import NEAREST, Rounding
 from .zero_parts import part_of
 
 _Moment = Literal["exp_avg", "exp_avg_sq"]
@@ -25,7 +27,9 @@ _MOMENTS: tuple[_Moment, ...] = ("exp_avg", "exp_avg_sq")
 
 
 @torch.no_grad()
-def restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpointSource) -> None:
+def restore(
+    engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpointSource, rounding: Rounding = NEAREST
+) -> None:
     """Fills masters, moments, step counts, frozen parameters, buffers and the model's own weights, in place.
 
     Beyond what is filled it holds a few chunks, and no weights travel between ranks but those that DeepSpeed gathers
@@ -35,6 +39,7 @@ def restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpoin
         engine: of a training run that has not taken a step.
         model: what the engine trains, with names as in `src.checkpoints.key_map`.
         checkpoint: its fp32 slot.
+        rounding: how the model's own weights follow from the masters.
 
     Raises:
         ValueError: before anything is written, one list of the tensors that are not this model's, or that are trained
@@ -42,10 +47,13 @@ def restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpoin
     """
     if engine.zero_nvme_offload_optimizer():
         raise UserError("a run whose optimizer is offloaded to nvme cannot be resumed: offload it to cpu")
-    stage, adam = engine.zero_optimization_stage(), engine.basic_optimizer
-    if stage == 3:
-        engine.optimizer.checkpoint_event_prologue()  # every parameter as partitions
-    tensors = persistent(model)
+    with weights_follow(engine, model, rounding, checkpoint.step):
+        _restore(engine, model, checkpoint)
+
+
+def _restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpointSource) -> None:
+    """`restore` without the trained weights, which follow from the masters."""
+    adam, tensors = engine.basic_optimizer, persistent(model)
     trained: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights, moments = _views(checkpoint, tensors, trained)
 
@@ -59,13 +67,6 @@ def restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpoin
         sinks.append(Sink(weights, name, part.of(part.flat), part.start))
         sinks += [Sink(moments[slot], name, part.of(state[slot]), part.start) for slot in _MOMENTS]
     fill(sinks, "Resuming")
-
-    if stage == 3:
-        for name, part in parts.items():
-            trained[name].ds_tensor.view(-1)[: part.numel].copy_(part.of(part.flat))
-        engine.optimizer.checkpoint_event_epilogue()
-    elif stage > 0:
-        engine.optimizer.update_lp_params()
 
 
 def _views(

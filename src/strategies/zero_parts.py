@@ -48,3 +48,12 @@ def part_of(engine: DeepSpeedEngine, parameter: Any) -> Part | None:
     (flat,) = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"]
     inside = mapping.lp_fragment_address
     return Part(flat, mapping.hp_fragment_address.start, inside.start, inside.numel)
+
+
+def weights_of(parameter: Any, part: Part) -> Tensor:
+    """The model's own weights [numel] of a part of `parameter`, a view. At stage 3 it is to be partitioned."""
+    if hasattr(parameter, "ds_tensor"):
+        weights: Tensor = parameter.ds_tensor.detach().view(-1)[: part.numel]
+        return weights
+    whole: Tensor = parameter.detach().view(-1)
+    return whole.narrow(0, part.start, part.numel)

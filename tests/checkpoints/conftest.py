@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from src.checkpoints.fp8 import is_quantised, quantise
 from src.checkpoints.side_files import copy_side_files
-from tests.checkpoints.tiny import oracle, save_mtp, save_oracle
+from tests.checkpoints.tiny import oracle, save_mtp, save_oracle, stored
 from tests.checkpoints.workers import SETTINGS, save_checkpoints
 from tests.distributed.spawn import run_distributed
 
@@ -27,6 +29,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_oracle(path, oracle())
     save_mtp(path, torch.float32)
     return path
+
+
+@pytest.fixture(scope="session")
+def fp8(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base` as it would be published: FP8, its MTP block included."""
+    directory = tmp_path_factory.mktemp("fp8")
+    tensors = {}
+    for name, tensor in stored(base).items():
+        if is_quantised(name):
+            tensors[name], tensors[f"{name}_scale_inv"] = quantise(tensor)
+        else:
+            tensors[name] = tensor if name.endswith("bias") else tensor.bfloat16()
+    save_file(tensors, directory / "model.safetensors")
+    copy_side_files(base, directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from src.checkpoints.fp8 import is_quantised, quantise
 from src.checkpoints.hf_reader import HFDirectorySource
 from src.checkpoints.key_map import mtp_copies
 from src.checkpoints.load import load
@@ -44,20 +42,6 @@ def test_each_rank_reads_its_partitions_alone(base: Path, world_size: int, setti
     assert max(rank["bytes"] for rank in ranks) < 1.1 * needed / world_size
     if world_size == 4:
         assert sum(rank["padding"] for rank in ranks) > 0  # sizes that do not divide are among them
-
-
-@pytest.fixture(scope="module")
-def fp8(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`base` as it would be published: FP8, its MTP block included."""
-    directory = tmp_path_factory.mktemp("fp8")
-    tensors = {}
-    for name, tensor in stored(base).items():
-        if is_quantised(name):
-            tensors[name], tensors[f"{name}_scale_inv"] = quantise(tensor)
-        else:
-            tensors[name] = tensor if name.endswith("bias") else tensor.bfloat16()
-    save_file(tensors, directory / "model.safetensors")
-    return directory
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

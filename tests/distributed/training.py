@@ -110,6 +110,7 @@ class Recipe:
     mtp_loss_weight: float | None = None
     steps: int = 5
     freeze: tuple[str, ...] = ()
+    weight_rounding: Literal["nearest", "stochastic"] = "stochastic"
 
 
 class Record(pl.Callback):
@@ -223,6 +224,7 @@ def fit(
         router_bias_update_speed=recipe.router_bias_update_speed,
         mtp_loss_weight=recipe.mtp_loss_weight,
         freeze=list(recipe.freeze),
+        weight_rounding=recipe.weight_rounding,
         experts_per_shard=layout.experts_per_shard,
         activation_checkpointing=layout.activation_checkpointing,
         attention_output=layout.attention_output,
