@@ -45,7 +45,7 @@ def checksum(module: pl.LightningModule, get: Callable[[Any], Tensor | None]) ->
     crc = 0
     for _, parameter in sorted(module.named_parameters()):
         if parameter.requires_grad and (tensor := get(parameter)) is not None and dist.get_rank() == 0:
-            crc = zlib.crc32(tensor.detach().float().cpu().numpy(), crc)
+            crc = zlib.crc32(tensor.detach().float().cpu().numpy().tobytes(), crc)
     return crc
 
 

@@ -10,6 +10,7 @@ import pytest
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from src.callbacks.export_at_end import ExportAtEnd
+from src.callbacks.rounding_kept import RoundingKept
 from src.callbacks.samples import Samples
 from src.callbacks.step_checkpoint import StepCheckpoint
 from src.callbacks.stop import Stop
@@ -35,6 +36,7 @@ GROUPS: dict[str, list[type]] = {
     "stop.": [Stop],
     "samples.": [Samples],
     "watchdog.": [Watchdog],
+    "rounding.": [RoundingKept],
 }
 # Whose numbers are read as something else, or inside a list or mapping.
 OTHERWISE = {"trainer.devices", "trainer.precision", "trainer.max_time", f"{STRATEGY}parallel_devices"}

@@ -104,6 +104,7 @@ RANGES = {
     "weights.keep": Range("[1, 1e6]", "exports kept, the newest"),
     "stop.lead": Range("(0, 864000]", "seconds before the end of the job's time"),
     "samples.every_n_steps": Range("[0, 1e9]", "optimizer steps between samples, 0 for none"),
+    "rounding.every_n_steps": Range("[0, 1e9]", "optimizer steps between figures of what rounding leaves, 0 for none"),
     "samples.max_new_tokens": Range("[1, 1e6]", "tokens of an answer"),
     "samples.temperature": Range("[0, 100]", "0 takes the likeliest token"),
     "samples.seed": Range(f"[0, {LARGEST}]", "of the sampled tokens"),

@@ -53,7 +53,7 @@ def test_a_rank_that_sees_none_stops_all(steps: list[str]) -> None:
 def elsewhere(found: list[str | None], mount: Path) -> str:
     """Rank 1 has another folder in the place of rank 0's."""
     digest = checkpointing._digest
-    checkpointing._digest = lambda path: digest(mount if dist.get_rank() else path)
+    checkpointing._digest = lambda checkpoint: digest(mount if dist.get_rank() else checkpoint)
     return agreed(found)
 
 
