@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from importlib import import_module
 from typing import Any
 
+from src.commands.places import is_first_process
 from src.errors import UserError
 
 # Heavy libraries are imported by the command that needs them, so that --help answers at once.
@@ -46,13 +47,12 @@ FUNCTIONS: dict[str, Callable[[], Callable[..., Any]]] = {"export": _export, "ve
 
 def _show_our_log() -> None:
     """What the project's own loggers say, from the first process alone."""
-    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
     ours = logging.getLogger("src")
     if not ours.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
         ours.addHandler(handler)
-    ours.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    ours.setLevel(logging.INFO if is_first_process() else logging.WARNING)
 
 
 def _let_segments_grow() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from src.commands.places import LOCK, check_writable, lock_run
+from src.commands.places import LOCK, check_writable, is_first_process, lock_run
 from tests.commands import run
 
 HOLD = "import sys; from src.commands.places import lock_run; lock_run(sys.argv[1]); print('held', flush=True); input()"
@@ -20,6 +20,25 @@ def holder(root: Path) -> "subprocess.Popen[str]":
     )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
+
+
+@pytest.mark.parametrize(
+    ("variables", "first"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "3"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, False),
+        ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),  # started by Lightning from a shell in an allocation
+        ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, False),
+        ({"SLURM_PROCID": "5"}, False),
+    ],
+)
+def test_who_is_first(variables: dict[str, str], first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_process() == first
 
 
 def test_a_second_fit_in_a_folder_is_refused_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:

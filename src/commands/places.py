@@ -18,6 +18,12 @@ LOCK = "fit.lock"
 _held: list[TextIO] = []  # open as long as the process lives: closing one gives its lock up
 
 
+def is_first_process() -> bool:
+    """Whether the launcher made this process rank 0, by torchrun's variable, or srun's and Lightning's own."""
+    names = ("RANK",) if "RANK" in os.environ else ("SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+    return not any(int(os.environ.get(name, 0)) for name in names)
+
+
 def check_writable(option: str, path: str | Path) -> None:
     """Writes a file, which is gone at once, in the folder `path` or in the nearest above it that is there.
 

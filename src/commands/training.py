@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.export_at_end import ExportAtEnd
@@ -43,7 +43,7 @@ from src.commands.checks import (
 from src.commands.config_files import ConfigFile
 from src.commands.instances import errors_as_raised
 from src.commands.parser import Parser
-from src.commands.places import check_writable, lock_run
+from src.commands.places import check_writable, is_first_process, lock_run
 from src.commands.planned import host_memory
 from src.commands.ranges import check_ranges
 from src.datamodules import SFTDataModule
@@ -119,7 +119,7 @@ class TrainingCLI(LightningCLI):
         if settings.data.tokenizer is None:  # not a link, which could not be set by hand
             settings.data.tokenizer = settings.model.pretrained
         root = settings.trainer.default_root_dir or "."
-        if self.subcommand == "fit" and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if self.subcommand == "fit" and is_first_process():
             places = {"trainer.default_root_dir": root, "data.cache_dir": settings.data.cache_dir}
             for option, place in (places | {"export.out": settings.export.out}).items():
                 if place is not None:
