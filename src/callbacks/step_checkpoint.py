@@ -77,7 +77,8 @@ class StepCheckpoint(Checkpoint):
 
     def _save(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
-        if step == self._saved_step:  # nothing trained since, or in the middle of accumulation
+        # Nothing trained since, or in the middle of accumulation; or a try, after which the run is to begin.
+        if step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._saved_step = step
         began = time.monotonic()  # an earlier save may still be on its way: each has its own

@@ -246,10 +246,11 @@ class Export:
 def _start(record: Path, base: str | None) -> HFDirectorySource | None:
     """What to measure beside: `base`, or else where training started from as recorded. Says why where there is none."""
     recorded = base or read_record(record).get("base")
+    if from_scratch(record):
+        log.info("how much of the training the export keeps is not measured: it started from random weights")
+        return None
     try:
-        if from_scratch(record):
-            reason = "it started from random weights"
-        elif recorded is None:
+        if recorded is None:
             reason = "the checkpoint does not record what it started from; give --base"
         else:
             return HFDirectorySource(recorded)

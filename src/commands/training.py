@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,10 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]
+        _name_enums(settings)
+        if settings.trainer.fast_dev_run and settings.trainer.accumulate_grad_batches > 1:
+            rank_zero_info("fast_dev_run: each of its batches is an optimizer step, trainer.accumulate_grad_batches 1")
+            settings.trainer.accumulate_grad_batches = 1
         if settings.data.tokenizer is None:  # not a link, which could not be set by hand
             settings.data.tokenizer = settings.model.pretrained
         root = settings.trainer.default_root_dir or "."
@@ -207,3 +212,15 @@ def say_host_memory(settings: Namespace) -> None:
             rank_zero_warn(f"{said}: the run is killed when it takes more; see `plan`")
         else:
             rank_zero_info(said)
+
+
+def _name_enums(value: Any) -> None:
+    """Puts strings in place of members of string enums, which some of Lightning's callbacks have for defaults and
+    jsonargparse cannot print; in place."""
+    keys = range(len(value)) if isinstance(value, list) else vars(value) if isinstance(value, Namespace) else ()
+    for key in list(keys):
+        item = value[key]
+        if isinstance(item, Enum) and isinstance(item, str):
+            value[key] = str(item.value)
+        else:
+            _name_enums(item)
