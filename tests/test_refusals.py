@@ -101,6 +101,9 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.startswith("model.pretrained, data.train_files must be given, with --model.pretrained=VALUE or in a")
 
 
+ONE = ["--trainer.devices=1", "--trainer.strategy.init_args.sequence_parallel_size=1"]
+
+
 @pytest.mark.parametrize(
     ("args", "line"),
     [
@@ -111,6 +114,7 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
             ["fit", "--config", TINY, "--trainer.strategy={init_args: {stage: 2, offload_parameters: true}}"],
             "ZeRO stage 3",
         ),
+        (["fit", "--config", TINY, *ONE, '--model.freeze=["no.such*"]'], "no parameter's name matches 'no.such*'"),
         (["plan", "--config", TINY, "--expalin"], "did you mean --explain?"),
         (["export", "--ckpt=x", "--ot=y"], "did you mean --out?"),
         (["verify", "--model=/none"], "/none"),

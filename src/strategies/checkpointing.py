@@ -96,6 +96,9 @@ class CheckpointingStrategy(DeepSpeedStrategy):
     def teardown(self) -> None:
         if self._saver is not None:
             self._saver.close()
+        module = cast(Any, self.lightning_module)
+        if module is not None and any(parameter.is_meta for parameter in module.parameters()):
+            module.model = None  # whose building failed: Lightning moves what is left to the host
         super().teardown()
 
     def agree_on_checkpoint(self) -> None:
