@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from src.commands.places import is_first_process
+from src.commands.quiet import silence
 from src.errors import UserError
 
 # Heavy libraries are imported by the command that needs them, so that --help answers at once.
@@ -83,6 +84,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs one command; `args` are the command line's by default."""
     command, *rest = (sys.argv[1:] if args is None else args) or [""]
     _show_our_log()
+    silence()
     if command in ("fit", "validate", "rehearse"):
         _let_segments_grow()
     if command in ("fit", "validate"):

@@ -1,0 +1,37 @@
+"""What libraries say to everybody and nobody can act on, silenced where it is said; errors and other warnings stay."""
+
+import logging
+import re
+import warnings
+
+# By the logger that says it: a filter of a logger sees no other logger's records.
+LOGGED = {
+    "DeepSpeed": r"Setting accelerator to CPU\.",  # whether a GPU was asked for is checked by the strategy
+    "lightning.pytorch.strategies.deepspeed": r"initializing deepspeed distributed",  # by each rank
+    "lightning.pytorch.trainer.connectors.checkpoint_connector": r"`weights_only` was not set",
+    "lightning.fabric.utilities.seed": r"\[rank: [1-9]",  # once for all ranks is enough
+    "lightning.pytorch.utilities.rank_zero": r".*(litlogger|litmodels)|TPU available: False"
+    r"|`Trainer\(val_check_interval=1\.0\)` was configured|Loading `train_dataloader` to estimate",
+}
+WARNED = (
+    r"The `srun` command is available on your system but is not used",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"When saving the DeepSpeed Stage 3 checkpoint, each worker will save a shard",  # `export` needs no conversion
+)
+
+
+class _Without(logging.Filter):
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        self._pattern = re.compile(pattern)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self._pattern.match(record.getMessage())
+
+
+def silence() -> None:
+    """Before the libraries are imported, or after."""
+    for name, pattern in LOGGED.items():
+        logging.getLogger(name).addFilter(_Without(pattern))
+    for message in WARNED:
+        warnings.filterwarnings("ignore", message=rf".*{message}")
