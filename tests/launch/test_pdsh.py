@@ -75,7 +75,7 @@ def test_arguments_and_paths_arrive_as_they_are(environment: dict[str, str], tmp
     (root / "my config.yaml").touch()
     python = root / ".venv/bin/python"
     python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/bash\nprintf "%s\\0" "$PWD" "$0" "$@" >"$SEEN.$(ls $(dirname $SEEN) | wc -l)"\nls /tmp\n')
+    python.write_text('#!/bin/bash\nprintf "%s\\0" "$PWD" "$0" "$@" >"$SEEN.$$"\nls /tmp\n')
     python.chmod(0o755)
     (tmp_path / "seen").mkdir()
     odd = ["--data.train_files=[/nfs/a b.jsonl]", "--x=%n%h%u", "--y=$(touch ran)", "--z=`touch ran`;'\"\\", "*"]
