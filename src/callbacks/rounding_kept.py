@@ -1,7 +1,6 @@
 """How much of the training the forward pass sees, as a curve."""
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -29,6 +28,7 @@ class StartedModule(Protocol):
     config: DeepseekV3Config
     pretrained: str
     from_scratch: bool
+    seed: int
 
 
 class RoundingKept(pl.Callback):
@@ -62,12 +62,12 @@ class RoundingKept(pl.Callback):
         error, compare = None, None
         try:
             base: WeightSource = (
-                RandomSource(module.config, int(os.environ.get("PL_GLOBAL_SEED", 0)))
+                RandomSource(module.config, module.seed)
                 if module.from_scratch
                 else HFDirectorySource(module.pretrained)
             )
             compare = cast(SamplingStrategy, trainer.strategy).sample_changes(base)
-        except ValueError as found:
+        except (ValueError, OSError) as found:
             error = str(found)
         # What one rank cannot read, none compares: it is a collective.
         if trainer.strategy.reduce_boolean_decision(error is None, all=True):

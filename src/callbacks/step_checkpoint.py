@@ -1,6 +1,7 @@
 """Checkpoints by optimizer step, the newest ones kept, `last.ckpt` a relative link to the newest."""
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,12 @@ def step_of(path: Path) -> int:
     name = path.name
     digits = name.removeprefix("step=").removesuffix(".ckpt")
     return int(digits) if name == f"step={digits}.ckpt" and digits.isdigit() else -1
+
+
+def superseded(written: Path, step_of: Callable[[Path], int], keep: int) -> list[Path]:
+    """Which saves beside the one just written, which stays whatever its step is, are more than `keep` with it."""
+    others = sorted((p for p in written.parent.iterdir() if step_of(p) >= 0 and p != written), key=step_of)
+    return others[: max(0, len(others) + 1 - keep)]
 
 
 class StepCheckpoint(Checkpoint):
@@ -92,6 +99,5 @@ class StepCheckpoint(Checkpoint):
         self.save_seconds = max(self.save_seconds or 0.0, time.monotonic() - began)
         folder = checkpoint.parent
         point(folder / LAST, checkpoint.name)
-        others = sorted((p for p in folder.glob("step=*.ckpt") if step_of(p) >= 0 and p != checkpoint), key=step_of)
-        remove(others[: max(0, len(others) + 1 - self.keep)])
+        remove(superseded(checkpoint, step_of, self.keep))
         remove_leftovers(folder)

@@ -15,6 +15,7 @@ from src.errors import UserError
 
 from .export_at_end import ExportingStrategy
 from .run_record import run_record
+from .step_checkpoint import superseded
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +84,7 @@ class WeightsCheckpoint(pl.Callback):
             log.error("%s was not saved, training goes on, and the next save tries again: %s", out, "; ".join(found))
         try:
             if not found:
-                others = sorted((p for p in out.parent.iterdir() if step_of(p) >= 0 and p != out), key=step_of)
-                remove(others[: max(0, len(others) + 1 - self.keep)])
+                remove(superseded(out, step_of, self.keep))
             _remove_leftovers(out.parent)
         except OSError as own:
             log.error("older weights in %s were not removed: %s", out.parent, own)

@@ -23,7 +23,7 @@ from src.planner.cluster import Cluster, read_cluster
 from src.planner.plan import Plan, make_plan
 from src.planner.settings import GIB, Settings
 from src.planner.streams import makespan
-from src.preflight.node import memory_limit
+from src.preflight.node import usable_memory
 from src.rehearsal.job import Job, Measured, rehearse
 
 
@@ -68,8 +68,8 @@ class RehearseCLI(ConfigCommand):
         except UserError as error:
             self.parser.error(str(error))
         s, needed = plan.settings, alone(plan).host_total / plan.settings.gpus
-        usable = min(psutil.virtual_memory().available, memory_limit() or sys.maxsize)
-        available = usable - (1 - Cluster().host_part) * psutil.virtual_memory().total  # the machine's own margin
+        margin = (1 - Cluster().host_part) * psutil.virtual_memory().total  # the machine's own
+        available = usable_memory() - margin
         if needed > available:
             self.parser.error(
                 f"a rank needs {needed / GIB:.0f} GiB of host memory by the plan, {available / GIB:.0f} are free here; "

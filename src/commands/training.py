@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import psutil  # type: ignore[import-untyped]
 import torch
 import yaml
 from jsonargparse import Namespace
@@ -52,7 +51,7 @@ from src.datamodules.files import expand
 from src.datamodules.tokenizer import load_tokenizer, opening_files
 from src.errors import UserError
 from src.models.sft_module import SFTModule
-from src.preflight.node import memory_limit
+from src.preflight.node import usable_memory
 
 # What every run needs, and Lightning decides otherwise: 1,000 epochs, no clipping, a loss logged every 50 steps.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -205,9 +204,8 @@ class TrainingCLI(LightningCLI):
 
 def say_host_memory(settings: Namespace) -> None:
     """What will be allocated on the host and when, before any of it is; a warning where it is more than is there."""
-    usable = min(psutil.virtual_memory().available, memory_limit() or sys.maxsize)
     with suppress(ValueError):  # of a strategy that the planner does not know
-        said, too_much = host_memory(settings, usable)
+        said, too_much = host_memory(settings, usable_memory())
         if too_much:
             rank_zero_warn(f"{said}: the run is killed when it takes more; see `plan`")
         else:

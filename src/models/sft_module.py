@@ -142,7 +142,8 @@ class SFTModule(pl.LightningModule):
         return cast(ModelStrategy, self.trainer.strategy)
 
     @property
-    def _seed(self) -> int:
+    def seed(self) -> int:
+        """seed_everything's."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def configure_model(self) -> None:
@@ -169,7 +170,7 @@ class SFTModule(pl.LightningModule):
         if checkpoint is not None:
             strategy.load(self.model, str(checkpoint))
         elif self.from_scratch:
-            strategy.initialise(self.model, self._seed)
+            strategy.initialise(self.model, self.seed)
         else:
             strategy.load(self.model, self.pretrained)
 
@@ -192,7 +193,7 @@ class SFTModule(pl.LightningModule):
         if not groups:
             raise UserError(f"freeze {self.freeze_patterns} leaves no parameter to train.")
         adam = {"lr": self.learning_rate, "betas": self.betas, "eps": 1e-8}
-        optimizer = self._strategy.optimizer(groups, self.weight_rounding, self._seed, **adam)
+        optimizer = self._strategy.optimizer(groups, self.weight_rounding, self.seed, **adam)
         total = max(1, int(self.trainer.estimated_stepping_batches))
         floor = self.min_learning_rate / self.learning_rate if self.learning_rate else 0.0
         rate = functools.partial(warmup_cosine, total=total, warmup=math.ceil(self.warmup_ratio * total), floor=floor)

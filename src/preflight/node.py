@@ -135,6 +135,12 @@ def memory_limit(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/
     return min(found, default=None)
 
 
+def usable_memory() -> int:
+    """Bytes of the host's memory that this process could still take."""
+    limit, available = memory_limit(), int(psutil.virtual_memory().available)
+    return available if limit is None else min(available, limit)
+
+
 def memory(host_gib: float | None, cuda: bool, infiniband: bool = False) -> tuple[list[str], dict[str, Any]]:
     """Problems with the host's memory, `host_gib` of which the run needs; what the cluster file takes."""
     found, limit, problems = psutil.virtual_memory(), memory_limit(), list[str]()
