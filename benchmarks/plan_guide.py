@@ -1,19 +1,23 @@
-"""Our prediction beside each row that the public guide reports: writes the tables of docs/planning.md anew, and
-the one of measured runs in benchmarks/RESULTS.md.
+"""Writes what the planner says into the pages that quote it: the tables of docs/planning.md, the plan in
+docs/overview.md, the table of measured runs in benchmarks/RESULTS.md and the verdict in the head of each config.
 
     python -m benchmarks.plan_guide
 
-Each row takes the fastest of our three ways to keep activations that fits: attention's outputs in host memory or
+Each row of the guide takes the fastest of our three ways to keep activations that fits: attention's outputs in host memory or
 computed again, layers' inputs on the device or in host memory.
 """
 
+import re
 from pathlib import Path
 
 from benchmarks import plan_check
 from benchmarks.plan_check import LINES
+from src.commands.plan import plan_file, verdict
 from src.models.deepseek_v3.sizes import read_sizes
 from src.planner.cluster import Cluster
 from src.planner.plan import Data, Plan, make_plan
+from src.planner.report import scale_text, text
+from src.planner.search import scale
 from src.planner.settings import GIB, Settings
 
 MODEL = "configs/models/deepseek-v3"
@@ -58,8 +62,8 @@ def plan_row(nodes: int, sp: int, offload: bool, batch: int, mtp: bool = True, *
 
 def guide_table() -> list[str]:
     lines = [
-        "| nodes | SP | optimizer | batch | the guide | ours: GiB a GPU | host GiB | attention outputs, layer inputs "
-        "| s a step of 4 | tokens/s/GPU |",
+        "| nodes | SP | optimizer | batch | the guide | ours: GiB per GPU | host GiB | attention outputs, layer inputs "
+        "| s per step of 4 | tokens/s per GPU |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for nodes, sp, offload, batch, reported in ROWS:
@@ -81,7 +85,7 @@ AT_4K = [(32, 1, 4), (32, 1, 8), (32, 1, 16), (128, 1, 4), (128, 1, 8), (128, 1,
 
 def table_4k() -> list[str]:
     lines = [
-        "| GPUs | tokens a GPU and micro-step | GiB a GPU | tokens/s/GPU | MFU | compute waits |",
+        "| GPUs | tokens per GPU and micro-step | GiB per GPU | tokens/s per GPU | MFU | compute waits |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for nodes, sp, batch in AT_4K:
@@ -95,11 +99,65 @@ def table_4k() -> list[str]:
     return lines
 
 
-PAGES = [Path("docs/planning.md"), Path("benchmarks/RESULTS.md")]
+# The fastest settings on 32 nodes by rows of 32k tokens per step, as `plan --search` finds them, and how a config says it.
+BY_ROWS: list[tuple[str, dict[str, object]]] = [
+    ("32n_64rows.yaml", {"sp": 4, "offload_optimizer": False, "layer_input": "offload"}),
+    ("32n_128rows.yaml", {"sp": 2, "offload_optimizer": False, "layer_input": "offload"}),
+    ("32n_sp1_bs1.yaml --trainer.accumulate_grad_batches 1", {}),
+    (
+        "32n_32k.yaml --trainer.accumulate_grad_batches 1",
+        {"batch_size": 2, "attention_output": "recompute", "layer_input": "offload"},
+    ),
+    (
+        "32n_32k.yaml",
+        {"batch_size": 2, "accumulate": 2, "attention_output": "recompute", "layer_input": "offload"},
+    ),
+]
+
+
+def table_by_rows() -> list[str]:
+    base = Settings(
+        read_sizes(MODEL, None, True), 32, 8, offload_optimizer=True, attention_output="offload", num_workers=4
+    )
+    lines = [
+        "| rows per step | config | tokens per GPU and micro-step | GiB per GPU | host GiB per node | s per step "
+        "| tokens/s per GPU |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for config, changes in BY_ROWS:
+        settings = base.but(**changes)
+        rows = Data(100_000, 100_000 * settings.max_length, 1, "100,000 full rows")
+        plan = make_plan(settings, Cluster(), rows)
+        lines.append(
+            f"| {settings.rows_per_step:,} | `{config}` | {settings.tokens:,} | {plan.device_total / GIB:.1f} | "
+            f"{plan.host_total / GIB:,.0f} | {plan.time.step:.1f} ({plan.fastest:.0f} to {plan.slowest:.0f}) | "
+            f"{plan.rate():.0f} |"
+        )
+    return lines
+
+
+WALKTHROUGH = "configs/32n_128rows.yaml"
+
+
+def walkthrough() -> list[str]:
+    """The command and what it prints, with --scale."""
+    plan = plan_file(WALKTHROUGH)
+    sizes = scale_text(scale(plan.settings, plan.cluster, plan.data, most=1024))
+    return ["```", f"$ python -m src.cli plan --config {WALKTHROUGH} --scale", text(plan), "", sizes, "```"]
+
+
+PAGES = [Path("docs/planning.md"), Path("docs/overview.md"), Path("benchmarks/RESULTS.md")]
+HEAD = re.compile(r"^# plan: .*$", re.MULTILINE)
 
 
 def tables() -> dict[str, list[str]]:
-    return {"guide": guide_table(), "4k": table_4k(), "measured": plan_check.table(plan_check.read_lines(LINES))}
+    return {
+        "rows": table_by_rows(),
+        "guide": guide_table(),
+        "4k": table_4k(),
+        "walkthrough": walkthrough(),
+        "measured": plan_check.table(plan_check.read_lines(LINES)),
+    }
 
 
 def with_tables(page: str, new: dict[str, list[str]]) -> str:
@@ -116,3 +174,7 @@ if __name__ == "__main__":
     written = tables()
     for path in PAGES:
         path.write_text(with_tables(path.read_text(encoding="utf-8"), written), encoding="utf-8")
+    for path in sorted(Path("configs").glob("*.yaml")):
+        head = path.read_text(encoding="utf-8")
+        if HEAD.search(head):
+            path.write_text(HEAD.sub(f"# plan: {verdict(path)}", head), encoding="utf-8")

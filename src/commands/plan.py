@@ -99,6 +99,11 @@ class _Silent(PlanCLI):
         """Nothing: the plan is there."""
 
 
+def plan_file(config: str | Path, *arguments: str) -> Plan:
+    """The plan of a config file, on the guide's cluster unless `arguments` name another."""
+    return _Silent(["--config", str(config), *arguments]).plan
+
+
 def verdict(config: str | Path, *arguments: str) -> str:
-    """The plan's one line for a config file on the guide's cluster: what the comment in the file says."""
-    return _Silent(["--config", str(config), *arguments]).plan.verdict
+    """The plan's one line, as the head of each config has it."""
+    return plan_file(config, *arguments).verdict
