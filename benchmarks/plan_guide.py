@@ -3,7 +3,7 @@ docs/overview.md, the table of measured runs in benchmarks/RESULTS.md and the ve
 
     python -m benchmarks.plan_guide
 
-Each row of the guide takes the fastest of our three ways to keep activations that fits: attention's outputs in host memory or
+Each row of the guide takes the fastest of our ways to keep activations that fits: attention's outputs in host memory or
 computed again, layers' inputs on the device or in host memory.
 """
 
@@ -99,7 +99,7 @@ def table_4k() -> list[str]:
     return lines
 
 
-# The fastest settings on 32 nodes by rows of 32k tokens per step, as `plan --search` finds them, and how a config says it.
+# The fastest settings on 32 nodes by rows of 32k tokens per step, as `plan --search` finds them: a config, and Settings.
 BY_ROWS: list[tuple[str, dict[str, object]]] = [
     ("32n_64rows.yaml", {"sp": 4, "offload_optimizer": False, "layer_input": "offload"}),
     ("32n_128rows.yaml", {"sp": 2, "offload_optimizer": False, "layer_input": "offload"}),
