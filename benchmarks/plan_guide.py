@@ -99,7 +99,7 @@ def table_4k() -> list[str]:
     return lines
 
 
-# The fastest settings on 32 nodes by rows of 32k tokens per step, as `plan --search` finds them: a config, and Settings.
+# The fastest settings on 32 nodes by rows of 32k tokens per step, which `plan --search` finds: a config, and Settings.
 BY_ROWS: list[tuple[str, dict[str, object]]] = [
     ("32n_64rows.yaml", {"sp": 4, "offload_optimizer": False, "layer_input": "offload"}),
     ("32n_128rows.yaml", {"sp": 2, "offload_optimizer": False, "layer_input": "offload"}),
