@@ -8,7 +8,6 @@ written in `OUT.partial`, which whoever finishes the last file renames to OUT.
 weights give the same bytes, whether they are read from a checkpoint or from the running job.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -43,7 +42,7 @@ from src.checkpoints.run_files import read_record
 from src.checkpoints.side_files import copy_side_files, read_config, write_config
 from src.checkpoints.source import WeightSource
 from src.checkpoints.zero_reader import ZeroCheckpointSource
-from src.errors import UserError
+from src.errors import UserError, read_object
 
 log = logging.getLogger(__name__)
 
@@ -297,8 +296,7 @@ def start_live(out: Path) -> None:
 
 def _found_plan(partial: Path) -> dict[str, Any]:
     plan = partial / _PLAN
-    content: dict[str, Any] = json.loads(plan.read_text()) if plan.is_file() else {}
-    return content
+    return read_object(plan) if plan.is_file() else {}
 
 
 def _refuse_others(out: Path) -> None:
