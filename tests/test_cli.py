@@ -166,7 +166,10 @@ def test_a_checkpoint_runs_no_code(trained: Path, inputs: Path, tmp_path: Path) 
     for command in ("fit", "validate"):
         args = [*fit_args(inputs, tmp_path / "run")[1:], f"--ckpt_path={copy}"]
         one = ["--trainer.devices=1", "--trainer.strategy.init_args.sequence_parallel_size=1"]
-        result = run(command, *args, *one, "--trainer.accumulate_grad_batches=4", check=False)
+        one.append("--trainer.accumulate_grad_batches=4")
+        refused = run(command, *args, *one, check=False)
+        assert refused.returncode == 2 and "if you trust it, --accept_unlisted true" in refused.stderr
+        result = run(command, *args, *one, "--accept_unlisted=true", check=False)
         assert result.returncode == 2 and "holds an object that is not loaded for safety" in result.stderr
         assert "Traceback" not in result.stderr and not marker.exists()
 

@@ -16,9 +16,12 @@ def _license(directory: Path) -> str | None:
     card = directory / "README.md"
     if not card.is_file():
         return None
-    before, _, rest = card.read_text(encoding="utf-8").partition("---\n")
+    before, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
     header, closed, _ = rest.partition("\n---")
-    fields = yaml.safe_load(header) if closed and not before.strip() else None
+    try:
+        fields = yaml.safe_load(header) if closed and not before.strip() else None
+    except yaml.YAMLError:  # a card of somebody's, for people
+        return None
     return fields.get("license") if isinstance(fields, dict) else None
 
 

@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 INCOMPLETE = ".incomplete"
-# Bytes written and checksummed at a time.
-CHUNK = 1 << 24
+# Bytes written and checksummed at a time; read in smaller pieces, which several threads of an export hold.
+CHUNK, PIECE = 1 << 24, 1 << 20
 
 
 class CheckedFile:
@@ -86,7 +86,7 @@ class CheckedFile:
 def checksum(file: BinaryIO, read: Callable[[int], object] = lambda nbytes: None) -> str:
     """CRC-32, in hexadecimal, of what is left of an open file; `read` is called with the bytes of each piece."""
     crc = 0
-    while chunk := file.read(CHUNK):
+    while chunk := file.read(PIECE):
         crc = zlib.crc32(chunk, crc)
         read(len(chunk))
     return f"{crc:08x}"

@@ -8,7 +8,6 @@ written in `OUT.partial`, which whoever finishes the last file renames to OUT.
 weights give the same bytes, whether they are read from a checkpoint or from the running job.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -43,7 +42,7 @@ from src.checkpoints.run_files import read_record
 from src.checkpoints.side_files import copy_side_files, read_config, write_config
 from src.checkpoints.source import WeightSource
 from src.checkpoints.zero_reader import ZeroCheckpointSource
-from src.errors import UserError
+from src.errors import UserError, read_object
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +62,7 @@ def export(
     max_shard_size: str = "5GB",
     resume: bool = False,
     base: str | None = None,
+    accept_unlisted: bool = False,
 ) -> None:
     """Writes a checkpoint's weights, with config, tokenizer and chat template, as a Hugging Face directory.
 
@@ -77,6 +77,7 @@ def export(
         base: Hugging Face directory from which the multi-token-prediction block comes where it was not trained, and
             beside which it is measured how much of the training `dtype` keeps; by default the one that training started
             from, which the checkpoint records.
+        accept_unlisted: take files that the checkpoint's manifest does not list, or all where it has none, unchecked.
 
     Raises:
         ValueError: `out` is there already, an interrupted export is and `resume` is not set, or it was one of something
@@ -84,11 +85,11 @@ def export(
     """
     rank, world_size, run = _processes()
     target = Path(out).absolute()
+    check_manifest(ckpt, accept_unlisted=accept_unlisted, rank=rank, world_size=world_size)
     job = Export.plan(Path(ckpt), PerExpert(ZeroCheckpointSource(ckpt)), dtype, max_shard_size, base)
     if resume and not job.missing(target):
         log.info("%s is complete already", target)
         return
-    check_manifest(ckpt, rank=rank, world_size=world_size)
     if rank >= len(job.shards):  # more processes than files
         return
     job.check_room(target)
@@ -297,8 +298,7 @@ def start_live(out: Path) -> None:
 
 def _found_plan(partial: Path) -> dict[str, Any]:
     plan = partial / _PLAN
-    content: dict[str, Any] = json.loads(plan.read_text()) if plan.is_file() else {}
-    return content
+    return read_object(plan) if plan.is_file() else {}
 
 
 def _refuse_others(out: Path) -> None:

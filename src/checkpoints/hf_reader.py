@@ -20,7 +20,7 @@ import torch
 from src.checkpoints.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
 from src.checkpoints.key_map import mtp_layer
 from src.checkpoints.source import raise_listed
-from src.errors import UserError
+from src.errors import UserError, read_object
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -188,11 +188,7 @@ def open_weights(path: Path, descriptors: list[int]) -> tuple[dict[str, Stored],
 
 
 def _weight_map(file: Path) -> dict[str, str]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} has no weight_map that can be read ({error!r}); copy it again") from error
-    names = content.get("weight_map") if isinstance(content, dict) else None
+    names = read_object(file).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{file} has no weight_map of tensors' names to files' names; copy it again")
     if outside := sorted({name for name in names.values() if Path(name).name != name}):
@@ -268,14 +264,13 @@ def _block_size(path: Path) -> tuple[int, int]:
     config = path / "config.json"
     if not config.is_file():
         return BLOCK, BLOCK
-    try:
-        quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
-        rows, columns = quantization.get("weight_block_size") or (BLOCK, BLOCK)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{config} cannot be read ({error}); copy it again from where the weights are") from error
-    if not all(type(n) is int and n > 0 for n in (rows, columns)):
-        raise UserError(f"{config}: weight_block_size is {[rows, columns]}; two positive integers are needed")
-    return rows, columns
+    quantization = read_object(config).get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise UserError(f"{config}: quantization_config is {quantization!r}; it must be an object")
+    size = quantization.get("weight_block_size") or [BLOCK, BLOCK]
+    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+        raise UserError(f"{config}: weight_block_size is {size!r}; two positive integers are needed")
+    return size[0], size[1]
 
 
 def has_mtp(directory: str | Path, num_hidden_layers: int) -> bool:

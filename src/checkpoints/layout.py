@@ -4,7 +4,6 @@ The layout is computed from config.json: names, shapes and dtypes of every tenso
 or F32; the correction bias is F32 always. For DeepSeek-V3's own config.json it gives 91,991 tensors of 688.6 GB in FP8.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from src.checkpoints.hf_reader import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Stor
 from src.checkpoints.key_map import hf_shapes, mtp_copies, mtp_layer
 from src.checkpoints.side_files import architecture, read_config
 from src.checkpoints.source import raise_listed
+from src.errors import read_object
 
 _LEFTOVERS = (".model*.safetensors.*", ".export.json")  # of an export that was interrupted
 
@@ -144,7 +144,8 @@ def _other_config(config: dict[str, Any], mtp: bool, dtype: str) -> list[str]:
 def _other_total(path: Path, tensors: dict[str, Stored]) -> list[str]:
     if not (path / INDEX_FILE).is_file():
         return []
-    claimed = json.loads((path / INDEX_FILE).read_text()).get("metadata", {}).get("total_size")
+    metadata = read_object(path / INDEX_FILE).get("metadata")
+    claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(_nbytes(stored) for stored in tensors.values())
     # DeepSeek's own index of FP8 weights counts two bytes an element, scales included.
     if claimed in (total, 2 * sum(stored.numel for stored in tensors.values())):
@@ -161,7 +162,7 @@ def _wrong_files(path: Path, tensors: dict[str, Stored]) -> list[str]:
     problems = []
     named = {SINGLE_FILE}
     if (path / INDEX_FILE).is_file():
-        named = set(json.loads((path / INDEX_FILE).read_text())["weight_map"].values())
+        named = set(read_object(path / INDEX_FILE)["weight_map"].values())
     problems += [
         f"{file.name}: belongs to no index, remove it"
         for file in sorted(path.glob("*.safetensors"))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from src.checkpoints.durable import checksum
 from src.checkpoints.source import raise_listed
-from src.errors import UserError
+from src.errors import UserError, read_object
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 # zlib.crc32 runs at 1 to 5 GB/s a core and without the interpreter's lock; with 4 files at a time disks are slower.
 THREADS = 4
+# Bytes up to which a file is read in any case: config.yaml and its like, which are parsed before the others.
+SMALL = 1 << 16
 # Seconds before a progress bar is worth showing.
 PATIENCE = 3.0
 
@@ -45,51 +47,79 @@ def dump_manifest(files: dict[str, FileRecord], world_size: int) -> str:
 
 
 def read_manifest(directory: Path) -> dict[str, FileRecord] | None:
-    """The files that belong to a checkpoint; None where it has no manifest (written before there were any).
+    """The files that belong to a checkpoint; None where its manifest is missing, or empty.
 
     Raises:
         ValueError: the manifest cannot be read, or is of a later format.
     """
     file = directory / MANIFEST
-    if not file.is_file():
+    if not file.is_file() or not file.stat().st_size:
         return None
+    content = read_object(file, "")
     try:
-        content = json.loads(file.read_text())
         if content["format"] > FORMAT:
             raise UserError(f"{file} has format {content['format']}, this version reads up to {FORMAT}; update it")
-        return {name: FileRecord(**record) for name, record in content["files"].items()}
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is torn: {error}") from error
+        files = {name: FileRecord(**record) for name, record in content["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged: {error!r}") from error
+    for name, record in files.items():
+        if (type(record.bytes), type(record.crc32), type(record.rank)) != (int, str, int) or ".." in Path(name).parts:
+            raise UserError(f"{file} is damaged: {name} has {record}")
+    return files
 
 
-def check_manifest(directory: str | Path, *, checksums: bool = True, rank: int = 0, world_size: int = 1) -> None:
-    """Checks a checkpoint's files against its manifest.
+def check_manifest(
+    directory: str | Path,
+    *,
+    checksums: bool = True,
+    accept_unlisted: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """Checks a checkpoint's files against its manifest; to be called before any of them is parsed.
 
     Each rank checks the files that it wrote, of a larger world also those of rank + world_size and so on: nothing is
     read twice over, and on the same layout a rank then finds its own file in the page cache. With `world_size` above 1
-    and a process group the call is collective: every rank raises the list of all. A checkpoint without a manifest is
-    accepted with a warning.
+    and a process group the call is collective: every rank raises the list of all.
 
     Args:
-        checksums: also read the files; without, presence and size are all that is compared.
+        checksums: also read the files; without, of files above SMALL only presence and size are compared.
+        accept_unlisted: take files that the manifest does not list, or all where there is none, with a warning.
 
     Raises:
-        ValueError: all files that are missing, of another size or of other content, and which checkpoint to use.
+        ValueError: all files that are missing, of another size or of other content, those that the manifest does not
+            list, and what to do.
     """
-    path = Path(directory)
+    path, collective = Path(directory), world_size > 1 and dist.is_initialized()
+    unlisted: list[str] = []
     try:
         files = read_manifest(path)
-        problems = [] if files is None else _problems(path, files, checksums, rank, world_size)
+        problems = _problems(path, files or {}, checksums, rank, world_size)
+        if rank == 0 or not collective:
+            unlisted = _unlisted(path, files)
     except (ValueError, OSError) as error:  # a torn manifest or one that is not to be read: every rank must know
-        files, problems = {}, [str(error)]
-    if files is None and rank == 0:
-        log.warning("%s has no %s: its files are taken as they are", path, MANIFEST)
-    if world_size > 1 and dist.is_initialized():
-        found: list[list[str]] = [[] for _ in range(world_size)]
-        dist.all_gather_object(found, problems)
-        problems = sorted({problem for part in found for problem in part})
-    if problems:
-        raise_listed(f"{path}: {len(problems)} bad files; {_remedy(path)}", problems)
+        problems = [str(error)]
+    if accept_unlisted and unlisted:
+        log.warning("%s, taken as it is: %s", path, "; ".join(unlisted))
+        unlisted = []
+    if collective:
+        found: list[tuple[list[str], list[str]]] = [([], [])] * world_size
+        dist.all_gather_object(found, (problems, unlisted))
+        problems = sorted({problem for part, _ in found for problem in part})
+        unlisted = found[0][1]
+    if problems or unlisted:
+        trusted = "" if problems else "if you trust it, --accept_unlisted true; else "
+        count = len(problems) + len(unlisted)
+        raise_listed(f"{path}: {count} bad files; {trusted}{_remedy(path)}", [*problems, *unlisted])
+
+
+def _unlisted(directory: Path, files: dict[str, FileRecord] | None) -> list[str]:
+    """What cannot be checked, since the manifest does not list it; hidden files are none of a checkpoint's."""
+    if files is None:
+        return [f"{MANIFEST}: missing or empty, so that no other file can be checked"]
+    there = (file.relative_to(directory) for file in sorted(directory.rglob("*")) if not file.is_dir())
+    names = [str(name) for name in there if not name.name.startswith(".")]
+    return [f"{name}: not listed in {MANIFEST}" for name in names if name not in files and name != MANIFEST]
 
 
 def _problems(directory: Path, files: dict[str, FileRecord], checksums: bool, rank: int, world_size: int) -> list[str]:
@@ -102,8 +132,9 @@ def _problems(directory: Path, files: dict[str, FileRecord], checksums: bool, ra
     ):
 
         def wrong(name: str) -> str | None:
+            read = bar.update if checksums or share[name].bytes <= SMALL else None
             try:
-                found = _difference(directory / name, share[name], bar.update if checksums else None)
+                found = _difference(directory / name, share[name], read)
             except OSError as error:
                 found = f"cannot be read, {error}"
             return None if found is None else f"{name}: {found}"
@@ -138,6 +169,9 @@ def _remedy(directory: Path) -> str:
 def _is_whole(directory: Path) -> bool:
     try:
         files = read_manifest(directory)
-    except ValueError:
+        return files is not None and not (
+            _unlisted(directory, files)
+            or any(_difference(directory / name, record, None) for name, record in files.items())
+        )
+    except (ValueError, OSError):
         return False
-    return files is not None and not any(_difference(directory / name, files[name], None) for name in files)

@@ -1,13 +1,12 @@
 """What a checkpoint holds beside DeepSpeed's shards: the run's own files, and a Hugging Face directory's."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from src.checkpoints.safe_load import load_safely
 from src.checkpoints.side_files import copy_side_files
-from src.errors import UserError
+from src.errors import UserError, read_object
 
 RUN_CONFIG = "config.yaml"
 RUN_RECORD = "run.json"
@@ -37,8 +36,7 @@ def write_run_files(
 def read_record(directory: Path) -> dict[str, Any]:
     """The content of a checkpoint's run.json; nothing where there is none."""
     file = directory / RUN_RECORD
-    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return record
+    return read_object(file) if file.is_file() else {}
 
 
 def client_state(directory: str | Path) -> dict[str, Any]:

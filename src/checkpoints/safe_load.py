@@ -19,7 +19,7 @@ def load_safely(file: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """The content of a file that torch.save wrote; tensors stay on disk until they are touched.
 
     Raises:
-        UserError: it holds an object of another class than `ALLOWED`.
+        UserError: it holds an object of another class than `ALLOWED`, or is damaged.
     """
     try:
         with torch.serialization.safe_globals(ALLOWED):
@@ -29,5 +29,9 @@ def load_safely(file: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise UserError(
             f"{file} holds an object that is not loaded for safety; if you trust the file, allow its class with "
             f"torch.serialization.add_safe_globals: {found}"
+        ) from error
+    except Exception as error:  # PyTorch has one for each place at which a file may be damaged
+        raise UserError(
+            f"{file} cannot be loaded ({' '.join(str(error).split())[:200]}); use another checkpoint"
         ) from error
     return content

@@ -1,7 +1,6 @@
 """What a Hugging Face directory holds beside the weights: configuration, generation settings, tokenizer, template."""
 
 import copy
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from src.checkpoints.durable import sync_file
 from src.checkpoints.fp8 import QUANTIZATION_CONFIG
 from src.checkpoints.hf_writer import write_json
-from src.errors import UserError
+from src.errors import UserError, read_object
 
 if TYPE_CHECKING:
     from transformers import DeepseekV3Config
@@ -61,8 +60,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise UserError(f"{path} is missing; it comes with the weights, and training copies it into each checkpoint")
-    config: dict[str, Any] = json.loads(path.read_text())
-    return config
+    return read_object(path)
 
 
 def write_config(directory: Path, config: dict[str, Any], *, dtype: str, mtp_layers: int) -> None:

@@ -30,6 +30,7 @@ from src.callbacks.stop import Stop
 from src.callbacks.throughput import Throughput
 from src.callbacks.watchdog import Watchdog
 from src.callbacks.weights_checkpoint import WeightsCheckpoint
+from src.checkpoints.manifest import check_manifest
 from src.commands.checks import (
     check_data_fits_model,
     check_weights,
@@ -99,6 +100,12 @@ class TrainingCLI(LightningCLI):
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--accept_unlisted",
+            type=bool,
+            default=False,
+            help="take files of --ckpt_path that its manifest does not list, or all where it has none, unchecked",
+        )
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.add_lightning_class_args(WeightsCheckpoint, "weights")
         parser.add_lightning_class_args(ExportAtEnd, "export")
@@ -145,6 +152,7 @@ class TrainingCLI(LightningCLI):
                 expand(files)  # refuses a pattern that matches nothing
         if settings.ckpt_path is not None:
             settings.ckpt_path = str(find_checkpoint(settings.ckpt_path, root))
+            check_manifest(settings.ckpt_path, checksums=False, accept_unlisted=settings.accept_unlisted)
             if self.subcommand == "fit":
                 refuse_older(Path(settings.ckpt_path), root)
         elif self.subcommand == "fit":
@@ -182,8 +190,10 @@ class TrainingCLI(LightningCLI):
         if settings.trainer.logger is not False:
             self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
         trainer = super().instantiate_trainer(**kwargs)
-        if hasattr(trainer.strategy, "wait_at_least"):
-            trainer.strategy.wait_at_least(self._get(self.config_init, "watchdog").collective_minutes)
+        strategy: Any = trainer.strategy
+        if hasattr(strategy, "wait_at_least"):
+            strategy.wait_at_least(self._get(self.config_init, "watchdog").collective_minutes)
+            strategy.accept_unlisted = settings.accept_unlisted
         # After the last checkpoint, which an export that fails must not cost.
         # And a run stops when all others have seen the step before.
         trainer.callbacks.sort(key=lambda callback: isinstance(callback, (ExportAtEnd, Stop)))  # type: ignore[attr-defined]

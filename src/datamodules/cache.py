@@ -5,7 +5,6 @@ files' bytes, which are read for it each time, the tokenizer with its template, 
 goes stale.
 """
 
-import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -15,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerFast
 
-from src.errors import UserError
+from src.errors import UserError, read_object
 
 from .cache_build import BUILDING, FEATURES, SKIPPED, CacheBuild
 from .sequence_shard import Document
@@ -30,10 +30,21 @@ class TokenCache:
 
     `lengths`, `targets`, `mtp_targets`: int32 [samples], tokens and labels of each sample. `files`, `file_rows`: int32
     and int64 [samples], the number of its path and its row there; the samples of a row stand together.
+
+    Raises:
+        ValueError: a file of the cache is missing or damaged.
     """
 
     def __init__(self, directory: Path, paths: Sequence[str]) -> None:
-        manifest = json.loads((directory / "manifest.json").read_text())
+        try:
+            self._open(directory, paths)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+            raise UserError(
+                f"the token cache {directory} is damaged, {error}: remove it to have it built anew"
+            ) from error
+
+    def _open(self, directory: Path, paths: Sequence[str]) -> None:
+        manifest = read_object(directory / "manifest.json", "")
         self.directory, self.fingerprint = directory, directory.name
         self.report = Report.from_json(manifest)
         self.report.rename_files(dict(zip(manifest["files"], paths, strict=True)))
@@ -44,7 +55,8 @@ class TokenCache:
             Dataset.from_dict(dict.fromkeys(FEATURES, []), FEATURES)
         ]
         self._table = concatenate_datasets(parts).with_format("arrow")
-        assert len(self._table) == self.statistics.samples
+        if len(self._table) != self.statistics.samples:
+            raise ValueError(f"{len(self._table)} samples instead of {self.statistics.samples}")
         self.lengths, self.targets, self.mtp_targets, self.files, self.file_rows = (
             self._column(name) for name in ("length", "targets", "mtp_targets", "file", "row")
         )

@@ -6,7 +6,6 @@ text is split before the merges, one constant, read as text, and how the ids beh
 
 import ast
 import base64
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tokenizers import AddedToken, Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from src.errors import UserError
+from src.errors import UserError, read_object
 
 VOCABULARY = "tiktoken.model"
 SETTINGS = "tokenizer_config.json"
@@ -66,11 +65,7 @@ def settings(directory: Path) -> dict[str, Any]:
     path = directory / SETTINGS
     if not path.is_file():
         raise UserError(f"{path} is missing; it names the special tokens of {VOCABULARY}")
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}; copy it again") from error
-    return {key: value for key, value in found.items() if key != "auto_map"} | {"tokenizer_class": CLASS}
+    return {key: value for key, value in read_object(path).items() if key != "auto_map"} | {"tokenizer_class": CLASS}
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -97,8 +92,10 @@ def special_tokens(directory: Path, first: int) -> dict[int, AddedToken]:
 
     An id between them without a name is `<|reserved_token_{id}|>`, as in the published class.
     """
-    named = {int(index): token for index, token in settings(directory).get("added_tokens_decoder", {}).items()}
-    if not named or min(named) < first or not all(isinstance(token, dict) for token in named.values()):
+    decoder = settings(directory).get("added_tokens_decoder")
+    entries = decoder if isinstance(decoder, dict) else {}
+    named = {int(index): token for index, token in entries.items() if index.isdecimal() and _is_token(token)}
+    if not named or len(named) < len(entries) or min(named) < first:
         raise UserError(
             f"{directory / SETTINGS}: added_tokens_decoder must name special tokens with ids from {first}, the size of "
             f"{VOCABULARY}, and names {min(named, default='none')}; take the file that came with it"
@@ -110,12 +107,20 @@ def special_tokens(directory: Path, first: int) -> dict[int, AddedToken]:
     }
 
 
+def _is_token(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("content"), str)
+
+
 def check_pattern(directory: Path) -> None:
     """Raises ValueError where a Python file of the directory declares another `pat_str` than PATTERN.
 
     Others are not taken, since the engine of `tokenizers` reads some constructs otherwise than tiktoken's.
     """
-    declared = {file: pattern for file in sorted(directory.glob("*.py")) if (pattern := _declared(file)) is not None}
+    declared = {
+        file: pattern
+        for file in sorted(directory.glob("*.py"))
+        if file.is_file() and (pattern := _declared(file)) is not None
+    }
     for file, pattern in declared.items():
         if pattern != PATTERN:
             raise UserError(

@@ -6,13 +6,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 
-from src.errors import UserError
+from src.errors import UserError, read_object
 
 from . import tiktoken_vocabulary
 
 TOKENIZER = "tokenizer.json"
+# Read beside it, each where it is there; the last one's template is taken before the first one's.
+BESIDE = (tiktoken_vocabulary.SETTINGS, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
@@ -36,7 +39,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
     else:
         directory = Path(spec)
     if (directory / TOKENIZER).is_file():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+        tokenizer = _opened(directory)
     elif (directory / tiktoken_vocabulary.VOCABULARY).is_file():
         tokenizer = _converted(directory)
     else:
@@ -50,7 +53,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
             f"tokenizer {spec!r}: {directory} has no chat template (tokenizer_config.json's chat_template or "
             "chat_template.jinja); prompts are rendered by it: add the one that the model is served with"
         )
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    _check_template(tokenizer, directory)
     return tokenizer
 
 
@@ -64,9 +67,54 @@ def opening_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
     path = directory / tiktoken_vocabulary.SETTINGS
     converted = not (directory / TOKENIZER).is_file()
     files = {TOKENIZER: tokenizer.backend_tokenizer.to_str()} if converted else {}
-    if path.is_file() and (converted or "auto_map" in json.loads(path.read_text(encoding="utf-8"))):
+    if path.is_file() and (converted or "auto_map" in read_object(path)):
         files[path.name] = json.dumps(tiktoken_vocabulary.settings(directory), indent=2, ensure_ascii=False) + "\n"
     return files
+
+
+def _opened(directory: Path) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:  # whatever a damaged file leads to in transformers, which does not name it
+        raise _culprit(directory) or UserError(
+            f"{directory}: transformers opens no tokenizer there: {error}"
+        ) from error
+    return tokenizer
+
+
+def _culprit(directory: Path) -> UserError | None:
+    """Names the file that keeps a tokenizer from being opened: tokenizer.json by itself, or the first beside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (TOKENIZER, *BESIDE):
+            if not (directory / name).is_file():
+                continue
+            try:
+                if name.endswith(".json"):
+                    read_object(directory / name)
+                shutil.copy(directory / name, folder)
+                PreTrainedTokenizerFast.from_pretrained(folder)
+            except UserError as error:
+                return error
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                return UserError(f"{directory / name} cannot be opened by transformers ({reason}); copy it again")
+    return None
+
+
+def _check_template(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """That it is text, or texts by name, and compiles; what it makes of conversations is `template_form`'s to find."""
+    file = directory / next(name for name in (BESIDE[-1], BESIDE[0]) if (directory / name).is_file())
+    template: object = tokenizer.chat_template
+    texts = list(template.values()) if isinstance(template, dict) else [template]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{file}: chat_template is {str(template)[:40]}; it must be a string, a Jinja template")
+    for text in texts:
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], chat_template=text, tokenize=False)
+        except TemplateSyntaxError as error:
+            raise UserError(f"{file}: line {error.lineno} of the chat template is no Jinja: {error.message}") from error
+        except Exception:  # it refuses this conversation
+            continue
 
 
 def _converted(directory: Path) -> PreTrainedTokenizerFast:
@@ -76,6 +124,9 @@ def _converted(directory: Path) -> PreTrainedTokenizerFast:
         Path(folder, tiktoken_vocabulary.SETTINGS).write_text(json.dumps(tiktoken_vocabulary.settings(directory)))
         for template in directory.glob("chat_template.*"):
             shutil.copy(template, folder)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        try:
+            tokenizer = _opened(Path(folder))
+        except UserError as error:
+            raise UserError(str(error).replace(folder, str(directory))) from error
     tokenizer.name_or_path = str(directory)
     return tokenizer

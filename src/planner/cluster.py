@@ -125,7 +125,7 @@ def read_cluster(path: str | Path) -> Cluster:
         raise UserError(f"{path} does not exist; `preflight --write {path}` on the cluster makes it.")
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}.") from error
     if given is None:
         given = {}

@@ -22,7 +22,7 @@ def weights(directory: str, config_only: bool) -> dict[str, str]:
     """
     folder, found = Path(directory), {}
     for file in sorted(folder.glob("*.json") if config_only else folder.iterdir()):
-        if file.suffix not in (".json", ".safetensors"):
+        if file.suffix not in (".json", ".safetensors") or not file.is_file():
             continue
         with open(file, "rb") as content:
             if file.suffix == ".safetensors":

@@ -35,6 +35,7 @@ NFS_PATIENCE = 90.0  # seconds: clients keep what they know of a folder for up t
 class CheckpointingStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy, its checkpoints durable and of any layout."""
 
+    accept_unlisted = False  # files of a checkpoint that its manifest does not list, unchecked
     _saver: CheckpointSaver | None = None
     _rounding = NEAREST
 
@@ -141,8 +142,13 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         assert self.lightning_module is not None
         checkpoint_path = str(self.lightning_module.trainer.ckpt_path)  # rank 0's: `agree_on_checkpoint`
         if self._is_fitting:  # otherwise `load` has read the weights already, on whatever layout
-            check_manifest(checkpoint_path, rank=self.global_rank, world_size=self.world_size)
+            self._check_manifest(checkpoint_path)
         return client_state(checkpoint_path)
+
+    def _check_manifest(self, checkpoint: str) -> None:
+        check_manifest(
+            checkpoint, accept_unlisted=self.accept_unlisted, rank=self.global_rank, world_size=self.world_size
+        )
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Goes on with a run on whatever layout: weights, optimizer, learning rate, counters, random state.

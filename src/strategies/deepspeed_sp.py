@@ -25,7 +25,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from src.checkpoints.hf_reader import HFDirectorySource
 from src.checkpoints.key_map import PerExpert
 from src.checkpoints.load import load
-from src.checkpoints.manifest import check_manifest
 from src.checkpoints.random_source import RandomSource
 from src.checkpoints.source import WeightSource
 from src.checkpoints.zero_reader import ZeroCheckpointSource
@@ -189,7 +188,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         """Fills the model's weights from a Hugging Face directory or a checkpoint, each rank its own partitions."""
         is_checkpoint = (Path(directory) / "latest").is_file()
         if is_checkpoint:
-            check_manifest(directory, checksums=False, rank=self.global_rank, world_size=self.world_size)
+            self._check_manifest(directory)
         source = PerExpert(ZeroCheckpointSource(directory)) if is_checkpoint else HFDirectorySource(directory)
         self._load(model, source)
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from src.checkpoints.fp8 import is_quantised, quantise
 from src.checkpoints.side_files import copy_side_files
-from tests.checkpoints.tiny import oracle, save_mtp, save_oracle, stored
+from tests.checkpoints.tiny import list_files, oracle, save_mtp, save_oracle, stored
 from tests.checkpoints.workers import SETTINGS, save_checkpoints
 from tests.distributed.spawn import run_distributed
 
@@ -53,4 +53,5 @@ def checkpoints(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpo
     gathered = run_distributed(save_checkpoints, 2, base, folder, SETTINGS)[0]
     for label in SETTINGS:
         copy_side_files(base, folder / label / "hf")
+        list_files(folder / label)
     return Checkpoints(folder, gathered)

@@ -22,7 +22,7 @@ from deepspeed.checkpoint.constants import (
 from src.checkpoints.key_map import StackedExperts
 from src.checkpoints.random_source import RandomSource
 from src.checkpoints.side_files import architecture
-from tests.checkpoints.tiny import SIDE_FILES, our_shapes
+from tests.checkpoints.tiny import SIDE_FILES, list_files, our_shapes
 
 
 def save_checkpoint(directory: Path, config: dict[str, Any], experts_per_shard: int, world_size: int = 2) -> None:
@@ -50,6 +50,7 @@ def save_checkpoint(directory: Path, config: dict[str, Any], experts_per_shard: 
             FP32_FLAT_GROUPS: [_partitions(source, trained, rank, world_size)],
         }
         torch.save({OPTIMIZER_STATE_DICT: optimizer}, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    list_files(directory)
 
 
 def _partitions(

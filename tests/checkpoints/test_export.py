@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import load_file
 
 from src.checkpoints import export as module
-from src.checkpoints import output
-from src.checkpoints.durable import seal
+from src.checkpoints import output, zero_reader
 from src.checkpoints.export import export
 from src.checkpoints.fp8 import QUANTIZATION_CONFIG, is_quantised
 from src.checkpoints.hf_reader import HFDirectorySource
 from src.checkpoints.key_map import hf_shapes
-from src.checkpoints.manifest import MANIFEST, FileRecord, dump_manifest
+from src.checkpoints.manifest import MANIFEST
 from src.checkpoints.side_files import architecture
+from src.errors import UserError
 from tests.checkpoints.conftest import Checkpoints
 from tests.checkpoints.disk import Disk
-from tests.checkpoints.tiny import CONFIG, LAYERS, SIDE_FILES, dequantise_whole, save_mtp, stored
+from tests.checkpoints.tiny import CONFIG, LAYERS, SIDE_FILES, dequantise_whole, list_files, save_mtp, stored
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 MTP = f"model.layers.{LAYERS}."
@@ -174,6 +174,7 @@ def test_the_base_is_by_default_what_training_started_from(
     block = save_mtp(tmp_path / "base", torch.bfloat16)
     shutil.copytree(checkpoints.folder / "stage 3", tmp_path / "ckpt")
     (tmp_path / "ckpt/run.json").write_text(json.dumps({"base": str(tmp_path / "base")}))
+    list_files(tmp_path / "ckpt")
     export(str(tmp_path / "ckpt"), str(tmp_path / "out"))
     written = stored(tmp_path / "out")
     own = block.keys() - copies(written)  # the copies are the trained embedding and head
@@ -201,12 +202,14 @@ def test_another_models_config_is_refused(checkpoints: Checkpoints, tmp_path: Pa
     checkpoint = tmp_path / "step=2.ckpt"
     shutil.copytree(checkpoints.folder / "stage 0", checkpoint)
     (checkpoint / "hf" / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 64, "n_routed_experts": 7}))
+    list_files(checkpoint)
     with pytest.raises(ValueError) as error:
         export(str(checkpoint), str(tmp_path / "out"))
     assert "unexpected: model.layers.1.mlp.experts.7.up_proj.weight (144, 160)" in str(error.value)
     assert "shape of lm_head.weight: (320, 160) instead of (64, 160)" in str(error.value)
     assert not (tmp_path / "out.partial").exists()
     (checkpoint / "hf" / "config.json").unlink()
+    list_files(checkpoint)
     with pytest.raises(ValueError, match=r"hf/config.json is missing; .* training copies it into each checkpoint"):
         export(str(checkpoint), str(tmp_path / "out"))
 
@@ -280,8 +283,6 @@ def test_a_checkpoint_that_changed_is_not_exported(
     checkpoint, out = tmp_path / "step=2.ckpt", tmp_path / "out"
     shutil.copytree(checkpoints.folder / "stage 3", checkpoint)
     shards = sorted(file.relative_to(checkpoint) for file in checkpoint.glob("checkpoint/*_optim_states.pt"))
-    records = {str(file): FileRecord(*seal(checkpoint / file), rank) for rank, file in enumerate(shards)}
-    (checkpoint / MANIFEST).write_text(dump_manifest(records, 2))
     with open(checkpoint / shards[1], "r+b") as file:
         file.seek(-9000, 2)
         byte = file.read(1)
@@ -304,3 +305,17 @@ def test_a_batch_script_alone_exports_everything(
     export(str(checkpoints.folder / "stage 0"), str(tmp_path / "out"), "fp32")
     loaded = load_file(tmp_path / "out" / "model.safetensors")
     assert set(loaded) == set(hf_shapes(architecture(CONFIG), mtp=False))
+
+
+def test_nothing_of_a_checkpoint_is_parsed_before_its_manifest_was_checked(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, out = tmp_path / "step=2.ckpt", tmp_path / "out"
+    shutil.copytree(checkpoints.folder / "stage 3", checkpoint)
+    (checkpoint / MANIFEST).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(zero_reader, "load_safely", pytest.fail)
+        with pytest.raises(UserError, match=r"if you trust it, --accept_unlisted true"):
+            export(str(checkpoint), str(out))
+    export(str(checkpoint), str(out), accept_unlisted=True)
+    assert out.is_dir()

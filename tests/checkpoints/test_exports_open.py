@@ -22,7 +22,7 @@ from src.commands.verify import verify
 from src.datamodules.tokenizer import load_tokenizer, opening_files
 from src.models.deepseek_v3 import config_from_dict
 from tests.checkpoints.synthetic import save_checkpoint
-from tests.checkpoints.tiny import SIDE_FILES
+from tests.checkpoints.tiny import SIDE_FILES, list_files
 from tests.datamodules.published import TEMPLATE, write_tokenizer
 from tests.models.tiny import DEEPSEEK_V3, KIMI_K2, MOONLIGHT
 
@@ -87,6 +87,7 @@ def write_checkpoint(directory: Path, base: Path) -> None:
     files = {f"hf/{name}": text for name, text in opening_files(load_tokenizer(str(base))).items()}
     files["run.json"] = json.dumps({"base": str(base)})
     write_run_files(directory, files, str(base), str(base))
+    list_files(directory)
 
 
 @pytest.mark.parametrize("name", BASES)

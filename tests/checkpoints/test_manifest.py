@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from src.checkpoints import manifest
 from src.checkpoints.durable import seal
 from src.checkpoints.manifest import MANIFEST, FileRecord, check_manifest, dump_manifest
+from src.errors import UserError
 from tests.distributed.spawn import run_distributed
 
 
@@ -34,19 +36,42 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_a_whole_checkpoint_passes_and_an_older_one_is_accepted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("kind", ["missing", "of no bytes", "of no files", "of fewer files"])
+def test_what_no_manifest_lists_is_refused_unless_it_is_accepted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     folder = make(tmp_path / "step=1.ckpt")
+    (folder / "checkpoint/.nfs0001").touch()  # a client's own
     with caplog.at_level(logging.WARNING):
         check_manifest(folder)
-        assert not caplog.records
-        (folder / MANIFEST).unlink()
+    assert not caplog.records
+    manifest, whole = folder / MANIFEST, json.loads((folder / MANIFEST).read_text())
+    del whole["files"]["checkpoint/3.pt"]
+    if kind == "missing":
+        manifest.unlink()
+    else:
+        whole |= {"files": {}} if kind == "of no files" else {}
+        manifest.write_text("" if kind == "of no bytes" else json.dumps(whole))
+    with pytest.raises(UserError, match="bad files; if you trust it, --accept_unlisted true; else .* copy") as caught:
         check_manifest(folder)
-    assert "has no manifest.json: its files are taken as they are" in caplog.text
+    named = MANIFEST if kind in ("missing", "of no bytes") else "checkpoint/3.pt"
+    assert named in str(caught.value)
+    with caplog.at_level(logging.WARNING):
+        check_manifest(folder, accept_unlisted=True)
+    assert named in caplog.text
+    if kind == "of fewer files":  # what it does list is checked all the same
+        flip(folder / "checkpoint/2.pt")
+        with pytest.raises(UserError, match=r"2\.pt: its content changed"):
+            check_manifest(folder, accept_unlisted=True)
+    older = make(tmp_path / "step=0.ckpt")
+    with pytest.raises(UserError, match=f"--ckpt_path {older}"):
+        check_manifest(folder)
+    make(tmp_path / "step=3.ckpt")
+    with pytest.raises(UserError, match=f"--ckpt_path {tmp_path / 'step=3.ckpt'}"):
+        check_manifest(folder)
 
 
-def test_every_bad_file_is_named_with_what_to_use_instead(tmp_path: Path) -> None:
+def test_every_bad_file_is_named_with_what_to_use_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     older, newest = make(tmp_path / "step=1.ckpt"), make(tmp_path / "step=2.ckpt")
     (newest / "checkpoint/0.pt").unlink()
     (newest / "checkpoint/1.pt").write_bytes(b"short")
@@ -58,6 +83,9 @@ def test_every_bad_file_is_named_with_what_to_use_instead(tmp_path: Path) -> Non
     assert "0.pt: missing" in message and "1.pt: torn, 5 of 1000 bytes" in message
     assert re.search(r"2\.pt: its content changed, CRC-32 \w{8} instead of \w{8}", message) and "3.pt" not in message
     assert str(older) in message
+    with pytest.raises(ValueError, match="3 bad files"):  # small ones are read in any case
+        check_manifest(newest, checksums=False)
+    monkeypatch.setattr(manifest, "SMALL", 999)
     with pytest.raises(ValueError, match="2 bad files"):  # without reading, what changed inside goes unseen
         check_manifest(newest, checksums=False)
     (older / "checkpoint/4.pt").unlink()
@@ -78,15 +106,44 @@ def test_the_ranks_share_the_reading(tmp_path: Path) -> None:
         assert failing == [3 % world_size]
 
 
-def test_a_torn_manifest_and_one_of_the_future_are_refused(tmp_path: Path) -> None:
+def test_a_damaged_manifest_and_one_of_the_future_are_refused(tmp_path: Path) -> None:
     folder = make(tmp_path / "step=1.ckpt")
-    text = (folder / MANIFEST).read_text()
-    (folder / MANIFEST).write_text(text[:100])
-    with pytest.raises(ValueError, match="manifest.json is torn"):
-        check_manifest(folder)
-    (folder / MANIFEST).write_text(json.dumps(json.loads(text) | {"format": 2}))
-    with pytest.raises(ValueError, match="format 2, this version reads up to 1; update it"):
-        check_manifest(folder)
+    file = folder / MANIFEST
+    text = file.read_text()
+    whole = json.loads(text)
+    record = whole["files"]["checkpoint/0.pt"]
+    for damaged, said in (
+        (text[:100], "is not valid JSON"),
+        (b"\xff" * 9, "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[1]", "is no JSON object"),
+        ({"format": 1}, "is damaged: KeyError"),
+        (whole | {"format": "1"}, "is damaged: TypeError"),
+        (whole | {"files": [1]}, "is damaged: AttributeError"),
+        (whole | {"files": {"a": 1}}, "is damaged: TypeError"),
+        (whole | {"files": {"a": record | {"rank": "0"}}}, "is damaged: a has"),
+        (whole | {"files": {"a": record | {"bytes": None}}}, "is damaged: a has"),
+        (whole | {"files": {"../../a": record}}, "is damaged: ../../a has"),
+        (whole | {"format": 2}, "format 2, this version reads up to 1; update it"),
+    ):
+        file.write_bytes(damaged if isinstance(damaged, bytes) else _text(damaged).encode())
+        for accept in (False, True):
+            with pytest.raises(UserError, match=f"{MANIFEST} .*{said}"):
+                check_manifest(folder, accept_unlisted=accept)
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else json.dumps(content)
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_opened(tmp_path: Path, put: Any) -> None:
+    folder = make(tmp_path / "step=1.ckpt")
+    for name in ("checkpoint/0.pt", MANIFEST):
+        (folder / name).unlink()
+        put(folder / name)
+        with pytest.raises(UserError, match=f"{name}: missing"):
+            check_manifest(folder)
 
 
 def check(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
+from src.checkpoints.durable import seal
 from src.checkpoints.key_map import hf_shapes
+from src.checkpoints.manifest import MANIFEST, FileRecord, dump_manifest
 from src.checkpoints.side_files import architecture
 
 # As published, without what transformers derives. Widths leave FP8 blocks at the edges and padding in partitions: of 5
@@ -199,3 +202,13 @@ def ranges(shape: tuple[int, ...], count: int = 4) -> list[tuple[int, int]]:
     numel = math.prod(shape)
     ends = torch.randint(0, numel + 1, (count, 2), generator=torch.Generator().manual_seed(numel)).sort(dim=1)[0]
     return [(0, numel), (numel // 2, numel // 2), *((int(start), int(stop)) for start, stop in ends)]
+
+
+def list_files(checkpoint: Path, world_size: int = 2) -> None:
+    """Writes the manifest of a checkpoint as it stands; rank r's files are those with its number in their names."""
+    records = {}
+    for file in sorted(checkpoint.rglob("*")):
+        if file.is_file() and file.name != MANIFEST:
+            found = re.search(r"pp_rank_(\d+)_", file.name)
+            records[str(file.relative_to(checkpoint))] = FileRecord(*seal(file), int(found[1]) if found else 0)
+    (checkpoint / MANIFEST).write_text(dump_manifest(records, world_size))

@@ -20,6 +20,7 @@ from src.datamodules.chat_template import ChatTemplate
 from src.datamodules.reader import FileScan
 from src.datamodules.rows import RowError
 from src.datamodules.tokenization import Statistics, TokenizeOptions
+from src.errors import UserError
 
 from .conftest import question_answer
 
@@ -361,3 +362,19 @@ def test_the_manifest_is_readable(tokenizer: PreTrainedTokenizerFast, write_json
     cache = open_or_build([write_jsonl("a.jsonl", question_answer("q", "a"))], tokenizer, OPTIONS, tmp_path)
     manifest = json.loads((tmp_path / cache.fingerprint / "manifest.json").read_text())
     assert manifest["max_length"] == 64 and manifest["statistics"]["samples"] == 1
+
+
+def test_a_damaged_cache_is_named(tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path) -> None:
+    paths = [write_jsonl("a.jsonl", question_answer("q", "a"))]
+    cache = open_or_build(paths, tokenizer, OPTIONS, tmp_path / "cache").directory
+    for file in (cache / "manifest.json", *cache.glob("*.arrow")):
+        whole = file.read_bytes()
+        for content in (b"", whole[: len(whole) // 2], b"[]", b'{"files": 3}'):
+            file.write_bytes(content)
+            with pytest.raises(UserError, match=f"the token cache {cache} is damaged, .*: remove it"):
+                TokenCache(cache, paths)
+        file.unlink()
+        with pytest.raises(UserError, match=f"the token cache {cache} is damaged, .*: remove it"):
+            TokenCache(cache, paths)
+        file.write_bytes(whole)
+    assert len(TokenCache(cache, paths)) == 1

@@ -3,13 +3,12 @@
 Without torch and transformers: whoever plans reads and refuses what whoever trains does.
 """
 
-import json
 import math
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from src.errors import UserError
+from src.errors import UserError, read_object
 
 # Kimi-K2 is DeepSeek-V3 under its own name.
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
@@ -77,12 +76,7 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
             f"{path} does not exist; a Hugging Face directory of a DeepSeek-V3 model is needed here "
             "(give it with --model.pretrained)."
         )
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}; copy it again from where the weights are.") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} holds no fields; take the config.json that came with the weights.")
+    fields = read_object(path)
     check_fields(fields, str(path))
     return fields
 
