@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from tokenizers import AddedToken, Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -123,6 +122,8 @@ def check_pattern(directory: Path) -> None:
                 "same tokens without running it: give a --data.tokenizer directory with a tokenizer.json"
             )
     if not declared:
+        from lightning.pytorch.utilities import rank_zero_warn  # which takes a second
+
         rank_zero_warn(f"{directory}: no Python file declares pat_str; text is split as by Moonlight's and Kimi's")
 
 
