@@ -13,6 +13,7 @@ from src.commands.options import options_of
 from src.commands.places import is_first_process
 from src.commands.quiet import silence
 from src.errors import UserError
+from src.strategies.early_ranks import start, wait
 
 # Heavy libraries are imported by the command that needs them, so that --help and what is refused answer at once.
 
@@ -92,7 +93,7 @@ def main(args: Sequence[str] | None = None) -> None:
         _let_segments_grow()
     if command in FUNCTIONS:
         rest = _spelled_out(command, rest)
-    read(command, rest)
+    _, config = read(command, rest)
     if command in FUNCTIONS:
         from jsonargparse import auto_cli
 
@@ -101,7 +102,12 @@ def main(args: Sequence[str] | None = None) -> None:
         prog = f"python -m src.cli {command}"
         auto_cli(_command(COMMANDS[command]), args=rest, as_positional=False, prog=prog, parser_class=OneLineParser)
     elif command in ("fit", "validate"):
-        _command(COMMANDS[command])([command, *rest] if args is not None else None)
+        devices = str(config.trainer.devices) if config is not None and config.trainer.num_nodes == 1 else ""
+        if args is None and devices.isdecimal():
+            start("src.cli", sys.argv[1:], int(devices))
+        training = _command(COMMANDS[command])
+        wait()
+        training([command, *rest] if args is not None else None)
     else:
         _command(COMMANDS[command])(rest)
 
