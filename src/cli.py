@@ -1,19 +1,21 @@
 """The commands, `python -m src.cli COMMAND ...`: the wiring, no more."""
 
-import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
+from src.commands.early import read
+from src.commands.options import options_of
 from src.commands.places import is_first_process
 from src.commands.quiet import silence
 from src.errors import UserError
+from src.strategies.early_ranks import start, wait
 
-# Heavy libraries are imported by the command that needs them, so that --help answers at once.
+# Heavy libraries are imported by the command that needs them, so that --help and what is refused answer at once.
 
 USAGE = """usage: python -m src.cli COMMAND [--help] [arguments]
 
@@ -30,20 +32,17 @@ USAGE = """usage: python -m src.cli COMMAND [--help] [arguments]
 """
 
 
-def _export() -> Callable[..., Any]:
-    from src.checkpoints.export import export
-
-    return export
-
-
-def _verify() -> Callable[..., Any]:
-    from src.commands.verify import verify
-
-    return verify
-
-
-COMMANDS = {"plan": "PlanCLI", "check-data": "CheckDataCLI", "preflight": "PreflightCLI", "rehearse": "RehearseCLI"}
-FUNCTIONS: dict[str, Callable[[], Callable[..., Any]]] = {"export": _export, "verify": _verify}
+COMMANDS = {
+    "fit": "src.commands.training.TrainingCLI",
+    "validate": "src.commands.training.TrainingCLI",
+    "plan": "src.commands.plan.PlanCLI",
+    "check-data": "src.commands.check_data.CheckDataCLI",
+    "preflight": "src.commands.preflight.PreflightCLI",
+    "rehearse": "src.commands.rehearse.RehearseCLI",
+    "export": "src.checkpoints.export.export",
+    "verify": "src.commands.verify.verify",
+}
+FUNCTIONS = ("export", "verify")
 
 
 def _show_our_log() -> None:
@@ -63,9 +62,9 @@ def _let_segments_grow() -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read when CUDA is first used
 
 
-def _spelled_out(function: Callable[..., Any], args: list[str]) -> list[str]:
+def _spelled_out(command: str, args: list[str]) -> list[str]:
     """Lets a switch stand alone, `--layout-only` for `--layout_only=true`, which is what jsonargparse reads."""
-    switches = [name for name, value in inspect.signature(function).parameters.items() if value.annotation is bool]
+    switches = [option.name for option in options_of(command) if option.type is bool]
     alone = {f"--{spelled}": f"--{name}" for name in switches for spelled in (name, name.replace("_", "-"))}
     followed = [*args[1:], "--"]
     return [
@@ -74,37 +73,43 @@ def _spelled_out(function: Callable[..., Any], args: list[str]) -> list[str]:
     ]
 
 
-def _command(module: str, name: str) -> Callable[..., Any]:
+def _command(name: str) -> Callable[..., Any]:
     with redirect_stdout(sys.stderr):  # DeepSpeed's import writes, and --json and --print_config are for programs
-        command: Callable[..., Any] = getattr(import_module(f"src.commands.{module}"), name)
+        command: Callable[..., Any] = resolve_name(name)
     return command
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command; `args` are the command line's by default."""
     command, *rest = (sys.argv[1:] if args is None else args) or [""]
+    if command not in COMMANDS:
+        print(USAGE, end="")
+        if command not in ("-h", "--help"):
+            raise SystemExit(f"error: unknown command {command!r}")
+        return
     _show_our_log()
     silence()
     if command in ("fit", "validate", "rehearse"):
         _let_segments_grow()
-    if command in ("fit", "validate"):
-        _command("training", "TrainingCLI")([command, *rest] if args is not None else None)
-    elif command in COMMANDS:
-        _command(command.replace("-", "_"), COMMANDS[command])(rest)
-    elif command in FUNCTIONS:
+    if command in FUNCTIONS:
+        rest = _spelled_out(command, rest)
+    _, config = read(command, rest)
+    if command in FUNCTIONS:
         from jsonargparse import auto_cli
 
         from src.commands.one_line import OneLineParser
 
-        function = FUNCTIONS[command]()
-        rest = _spelled_out(function, rest)
-        auto_cli(
-            function, args=rest, as_positional=False, prog=f"python -m src.cli {command}", parser_class=OneLineParser
-        )
+        prog = f"python -m src.cli {command}"
+        auto_cli(_command(COMMANDS[command]), args=rest, as_positional=False, prog=prog, parser_class=OneLineParser)
+    elif command in ("fit", "validate"):
+        devices = str(config.trainer.devices) if config is not None and config.trainer.num_nodes == 1 else ""
+        if args is None and devices.isdecimal():
+            start("src.cli", sys.argv[1:], int(devices))
+        training = _command(COMMANDS[command])
+        wait()
+        training([command, *rest] if args is not None else None)
     else:
-        print(USAGE, end="")
-        if command not in ("-h", "--help"):
-            raise SystemExit(f"error: unknown command {command!r}")
+        _command(COMMANDS[command])(rest)
 
 
 if __name__ == "__main__":

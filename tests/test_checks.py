@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import Namespace
 from safetensors.torch import save_file
 
-from src.commands.checks import mtp_loss_weight
+from src.commands.mtp_weight import mtp_loss_weight
 from src.models.sft_module import SFTModule
 from tests.models.tiny import DEEPSEEK_V3
 

@@ -18,7 +18,7 @@ from src.commands.plan import verdict
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, load_config
 from tests.commands import ROOT, run
 
-PARTS = ("671b.yaml", "base.yaml")  # of the other files, no run of its own
+PARTS = ("671b.yaml", "base.yaml", "full.yaml")  # of the other files, no run of its own
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name not in PARTS)
 GUIDE = {  # nodes, SP, optimizer on the host, rows a DP rank: the guide's table
     "16n_sp8": (16, 8, True, 2),

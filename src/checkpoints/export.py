@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from src.checkpoints.disk_space import check_room
 from src.checkpoints.durable import publish, sync_file
+from src.checkpoints.file_size import parse_size
 from src.checkpoints.hf_reader import INDEX_FILE, HFDirectorySource, has_mtp
 from src.checkpoints.hf_writer import (
     Shard,
     index,
     is_complete,
-    parse_size,
     plan_shards,
     read_notes,
     write_json,

@@ -10,7 +10,6 @@ Names are transformers' own: `model.safetensors` where one file holds everything
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,6 @@ import torch
 
 from src.checkpoints.durable import sync_file
 from src.checkpoints.hf_reader import DTYPE_NAMES, SINGLE_FILE
-from src.errors import UserError
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True)
@@ -74,18 +70,6 @@ class Shard:
         text += b" " * (-len(text) % 8)
         start = len(text).to_bytes(8, "little") + text
         return start, {name: len(start) + begin for name, begin in begins.items()}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500MB" (powers of 10, as transformers reads them) or "4GiB" (powers of 2)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), flags=re.IGNORECASE)
-    size = 0
-    if match:
-        unit = _UNITS[match[2].upper()]
-        size = int(float(match[1]) * (2 ** (10 * list(_UNITS.values()).index(unit)) if match[3] else unit))
-    if size <= 0:
-        raise UserError(f"max_shard_size {text!r} is no size; write it as 5GB or 500MB")
-    return size
 
 
 def plan_shards(tensors: list[OutputTensor], max_shard_size: int) -> list[Shard]:

@@ -4,8 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-from lightning.pytorch.cli import LightningArgumentParser
-
 from src.commands.checks import check_data_fits_model, data_parallel_size
 from src.commands.config_command import ConfigCommand
 from src.commands.outputs import check_output
@@ -22,11 +20,6 @@ class CheckDataCLI(ConfigCommand):
     """Exits with 1 where the data is wrong."""
 
     name = "check-data"
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.add_argument("--show", type=int, default=0, help="print N conversations of each set, spread over it")
-        parser.add_argument("--html", type=str | None, default=None, help="write the report to this file too")
 
     def run_command(self) -> None:
         settings = self.config

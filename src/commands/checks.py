@@ -4,15 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import Namespace
 
 from src.callbacks.step_checkpoint import LAST, checkpoint_folder, step_of
-from src.checkpoints.hf_reader import has_mtp, stored_dtypes
-from src.checkpoints.run_files import RUN_CONFIG
+from src.checkpoints.hf_reader import stored_dtypes
+from src.commands.mtp_weight import has_weights
 from src.datamodules import SFTDataModule
 from src.errors import UserError
-from src.models.deepseek_v3.config_json import mtp_loss_weight_of, read_fields
 from src.strategies.parallel_dims import ParallelDims
 
 
@@ -60,35 +58,12 @@ def check_weights(directory: str) -> None:
         )
 
 
-def has_weights(directory: str) -> bool:
-    return any(Path(directory).glob("*.safetensors"))
-
-
 def rounded_to_bf16(directory: str) -> str | None:
     """Which dtype of a directory's weights loses by bf16: FP8, whose scales are fp32, or FP32; None where none does."""
     matrices = {dtype for name, dtype in stored_dtypes(directory).items() if name.endswith("proj.weight")}
     if torch.float8_e4m3fn in matrices:
         return "FP8"
     return "FP32" if torch.float32 in matrices else None
-
-
-def mtp_loss_weight(model: Namespace, checkpoint: Path | None = None) -> float:
-    """model.mtp_loss_weight, decided where it is null: by the checkpoint that a run goes on from, else by the base.
-
-    A base whose config.json names the block may lack its weights: transformers' save_pretrained writes such.
-
-    Raises:
-        ValueError: it is positive and there is no block to train; there is no config.json to read.
-    """
-    fields, base = read_fields(model.pretrained), f"{model.pretrained}/config.json"
-    block = bool(fields.get("num_nextn_predict_layers"))
-    if block and checkpoint is not None:
-        record = checkpoint / RUN_CONFIG
-        recorded = yaml.safe_load(record.read_text())["model"] if record.is_file() else {}
-        block, base = recorded.get("mtp_loss_weight", 0.1) > 0, str(checkpoint)
-    elif block and not model.from_scratch and has_weights(model.pretrained):
-        block, base = has_mtp(model.pretrained, fields["num_hidden_layers"]), model.pretrained
-    return mtp_loss_weight_of(model.mtp_loss_weight, block, base)
 
 
 def newest_checkpoint(root: str) -> Path | None:

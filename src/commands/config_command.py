@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import lightning.pytorch as pl
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from src.commands.options import add_own
 from src.commands.training import TrainingCLI
 
 
 class ConfigCommand(TrainingCLI):
-    """Parses as `fit` does, then runs `run_command`; subclasses give `name` and add arguments of their own."""
+    """Parses as `fit` does, then runs `run_command`; subclasses give `name`."""
 
     name: ClassVar[str]
 
@@ -20,6 +22,7 @@ class ConfigCommand(TrainingCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_method_arguments(pl.Trainer, "fit", skip=LightningCLI.subcommands()["fit"])
+        add_own(parser, self.name)
 
     def before_instantiate_classes(self) -> None:
         """`fit`'s checks, of weights and of checkpoints, are not for a machine that only reads its config."""
@@ -30,3 +33,15 @@ class ConfigCommand(TrainingCLI):
     def run_command(self) -> None:
         """`self.config` holds the arguments."""
         raise NotImplementedError
+
+
+def parse(name: str, args: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
+    """A command's parser and its arguments, parsed with all classes."""
+
+    class Parsed(ConfigCommand):
+        def run_command(self) -> None:
+            pass
+
+    Parsed.name = name
+    command = Parsed(args)
+    return command.parser, command.config

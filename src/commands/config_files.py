@@ -27,6 +27,8 @@ class ConfigFile(ActionConfigFile):
         if not inline:
             settings = read_config(value, _classes(cfg), getattr(parser, "read", None))
             _forget_other_classes(cfg, settings)
+            if hasattr(parser, "take_out"):
+                parser.take_out(settings)
             value = yaml.safe_dump(settings)
         ActionConfigFile.apply_config(parser, cfg, dest, value)
 

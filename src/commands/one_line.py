@@ -54,8 +54,12 @@ class OneLineParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         self.exit(2, f"error: {self._plain(message)}\n")
 
+    def names(self) -> list[str]:
+        """What a typo may have meant."""
+        return [action.dest for action in self._actions if action.dest != "help"]
+
     def _unknown(self, key: str, dashes: str = "") -> str:
-        name, names = key.removesuffix("+"), [action.dest for action in self._actions if action.dest != "help"]
+        name, names = key.removesuffix("+"), self.names()
         leaf = name.rpartition(".")[2]
         same = [known for known in names if known.rpartition(".")[2] == leaf][:2]
         near = same or get_close_matches(name, names, 1, 0.7) or get_close_matches(leaf, names, 1, 0.7)

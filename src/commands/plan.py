@@ -1,14 +1,14 @@
 """`plan`: does a config's run fit, how long does it take, what does it wait for; from the config alone."""
 
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from src.commands.config_command import ConfigCommand
+from src.commands.early import read
 from src.commands.outputs import PICTURES, check_output
 from src.commands.planned import plan_of
 from src.errors import UserError
@@ -19,31 +19,21 @@ from src.planner.report import as_json, scale_text, search_text, text
 from src.planner.search import nearest, scale, search
 
 
-class PlanCLI(ConfigCommand):
+class PlanCLI:
     """Exits with 1 where the run does not fit, with 2 where the question is wrong."""
 
     name = "plan"
+    parser: ArgumentParser
     plan: Plan
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.add_argument("--json", action="store_true", help="as JSON instead of tables")
-        parser.add_argument("--explain", action="store_true", help="each line's formula with its numbers")
-        parser.add_argument("--search", action="store_true", help="the fastest settings around these that fit")
-        parser.add_argument("--scale", action="store_true", help="the cost a token on 8 to 4,096 GPUs")
-        parser.add_argument(
-            "--cluster", type=str | None, default=None, help="the machines: a file of preflight --write"
-        )
-        parser.add_argument(
-            "--trace", type=str | None, default=None, help="write the simulated micro-step for Perfetto"
-        )
-        parser.add_argument("--picture", type=str | None, default=None, help="draw the simulated micro-step")
-        parser.add_argument(
-            "--document_length",
-            type=int | None,
-            default=None,
-            help="tokens of a document; by default the data's mean over tokens, else one document a row",
-        )
+    def __init__(self, args: Sequence[str]) -> None:
+        self.parser, config = read(self.name, args)
+        if config is None:
+            from src.commands.config_command import parse
+
+            self.parser, config = parse(self.name, args)
+        self.config = config
+        self.run_command()
 
     def run_command(self) -> None:
         config = self.config

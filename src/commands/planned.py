@@ -1,4 +1,7 @@
-"""A parsed config as the planner sees it: its settings, its data and its plan."""
+"""A parsed config as the planner sees it: its settings, its data and its plan.
+
+The tokenizer's libraries are imported where there is data to count; torch and Lightning are not.
+"""
 
 import os
 from dataclasses import replace
@@ -7,12 +10,8 @@ from typing import Any
 import numpy as np
 from jsonargparse import Namespace
 
-from src.commands.checks import mtp_loss_weight
-from src.datamodules import SFTDataModule
+from src.commands.mtp_weight import mtp_loss_weight
 from src.datamodules.files import NoMatch, expand
-from src.datamodules.packed_set import PackedSet
-from src.datamodules.sampler import check_accumulation
-from src.datamodules.tokenizer import load_tokenizer
 from src.errors import UserError
 from src.models.deepseek_v3.sizes import read_sizes, trained_part
 from src.planner import account
@@ -148,6 +147,8 @@ def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, floa
     if size > TOKENISED_HERE:
         reason = f"more than {TOKENISED_HERE >> 20} MiB"
     else:
+        from src.datamodules.tokenizer import load_tokenizer
+
         try:
             load_tokenizer(values["tokenizer"])
         except (ValueError, OSError) as error:
@@ -162,7 +163,10 @@ def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, floa
             "one document each (give --document_length; `check-data` counts)"
         )
         return rows, tokens, source, length
-    packed = _packed(values)
+    from src.datamodules.packed_set import pack_files
+    from src.datamodules.packing import check_accumulation
+
+    packed = pack_files(values)
     lengths = packed.cache.lengths.astype("int64")
     rows, tokens = packed.rows_an_epoch, int(lengths.sum() * packed.rows_an_epoch / len(packed.rows))
     check_accumulation(rows, settings.dp, settings.batch_size, settings.accumulate)
@@ -174,13 +178,6 @@ def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, floa
     return rows, tokens, source, document
 
 
-def _packed(values: dict[str, Any]) -> PackedSet:
-    module = SFTDataModule(**values | {"val_files": None, "val_sets": None})
-    module.setup("fit")
-    assert module.train_set is not None
-    return module.train_set
-
-
 def row_lengths(config: Namespace) -> list[list[int]]:
     """The lengths of the documents of each row of the training data, in a random order, the same in every run.
 
@@ -188,7 +185,9 @@ def row_lengths(config: Namespace) -> list[list[int]]:
         ValueError: the files or the tokenizer are not here.
     """
     expand(config.data.train_files)
-    packed = _packed(config.data.as_dict() | {"tokenizer": config.data.tokenizer or config.model.pretrained})
+    from src.datamodules.packed_set import pack_files
+
+    packed = pack_files(config.data.as_dict() | {"tokenizer": config.data.tokenizer or config.model.pretrained})
     order = np.random.default_rng(0).permutation(len(packed.rows))  # packing puts the fullest first
     return [packed.cache.lengths[packed.rows[i]].tolist() for i in order]
 

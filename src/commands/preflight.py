@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser
 
 from src.callbacks.step_checkpoint import checkpoint_folder
 from src.callbacks.weights_checkpoint import weights_folder
@@ -36,12 +35,6 @@ class PreflightCLI(ConfigCommand):
     rank where any node fails."""
 
     name = "preflight"
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--write", type=str | None, default=None, help="write what was measured to FILE, for plan --cluster"
-        )
 
     def run_command(self) -> None:
         settings, ranks = self.config, Ranks.from_environment()

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
-from src.checkpoints.hf_writer import parse_size
+from src.checkpoints.file_size import parse_size
+from src.commands.options import STRATEGY, STRATEGY_CLASS
 from src.errors import UserError
-from src.strategies import DeepSpeedSPStrategy
 from src.strategies.zero_limits import check_stage
 
 LARGEST = 2**53  # beyond it a number is a slip, and no whole number is exact in a float
-STRATEGY = "trainer.strategy.init_args."
 
 
 class Range(NamedTuple):
@@ -202,7 +201,7 @@ def _check_devices(devices: Any) -> None:
 def _check_together(config: Namespace) -> None:
     trainer, model = config.trainer, config.model
     chosen = trainer.strategy.class_path if isinstance(trainer.strategy, Namespace) else trainer.strategy
-    if not isinstance(trainer.strategy, Namespace) or not issubclass(resolve_name(chosen), DeepSpeedSPStrategy):
+    if not isinstance(trainer.strategy, Namespace) or not _is_ours(chosen):
         raise UserError(
             f"trainer.strategy is {chosen}, which cannot hold this model; leave it out, or give "
             "class_path: src.strategies.DeepSpeedSPStrategy with its init_args."
@@ -224,3 +223,7 @@ def _check_together(config: Namespace) -> None:
         raise UserError("trainer.barebones is true, which leaves no checkpoints; it must be false.")
     if options.timeout is not None and options.timeout <= timedelta():
         raise UserError(f"{STRATEGY}timeout is {options.timeout}; it must be above zero, 0:30:00 for example.")
+
+
+def _is_ours(class_path: str) -> bool:
+    return class_path == STRATEGY_CLASS or issubclass(resolve_name(class_path), resolve_name(STRATEGY_CLASS))

@@ -6,17 +6,15 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser
 
 from src.callbacks.out_of_memory import OutOfMemory
-from src.commands.checks import mtp_loss_weight
 from src.commands.config_command import ConfigCommand
 from src.commands.instances import errors_as_raised
+from src.commands.mtp_weight import mtp_loss_weight
 from src.commands.planned import plan_of, row_lengths
 from src.errors import UserError
 from src.planner.cluster import Cluster, read_cluster
@@ -32,30 +30,6 @@ class RehearseCLI(ConfigCommand):
     and the GPU. What other ranks would send is made here, so nothing of it says what the network does."""
 
     name = "rehearse"
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.add_argument("--steps", type=int, default=2, help="optimizer steps; the first compiles and is not timed")
-        parser.add_argument("--cluster", type=str | None, default=None, help="the machines: as plan's")
-        parser.add_argument("--document_length", type=int | None, default=None, help="as plan's")
-        parser.add_argument(
-            "--rows",
-            type=Literal["full", "spread", "data"],
-            default="full",
-            help="their lengths: full as the plan's, 8 to 1 eighths of max_length in turn, or those of the data files",
-        )
-        parser.add_argument(
-            "--timeline",
-            type=str | None,
-            default=None,
-            help="trace a middle micro-step to this .json.gz, for https://ui.perfetto.dev; from accumulation 3 on",
-        )
-        parser.add_argument(
-            "--gpu_memory",
-            type=float | None,
-            default=None,
-            help="GiB of a smaller card, to which this one is held",
-        )
 
     def run_command(self) -> None:
         config, trainer = self.config, self.config.trainer

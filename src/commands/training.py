@@ -35,7 +35,6 @@ from src.commands.checks import (
     check_data_fits_model,
     check_weights,
     find_checkpoint,
-    mtp_loss_weight,
     newest_checkpoint,
     refuse_older,
     refuse_other_run,
@@ -43,6 +42,7 @@ from src.commands.checks import (
 )
 from src.commands.config_files import ConfigFile
 from src.commands.instances import errors_as_raised
+from src.commands.mtp_weight import mtp_loss_weight
 from src.commands.parser import Parser
 from src.commands.places import check_writable, is_first_process, lock_run
 from src.commands.planned import host_memory

@@ -16,7 +16,7 @@ from .copies import Conversations, Copies, first_samples
 from .files import look_up
 from .findings import Findings
 from .packed_set import PackedSet
-from .sampler import check_accumulation
+from .packing import check_accumulation
 from .sequence_shard import Document
 from .sft import SFTDataModule
 

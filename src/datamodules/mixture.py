@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from src.errors import UserError
 
@@ -59,6 +58,8 @@ class Mixture:
 
     def rows(self, epoch: int, seed: int) -> npt.NDArray[np.int64]:
         """The rows of an epoch, int64 [len(self)], each as often as it is in it, by entry."""
+        import torch  # by training alone: `plan` reads mixtures without
+
         found, first = [], 0
         for index, part in enumerate(self.parts):
             every = np.arange(first, first + part.rows, dtype=np.int64)

@@ -1,17 +1,20 @@
 """The samples of some files and the rows that training or validation makes of them."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .cache import TokenCache
+from .cache import TokenCache, open_or_build
 from .files import expand
-from .mixture import Mixture, mix
+from .formats import check_fields
+from .mixture import Mixture, check_weights, mix
 from .packing import PackedRows, one_sample_a_row, pack
 from .tokenization import TokenizeOptions
+from .tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -80,3 +83,21 @@ def mix_samples(
         alone = pack(cache.lengths[samples], options.max_length) if packing else one_sample_a_row(len(samples))
         packed.append(PackedRows(samples[alone.samples], alone.offsets))
     return PackedSet(cache, *mix(entries, weights, packed, cache.lengths, cache.targets))
+
+
+def pack_files(settings: Mapping[str, Any]) -> PackedSet:
+    """The rows that training makes of the arguments of SFTDataModule, without Lightning.
+
+    Raises:
+        ValueError: as SFTDataModule's constructor and `setup`.
+    """
+    named = {field.name: settings[field.name] for field in fields(TokenizeOptions)}
+    options = TokenizeOptions(**named | {name: named[name] or {} for name in ("fields", "chat_template_kwargs")})
+    check_fields(options.fields)
+    files, weights, folder = settings["train_files"], settings["train_weights"], settings["cache_dir"]
+    tokenizer = load_tokenizer(settings["tokenizer"])
+    cache = open_or_build(expand(files), tokenizer, options, Path(folder).expanduser() if folder else None)
+    if weights is None:
+        return pack_samples(cache, options, settings["packing"])
+    check_weights(weights, files)
+    return mix_samples(cache, options, settings["packing"], files, weights)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from src.errors import UserError
+
 IntArray = npt.NDArray[np.integer[Any]]
 
 
@@ -70,3 +72,18 @@ def pack(lengths: IntArray, max_length: int) -> PackedRows:
     by_row = np.argsort(rows, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=count))]).astype(np.int64)
     return PackedRows(order[by_row], offsets)
+
+
+def check_accumulation(rows: int, replicas: int, batch_size: int, accumulation: int) -> None:
+    """Refuses an optimizer step of which the rows of an epoch fill no tenth: the rest would be computed for nothing.
+
+    Raises:
+        UserError: what the accumulation could be.
+    """
+    micro_steps = -(-rows // (replicas * batch_size))
+    if accumulation > 1 and accumulation >= 10 * micro_steps:
+        raise UserError(
+            f"trainer.accumulate_grad_batches is {accumulation}, but the {rows} rows of an epoch fill {micro_steps} "
+            f"micro-batches (data parallel {replicas} x batch {batch_size}): lower it, to {micro_steps} say, or give "
+            "more data."
+        )

@@ -8,26 +8,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DistributedSampler
 
-from src.errors import UserError
-
 from .mixture import Mixture
 
 EMPTY_ROW = -1
-
-
-def check_accumulation(rows: int, replicas: int, batch_size: int, accumulation: int) -> None:
-    """Refuses an optimizer step of which the rows of an epoch fill no tenth: the rest would be computed for nothing.
-
-    Raises:
-        UserError: what the accumulation could be.
-    """
-    micro_steps = -(-rows // (replicas * batch_size))
-    if accumulation > 1 and accumulation >= 10 * micro_steps:
-        raise UserError(
-            f"trainer.accumulate_grad_batches is {accumulation}, but the {rows} rows of an epoch fill {micro_steps} "
-            f"micro-batches (data parallel {replicas} x batch {batch_size}): lower it, to {micro_steps} say, or give "
-            "more data."
-        )
 
 
 @dataclass(frozen=True)

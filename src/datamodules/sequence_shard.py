@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 IGNORE_INDEX = -100
 PADDING_DOCUMENT = -1
@@ -48,6 +47,8 @@ def collate(documents: Sequence[Document], sp_size: int) -> Batch:
         of the same document, else 0); mtp_labels (token i+2 where it is a target, else -100). int32 [D+1]: cu_seqlens,
         of which positions follow. max_seqlen: int. sources: list[str], one a document.
     """
+    import torch  # by training alone: `plan` reads documents without
+
     lengths = [len(document.input_ids) for document in documents]
     used = sum(lengths)
     total = max(-(-used // sp_size), 1) * sp_size

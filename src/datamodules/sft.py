@@ -20,8 +20,9 @@ from .formats import Format, check_fields
 from .loader import PackedDataLoader, PackedDataset
 from .mixture import check_weights
 from .packed_set import PackedSet, mix_samples, pack_samples
+from .packing import check_accumulation
 from .resume import align_progress, check_identity
-from .sampler import MicroBatchSampler, check_accumulation
+from .sampler import MicroBatchSampler
 from .tokenization import BadRows, Overlong, TokenizeOptions
 from .tokenizer import load_tokenizer
 

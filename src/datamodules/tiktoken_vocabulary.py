@@ -9,7 +9,6 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from tokenizers import AddedToken, Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -128,6 +127,8 @@ def check_pattern(directory: Path) -> None:
                 "same tokens without running it: give a --data.tokenizer directory with a tokenizer.json"
             )
     if not declared:
+        from lightning.pytorch.utilities import rank_zero_warn  # which takes a second
+
         rank_zero_warn(f"{directory}: no Python file declares pat_str; text is split as by Moonlight's and Kimi's")
 
 

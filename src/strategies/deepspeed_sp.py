@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies.ddp import DDPStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,6 +33,7 @@ from src.errors import UserError
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, SequenceParallelGroup, SingleProcess
 
 from .checkpointing import CheckpointingStrategy
+from .early_ranks import release
 from .host_optimizer import HostAdamW, allocated_once, step_in_pieces
 from .masters import complete, round_after_steps
 from .operators import prepare_builds
@@ -58,6 +60,21 @@ class _ModulePrecision(DeepSpeedPrecision):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module
+
+
+class _Launcher(_SubprocessScriptLauncher):
+    """Lightning's, which takes the processes that wait already, if there are any."""
+
+    def _call_children_scripts(self) -> None:
+        cluster = self.cluster_environment
+        shared = {"MASTER_ADDR": cluster.main_address, "MASTER_PORT": str(cluster.main_port)}
+        shared |= {"NODE_RANK": str(cluster.node_rank()), "WORLD_SIZE": str(self.num_processes * self.num_nodes)}
+        shared |= {name: value for name, value in os.environ.items() if name.startswith("PL_")}  # the seed
+        self.procs = release([shared | {"LOCAL_RANK": str(rank)} for rank in range(1, self.num_processes)])
+        if self.procs:
+            os.environ.update(shared | {"LOCAL_RANK": "0"})
+        else:
+            super()._call_children_scripts()
 
 
 class DeepSpeedSPStrategy(CheckpointingStrategy):
@@ -105,6 +122,10 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         self.sp_group: SequenceParallelGroup = SingleProcess()
         self._rounding = NEAREST
         self._lower_halves: dict[str, Tensor] = {}  # of what was loaded, for the masters that are not there yet
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     # -- ranks ----------------------------------------------------------------------------------------------------
 

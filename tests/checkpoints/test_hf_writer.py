@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.checkpoints.hf_writer import OutputTensor, index, is_complete, parse_size, plan_shards, write_shard
+from src.checkpoints.hf_writer import OutputTensor, index, is_complete, plan_shards, write_shard
 
 
 def output(name: str, tensor: torch.Tensor, step: int = 7) -> OutputTensor:
@@ -73,16 +73,3 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     file = tmp_path / good.file
     file.write_bytes(file.read_bytes()[:-1])
     assert not is_complete(tmp_path, good)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("1.5 gb", 1_500_000_000), ("4GiB", 2**32), ("77", 77)]
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 PB", "five"])
-def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=f"max_shard_size '{text}' is no size; write it as 5GB"):
-        parse_size(text)

@@ -1,0 +1,35 @@
+"""Whether a run trains the multi-token prediction; torch is imported where there are files to read."""
+
+from pathlib import Path
+
+import yaml
+from jsonargparse import Namespace
+
+from src.models.deepseek_v3.config_json import mtp_loss_weight_of, read_fields
+
+
+def has_weights(directory: str) -> bool:
+    return any(Path(directory).glob("*.safetensors"))
+
+
+def mtp_loss_weight(model: Namespace, checkpoint: Path | None = None) -> float:
+    """model.mtp_loss_weight, decided where it is null: by the checkpoint that a run goes on from, else by the base.
+
+    A base whose config.json names the block may lack its weights: transformers' save_pretrained writes such.
+
+    Raises:
+        ValueError: it is positive and there is no block to train; there is no config.json to read.
+    """
+    fields, base = read_fields(model.pretrained), f"{model.pretrained}/config.json"
+    block = bool(fields.get("num_nextn_predict_layers"))
+    if block and checkpoint is not None:
+        from src.checkpoints.run_files import RUN_CONFIG
+
+        record = checkpoint / RUN_CONFIG
+        recorded = yaml.safe_load(record.read_text())["model"] if record.is_file() else {}
+        block, base = recorded.get("mtp_loss_weight", 0.1) > 0, str(checkpoint)
+    elif block and not model.from_scratch and has_weights(model.pretrained):
+        from src.checkpoints.hf_reader import has_mtp
+
+        block, base = has_mtp(model.pretrained, fields["num_hidden_layers"]), model.pretrained
+    return mtp_loss_weight_of(model.mtp_loss_weight, block, base)
