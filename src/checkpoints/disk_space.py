@@ -19,7 +19,7 @@ class Room:
 
     @classmethod
     def at(cls, path: Path) -> "Room":
-        folder = next(f for f in (path, *path.absolute().parents) if f.exists())
+        folder = next(f for f in (path, *path.absolute().parents) if os.path.exists(f))  # False where it may not look
         return cls(socket.gethostname(), str(folder), shutil.disk_usage(folder).free)
 
     def __str__(self) -> str:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from src.commands.config_command import ConfigCommand
 from src.commands.outputs import PICTURES, check_output
 from src.commands.planned import plan_of
+from src.commands.writable import unwritable
 from src.errors import UserError
 from src.planner.cluster import Cluster, read_cluster
 from src.planner.picture import draw, write_trace
@@ -68,7 +69,7 @@ class PlanCLI(ConfigCommand):
         )
         sizes = scale(settings, cluster, data) if config.scale else None
         if config.json:
-            answer = as_json(self.plan)
+            answer = as_json(self.plan) | {"unwritable": unwritable(config)}
             if found:
                 answer["nearest"] = {"change": found[0], "verdict": found[1].verdict}
             for key, plans in (("search", best), ("scale", sizes)):
@@ -77,6 +78,8 @@ class PlanCLI(ConfigCommand):
             print(json.dumps(answer, indent=2))
         else:
             print(text(self.plan, config.explain))
+            for problem in unwritable(config):
+                print(f"from here: {problem}")
             if found:
                 print(f"The nearest that fits: {found[0]}\n  {found[1].verdict}")
             elif not self.plan.fits:

@@ -18,6 +18,7 @@ from src.commands.checks import newest_checkpoint
 from src.commands.config_command import ConfigCommand
 from src.commands.outputs import check_output
 from src.commands.planned import settings_of
+from src.commands.writable import unwritable
 from src.errors import UserError
 from src.planner import account
 from src.planner.cluster import Cluster, write_cluster
@@ -113,9 +114,9 @@ def _look(report: Report, settings: Namespace, cuda: bool) -> None:
     val_sets = (file for files_of in (data.val_sets or {}).values() for file in files_of)
     patterns = [*(data.train_files or []), *(data.val_files or []), *val_sets]
     same["data"] = _try(report, "data", lambda: files.data(patterns), {})
-    for name, folder in (("trainer.default_root_dir", root), ("data.cache_dir", data.cache_dir)):
-        if folder:
-            report.problems += files.writable(name, str(folder))
+    if not (blocked := unwritable(settings)):
+        _try(report, "trainer.default_root_dir", lambda: Path(root).mkdir(parents=True, exist_ok=True))
+    report.problems += blocked
     if cuda:
         wanted = int(trainer.devices) if str(trainer.devices).isdecimal() else 0
         broken, same["GPUs"] = _try(report, "GPUs", lambda: node.gpus(wanted), ([], {}))

@@ -88,7 +88,9 @@ class CacheBuild:
             # Whoever may write to the folder may take its locks, whatever the umask of the process that made them.
             lock = FileLock(f"{directory}.lock", timeout, mode=where.stat().st_mode & 0o666)
             lock.acquire()
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        except Timeout:
+            raise
+        except OSError as error:
             raise UserError(f"{where} cannot be written to ({error}); give another --data.cache_dir") from None
         try:
             yield
