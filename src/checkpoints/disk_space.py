@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,14 @@ class Room:
 
     def __str__(self) -> str:
         return f"{self.free:,} bytes are free in {self.folder} on {self.host}"
+
+
+def try_to_write(folder: Path) -> None:
+    """Writes a file in a folder, down to the disk, which is gone at once. Raises OSError where that cannot be."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0" * 4096)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_room(path: Path, needed: int, what: str) -> None:

@@ -12,7 +12,7 @@ from src.commands.config_command import ConfigCommand
 from src.commands.outputs import PICTURES, check_output
 from src.commands.planned import plan_of
 from src.commands.writable import unwritable
-from src.errors import UserError
+from src.errors import UserError, named_if_full
 from src.planner.cluster import Cluster, read_cluster
 from src.planner.picture import draw, write_trace
 from src.planner.plan import Plan
@@ -90,9 +90,11 @@ class PlanCLI(ConfigCommand):
                 if answered:
                     print(f"\n{answered}")
         if config.trace:
-            write_trace(config.trace, self.plan.time.spans)
+            with named_if_full(Path(config.trace)):
+                write_trace(config.trace, self.plan.time.spans)
         if config.picture:
-            draw(config.picture, self.plan.time.spans, f"One micro-step, simulated: {settings.options()}")
+            with named_if_full(Path(config.picture)):
+                draw(config.picture, self.plan.time.spans, f"One micro-step, simulated: {settings.options()}")
         if not self.plan.fits:
             raise SystemExit(1)
 

@@ -19,7 +19,7 @@ from src.commands.config_command import ConfigCommand
 from src.commands.outputs import check_output
 from src.commands.planned import settings_of
 from src.commands.writable import unwritable
-from src.errors import UserError
+from src.errors import UserError, named_if_full
 from src.planner import account
 from src.planner.cluster import Cluster, write_cluster
 from src.planner.settings import Settings
@@ -83,7 +83,8 @@ class PreflightCLI(ConfigCommand):
             print(_summary(ranks, reports, measured))
             print("\n".join(lines(found, names, "SLURM_JOB_ID" in os.environ)), flush=True)
             if write:
-                write_cluster(write, measured)
+                with named_if_full(Path(write)):
+                    write_cluster(write, measured)
         dist.barrier()
         dist.destroy_process_group()
         if found:

@@ -1,14 +1,12 @@
 """Where a run writes, and that it can: found out by writing there, before anything is loaded."""
 
-import os
-import tempfile
 from pathlib import Path
 
 from jsonargparse import Namespace
 
 from src.callbacks.step_checkpoint import checkpoint_folder
 from src.callbacks.weights_checkpoint import weights_folder
-from src.checkpoints.disk_space import Room
+from src.checkpoints.disk_space import Room, try_to_write
 from src.datamodules.cache import default_cache_dir
 from src.errors import UserError
 
@@ -52,10 +50,7 @@ def check_writable(option: str, path: str | Path) -> None:
     """
     room = Room.at(Path(path))
     try:
-        with tempfile.TemporaryFile(dir=room.folder) as file:
-            file.write(b"0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
+        try_to_write(Path(room.folder))
     except OSError as error:
         raise UserError(
             f"{option} {path}: {room.folder} cannot be written: {error.strerror}, {room}. "

@@ -16,7 +16,7 @@ from datasets import Dataset, Features, List, Value
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
-from src.errors import UserError
+from src.errors import UserError, named_if_full
 
 from .files import digest
 from .reader import scan
@@ -105,7 +105,8 @@ class CacheBuild:
         building = self.directory.with_name(name)
         building.mkdir()
         try:
-            yield building
+            with named_if_full(self.directory, "data.cache_dir"):
+                yield building
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
