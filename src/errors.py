@@ -1,9 +1,14 @@
 """What is the user's to put right, told apart from what is ours: `src/cli.py` prints it as one line, without a
-traceback. And the reader of JSON files, which are mostly theirs."""
+traceback. JSON files, which are mostly theirs, and full disks become such errors here."""
 
+import errno
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 
 class UserError(ValueError):
@@ -27,3 +32,30 @@ def read_object(file: Path, remedy: str = "; copy it again") -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UserError(f"{file} is no JSON object but {str(fields)[:40]!r}{remedy}")
     return fields
+
+
+_FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+
+
+@contextmanager
+def named_if_full(path: Path, option: str = "") -> Iterator[None]:
+    """Around what writes `path`, a file or a folder with all that is in it.
+
+    Raises:
+        UserError: the disk is full, or a quota or a limit is reached; names the path and what is free.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason, cause = "", cast(BaseException | None, error)
+        while cause is not None and not reason:  # of another process there is but the text of its error
+            reason = next((text for number, text in _FULL.items() if f"[Errno {number}]" in str(cause)), "")
+            cause = cause.__cause__ or cause.__context__
+        if not reason:
+            raise
+        folder = next(f for f in (path, *path.absolute().parents) if os.path.exists(f))
+        free, elsewhere = shutil.disk_usage(folder).free, option and f" ({option})"
+        raise UserError(
+            f"{path} could not be written: {reason}, {free:,} bytes are free in {folder}. "
+            f"Make room there, or write to another disk{elsewhere}."
+        ) from error

@@ -1,5 +1,6 @@
 """The trained weights as a Hugging Face directory, written by the running job itself when training ends."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -44,7 +45,8 @@ class ExportAtEnd(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.out is not None and stage == "fit":
-            check_target(self.out, self.max_shard_size)
+            with getattr(trainer.strategy, "fail_together", nullcontext)():  # each node has its own view of `out`
+                check_target(self.out, self.max_shard_size)
             run_record(trainer, self)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

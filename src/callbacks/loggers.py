@@ -1,48 +1,110 @@
 """Text and pictures to the loggers that show them. A full disk costs curves, not the run."""
 
 import logging
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from src.checkpoints.disk_space import Room, try_to_write
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def spare_the_run(what: str) -> Generator[None, None, None]:
-    """An error of the disk is logged: it would be one rank's alone, and end a run that trains."""
+def spare_the_run(path: Path, logger: Logger | None = None) -> Generator[None, None, None]:
+    """An error of the disk while `path` is written is logged: it would be one rank's alone, and end a run that trains.
+
+    logger: what is written through; a `RunLogger` says it itself, once.
+    """
     try:
         yield
     except Exception as error:
         cause = error.__cause__ or error  # Lightning makes every error of a writer a ValueError
         if not isinstance(cause, OSError):
             raise
-        log.error("%s not written, training goes on: %s", what, cause)
+        if isinstance(logger, RunLogger):
+            logger.lose_writer(cause)
+        else:
+            log.error("%s, training goes on", _not_written(path, cause))
+
+
+def _not_written(path: Path, error: OSError) -> str:
+    return f"{path} was not written: {error.strerror or error}, {Room.at(path)}; make room there"
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard's, whose writer hands a full disk's error to the next call."""
+    """TensorBoard's, which a full disk does not end.
+
+    Its writer is of no use once the disk has refused it: it hands the error to every call that follows. It is given up,
+    and another one, with a file of its own, is opened as soon as there is room; what was logged meanwhile is lost. Both
+    are said once.
+    """
+
+    _lost = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        threading.excepthook = _quiet_about_writers(threading.excepthook)
+
+    @property
+    def experiment(self) -> Any:
+        if not self._lost:
+            return super().experiment
+        try_to_write(self._folder)
+        experiment = super().experiment
+        self._lost = False
+        log.warning("%s: TensorBoard events are written again", self._folder)
+        return experiment
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.log_dir)
+
+    def lose_writer(self, error: OSError) -> None:
+        """Gives the writer up after an error of the disk."""
+        if not self._lost:
+            log.error(
+                "%s; until then there are no TensorBoard events, and training goes on",
+                _not_written(self._folder, error),
+            )
+        self._lost, self._experiment = True, None
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        with spare_the_run("TensorBoard's curves were"):
+        with spare_the_run(self._folder, self):
             super().log_metrics(metrics, step)
 
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        with spare_the_run(self._folder, self):
+            super().log_hyperparams(*args, **kwargs)
+
     def save(self) -> None:
-        with spare_the_run("TensorBoard's file was"):
+        with spare_the_run(self._folder, self):
             super().save()
 
     def finalize(self, status: str) -> None:
-        with spare_the_run("TensorBoard's file was"):
+        with spare_the_run(self._folder, self):
             super().finalize(status)
+
+
+def _quiet_about_writers(hook: Any) -> Any:
+    """The hook for threads that end by an error, but for TensorBoard's, whose callers get the error too."""
+
+    def quiet(args: Any) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            hook(args)
+
+    return quiet
 
 
 def log_image(trainer: pl.Trainer, name: str, image: Any, step: int) -> None:
     """image: uint8 [height, width, 3]. TensorBoard, and loggers with `log_image`, Weights & Biases and Neptune say."""
     for logger in trainer.loggers:
-        with spare_the_run(f"the picture {name} was"):
+        with spare_the_run(Path(logger.save_dir or "."), logger):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(name, image, step, dataformats="HWC")
             elif hasattr(logger, "log_image"):
@@ -56,7 +118,7 @@ def log_texts(trainer: pl.Trainer, name: str, texts: dict[str, str], step: int) 
             for index, (prompt, text) in enumerate(texts.items()):
                 # Four spaces: Markdown shows it as it is.
                 shown = "\n".join(f"    {line}" for line in [prompt, "---", *text.splitlines()])
-                with spare_the_run(f"the text {name} was"):
+                with spare_the_run(Path(logger.log_dir), logger):
                     logger.experiment.add_text(f"{name}/{index}", shown, step)
         elif hasattr(logger, "log_text"):
             rows = [[str(step), prompt, text] for prompt, text in texts.items()]

@@ -10,6 +10,8 @@ import yaml
 from src.checkpoints.provenance import git_revision, package_versions
 from src.errors import UserError
 
+from .loggers import spare_the_run
+
 
 def _license(directory: Path) -> str | None:
     """What the header of a model's own card, its README.md, calls its licence."""
@@ -78,16 +80,18 @@ class RunRecord(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:  # the data is set up, and no logger has written its own yet
             for logger in trainer.loggers:
-                logger.log_hyperparams({**self._facts(trainer), "config": yaml.safe_load(self.config)})
+                with spare_the_run(Path(logger.save_dir or "."), logger):
+                    logger.log_hyperparams({**self._facts(trainer), "config": yaml.safe_load(self.config)})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
         if trainer.is_global_zero:
             text = yaml.safe_dump(self._facts(trainer), sort_keys=False)
             for logger in trainer.loggers:
-                add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
-                if add_text is not None:
-                    add_text("run", f"```yaml\n{text}```", global_step=trainer.global_step)
+                with spare_the_run(Path(logger.save_dir or "."), logger):
+                    add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+                    if add_text is not None:
+                        add_text("run", f"```yaml\n{text}```", global_step=trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -115,7 +115,7 @@ class Samples(pl.Callback):
             {"step": step, "prompt": prompt, "text": text, "tokens": len(ids)}
             for (prompt, text), ids in zip(told.items(), answers, strict=True)
         ]
-        with spare_the_run("the samples were"):
+        with spare_the_run(root / FILE):
             root.mkdir(parents=True, exist_ok=True)
             with open(root / FILE, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

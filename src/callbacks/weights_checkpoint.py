@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -109,6 +110,7 @@ def step_of(path: Path) -> int:
 
 def _remove_leftovers(folder: Path) -> None:
     """What interrupted saves and removals have left."""
-    for suffix in (".partial", INCOMPLETE):
-        for left in folder.glob(f"step=*{suffix}"):
-            shutil.rmtree(left, ignore_errors=True)
+    with suppress(OSError):  # of one rank's alone
+        for suffix in (".partial", INCOMPLETE):
+            for left in folder.glob(f"step=*{suffix}"):
+                shutil.rmtree(left, ignore_errors=True)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,19 @@ class Room:
 
     @classmethod
     def at(cls, path: Path) -> "Room":
-        folder = next(f for f in (path, *path.absolute().parents) if f.exists())
+        folder = next(f for f in (path, *path.absolute().parents) if os.path.exists(f))  # False where it may not look
         return cls(socket.gethostname(), str(folder), shutil.disk_usage(folder).free)
 
     def __str__(self) -> str:
         return f"{self.free:,} bytes are free in {self.folder} on {self.host}"
+
+
+def try_to_write(folder: Path) -> None:
+    """Writes a file in a folder, down to the disk, which is gone at once. Raises OSError where that cannot be."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0" * 4096)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_room(path: Path, needed: int, what: str) -> None:

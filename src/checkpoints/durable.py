@@ -160,8 +160,9 @@ def remove(folders: list[Path]) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what interrupted saves and removals left among a folder's checkpoints."""
-    for leftover in folder.glob(f"*.ckpt{INCOMPLETE}"):
-        _remove_tree(leftover)
+    with suppress(OSError):  # of one rank's alone
+        for leftover in folder.glob(f"*.ckpt{INCOMPLETE}"):
+            _remove_tree(leftover)
 
 
 def _remove_tree(incomplete: Path) -> None:

@@ -42,7 +42,7 @@ from src.checkpoints.run_files import read_record
 from src.checkpoints.side_files import copy_side_files, read_config, write_config
 from src.checkpoints.source import WeightSource
 from src.checkpoints.zero_reader import ZeroCheckpointSource
-from src.errors import UserError, read_object
+from src.errors import UserError, named_if_full, read_object
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,8 @@ class Export:
                 "the multi-token-prediction block was not trained, and neither --base nor the directory that training "
                 "started from has one: exporting without it"
             )
-        copy_side_files(self.record / "hf", directory, skip=("config.json",))
+        with named_if_full(directory):
+            copy_side_files(self.record / "hf", directory, skip=("config.json",))
         self._write_card(directory, {})
         if len(self.shards) > 1:
             write_json(directory / INDEX_FILE, index(self.shards))
@@ -177,8 +178,10 @@ class Export:
 
     def _write_card(self, directory: Path, kept: dict[str, Kept]) -> None:
         aside = directory / f".{CARD}.{os.getpid()}"
-        aside.write_text(model_card(self.record, self.config, self.dtype, mtp=self.mtp, kept=kept), encoding="utf-8")
-        sync_file(aside)
+        text = model_card(self.record, self.config, self.dtype, mtp=self.mtp, kept=kept)
+        with named_if_full(directory / CARD):
+            aside.write_text(text, encoding="utf-8")
+            sync_file(aside)
         aside.rename(directory / CARD)
 
     def _say_what_is_kept(self, directory: Path) -> None:

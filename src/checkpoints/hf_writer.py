@@ -19,6 +19,7 @@ import torch
 
 from src.checkpoints.durable import sync_file
 from src.checkpoints.hf_reader import DTYPE_NAMES, SINGLE_FILE
+from src.errors import named_if_full
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def write_shard(directory: Path, shard: Shard, progress: Callable[[int], object]
     """
     aside = directory / f".{shard.file}.{os.getpid()}"
     start, begins = shard.layout()
-    with open(aside, "wb") as file:
+    with named_if_full(directory / shard.file), open(aside, "wb") as file:
         file.write(start)
         for tensor in shard.tensors:
             file.seek(begins[tensor.name])
@@ -146,6 +147,7 @@ def _notes_file(directory: Path, shard: Shard) -> Path:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all, also where the machine stops."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    sync_file(aside)
+    with named_if_full(path):
+        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        sync_file(aside)
     aside.rename(path)

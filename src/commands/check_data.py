@@ -12,7 +12,7 @@ from src.datamodules.check import check
 from src.datamodules.check_html import page
 from src.datamodules.check_text import report_lines, verdict
 from src.datamodules.tokenizer import load_tokenizer
-from src.errors import UserError
+from src.errors import UserError, named_if_full
 from src.models.deepseek_v3 import load_config
 
 
@@ -47,7 +47,8 @@ class CheckDataCLI(ConfigCommand):
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print("\n".join(report_lines(reports, data.tokenizer, colour)))
         if settings.html:
-            Path(settings.html).write_text(page(reports, data.tokenizer, "check-data"), encoding="utf-8")
+            with named_if_full(Path(settings.html)):
+                Path(settings.html).write_text(page(reports, data.tokenizer, "check-data"), encoding="utf-8")
         wrong = sum(report.wrong for report in reports)
         print(f"\n{verdict(wrong)}")
         if wrong:

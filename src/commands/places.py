@@ -1,11 +1,10 @@
-"""Where a run writes: that it can, and that no other run writes there; found out before anything is loaded."""
+"""Who is rank 0, and that no other run writes where this one does; known before anything is loaded."""
 
 import errno
 import fcntl
 import logging
 import os
 import platform
-import tempfile
 import time
 from pathlib import Path
 from typing import TextIO
@@ -22,24 +21,6 @@ def is_first_process() -> bool:
     """Whether the launcher made this process rank 0, by torchrun's variable, or srun's and Lightning's own."""
     names = ("RANK",) if "RANK" in os.environ else ("SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
     return not any(int(os.environ.get(name, 0)) for name in names)
-
-
-def check_writable(option: str, path: str | Path) -> None:
-    """Writes a file, which is gone at once, in the folder `path` or in the nearest above it that is there.
-
-    Raises:
-        ValueError: it cannot be written; names the option.
-    """
-    folder = next(f for f in (Path(path).absolute(), *Path(path).absolute().parents) if f.exists())
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(
-            f"{option} {path}: {folder} cannot be written: {error.strerror}. Give another place, or make room there."
-        ) from error
 
 
 def lock_run(root: str | Path) -> None:

@@ -11,7 +11,8 @@ from tqdm import tqdm
 from src.commands.early import read
 from src.commands.outputs import PICTURES, check_output
 from src.commands.planned import plan_of
-from src.errors import UserError
+from src.commands.writable import unwritable
+from src.errors import UserError, named_if_full
 from src.planner.cluster import Cluster, read_cluster
 from src.planner.picture import draw, write_trace
 from src.planner.plan import Plan
@@ -58,7 +59,7 @@ class PlanCLI:
         )
         sizes = scale(settings, cluster, data) if config.scale else None
         if config.json:
-            answer = as_json(self.plan)
+            answer = as_json(self.plan) | {"unwritable": unwritable(config)}
             if found:
                 answer["nearest"] = {"change": found[0], "verdict": found[1].verdict}
             for key, plans in (("search", best), ("scale", sizes)):
@@ -67,6 +68,8 @@ class PlanCLI:
             print(json.dumps(answer, indent=2))
         else:
             print(text(self.plan, config.explain))
+            for problem in unwritable(config):
+                print(f"from here: {problem}")
             if found:
                 print(f"The nearest that fits: {found[0]}\n  {found[1].verdict}")
             elif not self.plan.fits:
@@ -77,9 +80,11 @@ class PlanCLI:
                 if answered:
                     print(f"\n{answered}")
         if config.trace:
-            write_trace(config.trace, self.plan.time.spans)
+            with named_if_full(Path(config.trace)):
+                write_trace(config.trace, self.plan.time.spans)
         if config.picture:
-            draw(config.picture, self.plan.time.spans, f"One micro-step, simulated: {settings.options()}")
+            with named_if_full(Path(config.picture)):
+                draw(config.picture, self.plan.time.spans, f"One micro-step, simulated: {settings.options()}")
         if not self.plan.fits:
             raise SystemExit(1)
 

@@ -17,7 +17,8 @@ from src.commands.checks import newest_checkpoint
 from src.commands.config_command import ConfigCommand
 from src.commands.outputs import check_output
 from src.commands.planned import settings_of
-from src.errors import UserError
+from src.commands.writable import unwritable
+from src.errors import UserError, named_if_full
 from src.planner import account
 from src.planner.cluster import Cluster, write_cluster
 from src.planner.settings import Settings
@@ -75,7 +76,8 @@ class PreflightCLI(ConfigCommand):
             print(_summary(ranks, reports, measured))
             print("\n".join(lines(found, names, "SLURM_JOB_ID" in os.environ)), flush=True)
             if write:
-                write_cluster(write, measured)
+                with named_if_full(Path(write)):
+                    write_cluster(write, measured)
         dist.barrier()
         dist.destroy_process_group()
         if found:
@@ -106,9 +108,9 @@ def _look(report: Report, settings: Namespace, cuda: bool) -> None:
     val_sets = (file for files_of in (data.val_sets or {}).values() for file in files_of)
     patterns = [*(data.train_files or []), *(data.val_files or []), *val_sets]
     same["data"] = _try(report, "data", lambda: files.data(patterns), {})
-    for name, folder in (("trainer.default_root_dir", root), ("data.cache_dir", data.cache_dir)):
-        if folder:
-            report.problems += files.writable(name, str(folder))
+    if not (blocked := unwritable(settings)):
+        _try(report, "trainer.default_root_dir", lambda: Path(root).mkdir(parents=True, exist_ok=True))
+    report.problems += blocked
     if cuda:
         wanted = int(trainer.devices) if str(trainer.devices).isdecimal() else 0
         broken, same["GPUs"] = _try(report, "GPUs", lambda: node.gpus(wanted), ([], {}))

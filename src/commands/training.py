@@ -44,9 +44,10 @@ from src.commands.config_files import ConfigFile
 from src.commands.instances import errors_as_raised
 from src.commands.mtp_weight import mtp_loss_weight
 from src.commands.parser import Parser
-from src.commands.places import check_writable, is_first_process, lock_run
+from src.commands.places import is_first_process, lock_run
 from src.commands.planned import host_memory
 from src.commands.ranges import check_ranges
+from src.commands.writable import check_writable, places
 from src.datamodules import SFTDataModule
 from src.datamodules.files import expand
 from src.datamodules.tokenizer import load_tokenizer, opening_files
@@ -131,10 +132,8 @@ class TrainingCLI(LightningCLI):
             settings.data.tokenizer = settings.model.pretrained
         root = settings.trainer.default_root_dir or "."
         if self.subcommand == "fit" and is_first_process():
-            places = {"trainer.default_root_dir": root, "data.cache_dir": settings.data.cache_dir}
-            for option, place in (places | {"export.out": settings.export.out}).items():
-                if place is not None:
-                    check_writable(option, place)
+            for option, place in places(settings).items():
+                check_writable(option, place)
             lock_run(root)
         if settings.ckpt_path == "auto":
             settings.ckpt_path = "last" if newest_checkpoint(root) else None

@@ -16,7 +16,7 @@ from datasets import Dataset, Features, List, Value
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
-from src.errors import UserError
+from src.errors import UserError, named_if_full
 
 from .files import digest
 from .reader import scan
@@ -88,7 +88,9 @@ class CacheBuild:
             # Whoever may write to the folder may take its locks, whatever the umask of the process that made them.
             lock = FileLock(f"{directory}.lock", timeout, mode=where.stat().st_mode & 0o666)
             lock.acquire()
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        except Timeout:
+            raise
+        except OSError as error:
             raise UserError(f"{where} cannot be written to ({error}); give another --data.cache_dir") from None
         try:
             yield
@@ -103,7 +105,8 @@ class CacheBuild:
         building = self.directory.with_name(name)
         building.mkdir()
         try:
-            yield building
+            with named_if_full(self.directory, "data.cache_dir"):
+                yield building
         finally:
             shutil.rmtree(building, ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """The datamodule: chat files to batches of packed token rows for each rank."""
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ class SFTDataModule(LightningDataModule):
         self.val_set: PackedSet | None = None  # of val_files
         self.named_val_sets: dict[str, PackedSet] = {}
         self._fingerprints: dict[tuple[str, ...], str] = {}  # of the caches that this process has built or found
+        self._unprepared: Exception | None = None  # why `prepare_data` failed in this process
         self._start: tuple[int, int] | None = None  # (epoch, optimizer step in it) where training resumes
         self._train_sampler: MicroBatchSampler | None = None
         self._progress_restored = False
@@ -121,8 +123,14 @@ class SFTDataModule(LightningDataModule):
         """Tokenises what is not cached, in one process of each node: the cache may be on a disk of the node's own."""
         validating = self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
         for files in (None if validating else self.train_files, self.val_files, *self.val_sets.values()):
-            if files:
-                self._prepare(files)
+            try:
+                if files:
+                    self._prepare(files)
+            except Exception as error:  # of this process alone: the others wait in `setup`, where all learn of it
+                if self.trainer is None:
+                    raise
+                self._unprepared = error
+                return
 
     @property
     def longest_row(self) -> int:
@@ -174,9 +182,19 @@ class SFTDataModule(LightningDataModule):
         if self.trainer is None:
             fingerprint = self._prepare(files)
         else:
-            first = self._prepare(files) if self.trainer.is_global_zero else ""
+            with self._fail_together():
+                if self._unprepared is not None:
+                    raise self._unprepared
+                first = self._prepare(files) if self.trainer.is_global_zero else ""
             fingerprint = self.trainer.strategy.broadcast(first)
-        return open_built(fingerprint, expand(files), self.cache_dir)
+        with self._fail_together():
+            return open_built(fingerprint, expand(files), self.cache_dir)
+
+    def _fail_together(self) -> AbstractContextManager[None]:
+        """What the strategy has for errors of one rank, where it has anything."""
+        strategy = None if self.trainer is None else self.trainer.strategy
+        together: AbstractContextManager[None] = getattr(strategy, "fail_together", nullcontext)()
+        return together
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
         if self.tokenizer is None:

@@ -46,18 +46,6 @@ def data(patterns: list[str]) -> dict[str, str]:
     return found
 
 
-def writable(name: str, folder: str) -> list[str]:
-    """What keeps this process from writing to a folder."""
-    probe = Path(folder) / f".preflight-{uuid.uuid4().hex}"
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_text("preflight")
-        probe.unlink()
-    except OSError as error:
-        return [f"{name} {folder} cannot be written to ({error.strerror}); see its mount, owner and quota"]
-    return []
-
-
 def free_gb(folder: str) -> float:
     return shutil.disk_usage(folder).free / 1e9
 

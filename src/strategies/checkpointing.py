@@ -23,6 +23,7 @@ from src.checkpoints.source import WeightSource
 from src.checkpoints.zero_reader import OPTIMIZER_NAMES, ZeroCheckpointSource
 from src.errors import UserError
 
+from .fail_together import fail_together
 from .live_partitions import export_live
 from .random_state import random_state, set_random_state
 from .reshard import continue_rates, optimizer_names, restore
@@ -35,6 +36,7 @@ NFS_PATIENCE = 90.0  # seconds: clients keep what they know of a folder for up t
 class CheckpointingStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy, its checkpoints durable and of any layout."""
 
+    fail_together = staticmethod(fail_together)  # for callbacks and data, which reach ranks through the strategy
     accept_unlisted = False  # files of a checkpoint that its manifest does not list, unchecked
     _saver: CheckpointSaver | None = None
     _rounding = NEAREST
@@ -143,7 +145,9 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         checkpoint_path = str(self.lightning_module.trainer.ckpt_path)  # rank 0's: `agree_on_checkpoint`
         if self._is_fitting:  # otherwise `load` has read the weights already, on whatever layout
             self._check_manifest(checkpoint_path)
-        return client_state(checkpoint_path)
+        with self.fail_together():
+            state = client_state(checkpoint_path)
+        return state
 
     def _check_manifest(self, checkpoint: str) -> None:
         check_manifest(
@@ -161,7 +165,8 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         if not self._is_fitting:
             return
         assert self.lightning_module is not None
-        source = ZeroCheckpointSource(str(self.lightning_module.trainer.ckpt_path))
+        with self.fail_together():
+            source = ZeroCheckpointSource(str(self.lightning_module.trainer.ckpt_path))
         restore(self.deepspeed_engine, cast(nn.Module, self.lightning_module.model), source, self._rounding)
         self.deepspeed_engine.global_steps = checkpoint["global_steps"]
         self.deepspeed_engine.skipped_steps = checkpoint["skipped_steps"]

@@ -207,11 +207,12 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
 
     def load(self, model: DeepseekV3ForCausalLM, directory: str) -> None:
         """Fills the model's weights from a Hugging Face directory or a checkpoint, each rank its own partitions."""
-        is_checkpoint = (Path(directory) / "latest").is_file()
+        is_checkpoint = self.broadcast((Path(directory) / "latest").is_file())
         if is_checkpoint:
             self._check_manifest(directory)
-        source = PerExpert(ZeroCheckpointSource(directory)) if is_checkpoint else HFDirectorySource(directory)
-        self._load(model, source)
+        with self.fail_together():
+            source = PerExpert(ZeroCheckpointSource(directory)) if is_checkpoint else HFDirectorySource(directory)
+            self._load(model, source)
 
     def initialise(self, model: DeepseekV3ForCausalLM, seed: int) -> None:
         """Random weights, the same whatever the layout."""

@@ -18,6 +18,7 @@ from src.checkpoints.source import raise_listed
 from src.checkpoints.zero_reader import ZeroCheckpointSource
 from src.errors import UserError
 
+from .fail_together import fail_together
 from .masters import weights_follow
 from .rounding import NEAREST, Rounding
 from .zero_parts import part_of
@@ -47,7 +48,7 @@ def restore(
     """
     if engine.zero_nvme_offload_optimizer():
         raise UserError("a run whose optimizer is offloaded to nvme cannot be resumed: offload it to cpu")
-    with weights_follow(engine, model, rounding, checkpoint.step):
+    with weights_follow(engine, model, rounding, checkpoint.step), fail_together():
         _restore(engine, model, checkpoint)
 
 

@@ -1,5 +1,6 @@
 """Text and pictures reach the loggers that show them, and no callback needs TensorBoard."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.loggers import RunLogger, log_image, log_texts
+from tests.checkpoints.disk import full_disk
 
 from .test_expert_load import Stub
 from .test_expert_load import train as train_experts
@@ -73,15 +75,49 @@ def test_the_fake_is_like_the_real_one(method: str) -> None:
     assert set(ours) <= set(real)
 
 
-def test_a_full_disk_costs_curves_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logger = RunLogger(tmp_path, name="tensorboard", version="")
+def test_a_disk_that_is_full_for_seconds_costs_its_curves_alone_and_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logger = RunLogger(tmp_path, name="tensorboard", version="", default_hp_metric=False)
+    trainer: Any = SimpleNamespace(loggers=[logger])
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def steps(numbers: range) -> None:
+        for step in numbers:
+            logger.log_metrics({f"train/{n}": 1.0 for n in range(20)}, step)
+            log_texts(trainer, "samples", {"Hi": "Hello"}, step)
+            log_image(trainer, "picture", np.zeros((2, 3, 3), dtype=np.uint8), step)
+            logger.save()
 
-    logger.experiment.add_scalar = full
-    logger.log_metrics({"train/loss": 1.0}, 1)
-    logger.experiment.flush = full
-    logger.save()
+    steps(range(5))
+    with full_disk():
+        steps(range(5, 15))
+    assert [r.levelname for r in caplog.records] == ["ERROR"]
+    said = rf"{tmp_path}/tensorboard was not written: File too large, [\d,]+ bytes are free in .*; make room there; "
+    assert re.search(said, caplog.text)
+    steps(range(15, 20))
     logger.finalize("success")
-    assert caplog.text.count("training goes on") == 3 and "No space left" in caplog.text
+    assert [r.levelname for r in caplog.records] == ["ERROR", "WARNING"] and "events are written again" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
+    events = EventAccumulator(logger.log_dir, {"images": 0}).Reload()
+    for name in ("train/0", "train/19"):
+        assert {event.step for event in events.Scalars(name)} >= {*range(5), *range(15, 20)}
+    assert {event.step for event in events.Images("picture")} >= {*range(15, 20)}
+
+
+def test_a_run_that_begins_and_ends_on_a_full_disk_says_it_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = RunLogger(tmp_path, name="tensorboard", version="", default_hp_metric=False)
+    with full_disk():
+        logger.log_hyperparams({"config": "x" * 4000})
+        for step in range(9):
+            logger.log_metrics({f"train/{n}": 1.0 for n in range(20)}, step)
+        logger.save()
+        logger.finalize("success")
+    assert [r.levelname for r in caplog.records] == ["ERROR"]
+
+
+def test_another_error_of_a_logger_is_not_hidden(tmp_path: Path) -> None:
+    logger = RunLogger(tmp_path, name="tensorboard", version="")
+    with pytest.raises(ValueError, match="not supported"):
+        logger.log_metrics({"train/loss": object()}, 1)

@@ -1,7 +1,9 @@
 """A disk that stops: after any operation, keeping everything, or no more than what was synchronised."""
 
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +95,14 @@ class Disk:
 
 def descriptor_path(descriptor: int) -> str:
     return os.readlink(f"/proc/self/fd/{descriptor}")
+
+
+@contextmanager
+def full_disk(size: int = 1024) -> Iterator[None]:
+    """No file grows beyond `size` bytes; the error differs from a full disk's in its number alone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

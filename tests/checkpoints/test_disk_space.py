@@ -8,7 +8,9 @@ import pytest
 from src.checkpoints import disk_space
 from src.checkpoints.disk_space import Room, check_room
 from src.checkpoints.export import export
+from src.errors import UserError
 from tests.checkpoints.conftest import Checkpoints
+from tests.checkpoints.disk import full_disk
 
 
 @pytest.fixture
@@ -48,3 +50,13 @@ def test_an_export_that_does_not_fit_is_not_begun(
     (partial / files[0].name).unlink()
     export(checkpoint, str(out), max_shard_size="500KB", resume=True)
     assert sorted(out.glob("*.safetensors")) == files
+
+
+@pytest.mark.parametrize(("size", "named"), [(100_000, "model-00001-of-"), (300, "out.partial")])
+def test_a_disk_that_fills_up_during_an_export_is_named(
+    checkpoints: Checkpoints, tmp_path: Path, size: int, named: str
+) -> None:
+    said = rf"{tmp_path}/out.partial.* could not be written: File too large, [\d,]+ bytes are free in .*Make room"
+    with full_disk(size), pytest.raises(UserError, match=said) as caught:
+        export(str(checkpoints.folder / "stage 3"), str(tmp_path / "out"), max_shard_size="500KB")
+    assert named in str(caught.value) and "\n" not in str(caught.value)

@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from src.datamodules.cache import open_or_build, open_or_check
 from src.datamodules.cache_build import CacheBuild
 from src.datamodules.tokenization import TokenizeOptions
+from src.errors import UserError
+from tests.checkpoints.disk import full_disk
 
 from .conftest import question_answer
 
@@ -143,3 +145,14 @@ def test_a_cache_dir_that_cannot_be_written_to_is_named(
     for where in (Path(path), Path(path) / "cache"):
         with pytest.raises(ValueError, match=r"a\.jsonl.* cannot be written to \(.*\); give another --data.cache_dir"):
             open_or_build([path], tokenizer, OPTIONS, where)
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_disk_that_fills_up_is_named(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path, num_proc: int
+) -> None:
+    paths = [write_jsonl(f"{n}.jsonl", *[question_answer("q " * 30, "a " * 30)] * 200) for n in range(2)]
+    said = rf"{tmp_path}/cache/\w+ could not be written: File too large, .*another disk .data.cache_dir."
+    with full_disk(4096), pytest.raises(UserError, match=said):
+        open_or_build(paths, tokenizer, TokenizeOptions(max_length=256), tmp_path / "cache", num_proc)
+    assert not [file for file in (tmp_path / "cache").iterdir() if file.is_dir()]

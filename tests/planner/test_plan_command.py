@@ -73,6 +73,7 @@ def test_json_has_what_a_script_asks_for(tmp_path: Path) -> None:
     assert set(answer) == {
         *("fits", "verdict", "binding", "device", "host", "disk", "time", "tokens_per_s_per_gpu"),
         *("tokens_per_s_per_gpu_range", "mfu", "network_bytes", "steps", "rows_per_step", "data", "cluster", "assumed"),
+        "unwritable",
     }
     assert answer["steps"] == 7 and answer["rows_per_step"] == 512
     assert "nics_per_node" not in answer["assumed"] and "pcie_in_gb_s" in answer["assumed"]

@@ -1,0 +1,58 @@
+"""Where a run writes, and that it can: found out by writing there, before anything is loaded."""
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from src.callbacks.step_checkpoint import checkpoint_folder
+from src.callbacks.weights_checkpoint import weights_folder
+from src.checkpoints.disk_space import Room, try_to_write
+from src.datamodules.cache import default_cache_dir
+from src.errors import UserError
+
+
+def places(config: Namespace) -> dict[str, str]:
+    """The folders that a run of this config writes to, by option."""
+    root = str(config.trainer.default_root_dir or ".")
+    found = {
+        "trainer.default_root_dir": root,
+        "trainer.default_root_dir, checkpoints": str(checkpoint_folder(root)),
+        "data.cache_dir": str(config.data.cache_dir or default_cache_dir()),
+    }
+    if config.weights.every_n_train_steps:
+        found["trainer.default_root_dir, weights"] = str(weights_folder(root))
+    if config.export.out is not None:
+        found["export.out"] = str(config.export.out)
+    loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+    for logger in loggers:
+        arguments = logger.get("init_args") if isinstance(logger, Namespace) else None
+        if arguments is not None and arguments.get("save_dir"):
+            found[f"trainer.logger {logger.class_path.rpartition('.')[2]}"] = str(arguments.save_dir)
+    return found
+
+
+def unwritable(config: Namespace) -> list[str]:
+    """What is wrong with `places`, each folder once."""
+    problems: dict[str, str] = {}
+    for option, place in places(config).items():
+        try:
+            check_writable(option, place)
+        except UserError as error:
+            problems.setdefault(Room.at(Path(place)).folder, str(error))
+    return list(problems.values())
+
+
+def check_writable(option: str, path: str | Path) -> None:
+    """Writes a file, which is gone at once, in the folder `path` or in the nearest above it that is there.
+
+    Raises:
+        UserError: it cannot be written; names the option, and what is free there.
+    """
+    room = Room.at(Path(path))
+    try:
+        try_to_write(Path(room.folder))
+    except OSError as error:
+        raise UserError(
+            f"{option} {path}: {room.folder} cannot be written: {error.strerror}, {room}. "
+            "Give another place, or make room there."
+        ) from error
