@@ -59,3 +59,8 @@ def named_if_full(path: Path, option: str = "") -> Iterator[None]:
             f"{path} could not be written: {reason}, {free:,} bytes are free in {folder}. "
             f"Make room there, or write to another disk{elsewhere}."
         ) from error
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """1 row, 1,200 rows."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

@@ -45,11 +45,10 @@ class CheckDataCLI(ConfigCommand):
         reports = check(data, replicas, settings.trainer.accumulate_grad_batches, settings.show)
         reports[0].problems[:0] = problems
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print("\n".join(report_lines(reports, data.tokenizer, colour)))
+        wrong = sum(report.wrong for report in reports)
+        print("\n".join([verdict(wrong), *report_lines(reports, data.tokenizer, colour)]))
         if settings.html:
             with named_if_full(Path(settings.html)):
                 Path(settings.html).write_text(page(reports, data.tokenizer, "check-data"), encoding="utf-8")
-        wrong = sum(report.wrong for report in reports)
-        print(f"\n{verdict(wrong)}")
         if wrong:
             raise SystemExit(1)

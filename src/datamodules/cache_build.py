@@ -22,7 +22,7 @@ from .files import digest
 from .reader import scan
 from .tokenization import Report, TokenizeOptions, tokenize_spans
 
-FORMAT_VERSION = 4  # raise it when rendering, masking, the columns or the report change
+FORMAT_VERSION = 5  # raise it when rendering, masking, the columns or the report change
 WRITTEN_AT_ONCE = 64  # samples that a process holds before it writes them
 SKIPPED = "skipped.jsonl"  # the rows that were skipped, with the reasons
 

@@ -5,11 +5,11 @@ It goes through the same reading, rendering, masking and packing as training, an
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from src.errors import UserError
+from src.errors import UserError, counted
 
 from .cache import TokenCache, nothing_to_train_on, open_or_check
 from .copies import Conversations, Copies, first_samples
@@ -19,6 +19,17 @@ from .packed_set import PackedSet
 from .packing import check_accumulation
 from .sequence_shard import Document
 from .sft import SFTDataModule
+from .tokenization import Statistics
+
+
+class Cut(NamedTuple):
+    """Of the samples as they are before max_length."""
+
+    max_length: int
+    fit: int  # samples that fit, and not into half of it
+    samples: int  # that it cuts
+    tokens: int  # that they lose, of `of`
+    of: int
 
 
 @dataclass
@@ -32,7 +43,7 @@ class SetReport:
     remarks: list[Findings] = field(default_factory=list)
     numbers: list[tuple[str, str]] = field(default_factory=list)  # (what, how much), to be read
     notes: list[str] = field(default_factory=list)  # what became of rows that do not fit
-    lengths: list[tuple[int, int, int]] = field(default_factory=list)  # (from, to, samples), both ends included
+    lengths: list[Cut] = field(default_factory=list)  # what each max_length would cut
     shown: list[Document] = field(default_factory=list)
 
     @property
@@ -103,7 +114,7 @@ def _check_files(
                 report.problems.append(str(error))
         report.numbers = [*_numbers(data, packed, copies, is_train), *mixed]
         report.notes = cache.summary(data.options)[1:]
-        report.lengths = _histogram(cache.lengths)
+        report.lengths = cuts(cache.statistics)
         report.shown = _spread(cache, show)
         return found, packed.rows_an_epoch
 
@@ -121,20 +132,20 @@ def _numbers(data: SFTDataModule, packed: PackedSet, copies: Copies, is_train: b
     middle, most, nearly_all = np.percentile(lengths, [50, 90, 99], method="higher").astype(int)
     return [
         ("rows", f"{statistics.rows:,}"),
-        *([("skipped", f"{statistics.skipped:,} rows")] if statistics.skipped else []),
+        *([("skipped", counted(statistics.skipped, "row"))] if statistics.skipped else []),
         ("turns", f"{statistics.turns:,}"),
         ("samples", f"{statistics.samples:,} (history_reasoning {data.options.history_reasoning})"),
         ("tokens", f"{statistics.tokens:,}"),
         ("trained tokens", f"{statistics.targets:,} ({statistics.targets / statistics.tokens:.1%})"),
-        ("tokens a sample", f"median {middle:,}, 90% {most:,}, 99% {nearly_all:,}, longest {lengths.max():,}"),
-        ("cut to max_length", f"{statistics.truncated:,} samples"),
-        ("dropped", f"{statistics.dropped_truncated + statistics.dropped_overlong:,} samples"),
-        ("without targets", f"{statistics.rows_without_targets:,} rows"),
-        ("copies of another row", f"{copies.copies:,} rows"),
-        *([] if is_train else [("also in train", f"{copies.leaks:,} rows")]),
+        ("tokens per sample", f"median {middle:,}, 90% {most:,}, 99% {nearly_all:,}, longest {statistics.longest:,}"),
+        ("cut to max_length", counted(statistics.truncated, "sample")),
+        ("dropped", counted(statistics.dropped_truncated + statistics.dropped_overlong, "sample")),
+        ("without targets", counted(statistics.rows_without_targets, "row")),
+        ("copies of another row", counted(copies.copies, "row")),
+        *([] if is_train else [("also in train", counted(copies.leaks, "row"))]),
         (
             "packed" if data.packing else "not packed",
-            f"{len(packed.rows):,} rows of up to {data.options.max_length:,} tokens, "
+            f"{counted(len(packed.rows), 'row')} of up to {data.options.max_length:,} tokens, "
             f"{packed.fill(data.options.max_length):.1%} full",
         ),
     ]
@@ -144,13 +155,15 @@ def _steps(rows: int, batch_size: int, replicas: int, accumulation: int) -> tupl
     rows_per_step = replicas * batch_size * accumulation
     return (
         "optimizer steps",
-        f"{-(-rows // rows_per_step):,} an epoch, of {rows_per_step:,} packed rows "
+        f"{-(-rows // rows_per_step):,} per epoch, of {counted(rows_per_step, 'packed row')} "
         f"(data parallel {replicas} x batch {batch_size} x accumulation {accumulation})",
     )
 
 
-def _histogram(lengths: npt.NDArray[np.integer]) -> list[tuple[int, int, int]]:
-    """Samples by length, in bins that double: 1, 2 to 3, 4 to 7, ...; from the first to the last that has any."""
-    powers = np.log2(lengths).astype(int)  # exact at powers of two
-    counts = np.bincount(powers)
-    return [(2**power, 2 ** (power + 1) - 1, int(counts[power])) for power in range(powers.min(), powers.max() + 1)]
+def cuts(statistics: Statistics) -> list[Cut]:
+    """What each power of two would cut as max_length, from the first into which a sample fits to one that cuts none."""
+    powers = sorted(map(int, statistics.whole))
+    every = range(powers[0], powers[-1] + 1) if powers else ()
+    fit = {power: statistics.whole.get(str(power), [0, 0])[0] for power in every}
+    tokens = sum(count for _, count in statistics.whole.values())
+    return [Cut(2**power, fit[power], *statistics.cut_at(power), tokens) for power in every]

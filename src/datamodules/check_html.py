@@ -6,7 +6,7 @@ from itertools import groupby
 
 from transformers import PreTrainedTokenizerFast
 
-from .check import SetReport
+from .check import Cut, SetReport
 from .check_text import verdict
 from .findings import Findings
 from .segments import printable, segments
@@ -43,7 +43,7 @@ def _lines(reports: Sequence[SetReport], tokenizer: PreTrainedTokenizerFast, tit
             rows = "".join(f"<tr><td>{escape(what)}</td><td>{escape(text)}</td></tr>" for what, text in report.numbers)
             yield f"<table>{rows}</table>"
         if report.lengths:
-            yield "<h3>Tokens a sample</h3>"
+            yield "<h3>Tokens per sample, before max_length</h3>"
             yield _bars(report.lengths)
         if report.notes:
             yield from _list("Notes", len(report.notes), report.notes)
@@ -81,15 +81,16 @@ def _list(word: str, count: int, items: Sequence[str]) -> Iterator[str]:
     yield f"<h3{style}>{word}: {count:,}</h3><ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}{more}</ul>"
 
 
-def _bars(lengths: list[tuple[int, int, int]]) -> str:
-    most = max(count for *_, count in lengths)
+def _bars(lengths: list[Cut]) -> str:
+    most = max(cut.fit for cut in lengths)
     rows = []
-    for place, (first, last, count) in enumerate(lengths):
+    for place, cut in enumerate(lengths):
         top = place * 24
+        lost = f", would cut {cut.samples:,} samples" if cut.samples else ""
         rows.append(
-            f'<text x="150" y="{top + 16}" text-anchor="end">{first:,} to {last:,}</text>'
-            f'<rect x="160" y="{top + 3}" width="{400 * count / most:.1f}" height="18"></rect>'
-            f'<text x="{168 + 400 * count / most:.1f}" y="{top + 16}">{count:,}</text>'
+            f'<text x="150" y="{top + 16}" text-anchor="end">up to {cut.max_length:,}</text>'
+            f'<rect x="160" y="{top + 3}" width="{300 * cut.fit / most:.1f}" height="18"></rect>'
+            f'<text x="{168 + 300 * cut.fit / most:.1f}" y="{top + 16}">{cut.fit:,}{lost}</text>'
         )
     return (
         f'<svg role="img" aria-label="samples by length in tokens" width="680" height="{24 * len(lengths)}" '

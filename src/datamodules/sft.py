@@ -23,6 +23,7 @@ from .mixture import check_weights
 from .packed_set import PackedSet, mix_samples, pack_samples
 from .packing import check_accumulation
 from .resume import align_progress, check_identity
+from .rows import RowError
 from .sampler import MicroBatchSampler
 from .tokenization import BadRows, Overlong, TokenizeOptions
 from .tokenizer import load_tokenizer
@@ -173,7 +174,14 @@ class SFTDataModule(LightningDataModule):
         """The fingerprint of a cache that is there."""
         key = tuple(files)
         if key not in self._fingerprints:
-            cache = open_or_build(expand(files), self._tokenizer(), self.options, self.cache_dir)
+            paths, tokenizer = expand(files), self._tokenizer()
+            all_of_it = f"to list all that is wrong: {self.check_command}"
+            try:
+                cache = open_or_build(paths, tokenizer, self.options, self.cache_dir)
+            except RowError as error:
+                raise RowError(error.source, error.field, f"{error.problem}; {all_of_it}") from None
+            except UserError as error:
+                raise UserError(f"{error}; {all_of_it}") from None
             self._fingerprints[key] = cache.fingerprint
         return self._fingerprints[key]
 

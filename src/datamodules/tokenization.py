@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from src.errors import UserError
+from src.errors import UserError, counted
 
 from .chat_template import ChatTemplate, HistoryReasoning, Sample
 from .control_tokens import ControlTokens
@@ -58,30 +58,53 @@ class Statistics:
     dropped_truncated: int = 0  # no target left within max_length
     dropped_overlong: int = 0
     named_rows: list[str] = field(default_factory=list)  # the first rows without targets
+    longest: int = 0  # tokens of a sample, before max_length
+    # [samples, tokens] of the samples that fit into 2**power tokens and not into half as many, before max_length.
+    whole: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, other: "Statistics") -> None:
         for item in fields(self):
-            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+            if item.name not in ("longest", "whole"):
+                setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
         del self.named_rows[NAMED_ROWS:]
+        self.longest = max(self.longest, other.longest)
+        for power, (samples, tokens) in other.whole.items():
+            self._add_whole(power, samples, tokens)
+
+    def add_length(self, length: int) -> None:
+        """Counts a sample as it is before max_length."""
+        self.longest = max(self.longest, length)
+        self._add_whole(str((length - 1).bit_length()), 1, length)
+
+    def _add_whole(self, power: str, samples: int, tokens: int) -> None:
+        before = self.whole.get(power, [0, 0])
+        self.whole[power] = [before[0] + samples, before[1] + tokens]
+
+    def cut_at(self, power: int) -> tuple[int, int]:
+        """Samples that a max_length of 2**power cuts, and the tokens that they lose."""
+        longer = [counts for key, counts in self.whole.items() if int(key) > power]
+        samples = sum(count for count, _ in longer)
+        return samples, sum(tokens for _, tokens in longer) - samples * 2**power
 
     def lines(self, options: TokenizeOptions) -> list[str]:
         """What a person should read once, a line each."""
         share = self.targets / max(self.tokens, 1)
+        limit = f"{options.max_length:,}"
         lines = [
-            f"{self.rows:,} rows -> {self.samples:,} samples, {self.tokens:,} tokens, {self.targets:,} of them "
-            f"targets ({share:.1%})"
+            f"{counted(self.rows, 'row')} -> {counted(self.samples, 'sample')}, {self.tokens:,} tokens, "
+            f"{self.targets:,} of them targets ({share:.1%})"
         ]
         if self.skipped:
-            lines.append(f"{self.skipped:,} bad rows skipped")
+            lines.append(f"{counted(self.skipped, 'bad row')} skipped")
         if self.rows_without_targets:
             named = ", ".join(self.named_rows) + (", ..." if self.rows_without_targets > len(self.named_rows) else "")
-            lines.append(f"{self.rows_without_targets:,} rows dropped, nothing to train on: {named}")
+            lines.append(f"{counted(self.rows_without_targets, 'row')} dropped, nothing to train on: {named}")
         if self.truncated:
-            lines.append(f"{self.truncated:,} samples cut to max_length {options.max_length:,}")
+            lines.append(f"{counted(self.truncated, 'sample')} cut to max_length {limit}")
         if self.dropped_truncated:
-            lines.append(f"{self.dropped_truncated:,} samples dropped, no target within {options.max_length:,} tokens")
+            lines.append(f"{counted(self.dropped_truncated, 'sample')} dropped, no target within {limit} tokens")
         if self.dropped_overlong:
-            lines.append(f"{self.dropped_overlong:,} samples dropped, longer than {options.max_length:,} tokens")
+            lines.append(f"{counted(self.dropped_overlong, 'sample')} dropped, longer than {limit} tokens")
         return lines
 
 
@@ -235,6 +258,8 @@ def _row_samples(found: Conversation, template: ChatTemplate, options: TokenizeO
         statistics.rows_without_targets += 1
         if len(statistics.named_rows) < NAMED_ROWS:
             statistics.named_rows.append(found.source)
+    for sample in samples:
+        statistics.add_length(len(sample.input_ids))
     fitted = [sample for sample in (_fit(sample, options, statistics) for sample in samples) if sample is not None]
     for sample in fitted:
         statistics.samples += 1

@@ -50,8 +50,11 @@ def test_documents_are_the_rendered_rows(
     assert cache.targets.tolist() == cache.mtp_targets.tolist() == targets
     assert cache.document(0).input_ids.dtype == np.int32
     assert cache.statistics == Statistics(
-        rows=2, turns=6, samples=3, tokens=int(cache.lengths.sum()), targets=sum(targets)
+        **{"rows": 2, "turns": 6, "samples": 3, "tokens": int(cache.lengths.sum()), "targets": sum(targets)},
+        longest=max(len(sample.input_ids) for sample in samples),
+        whole=cache.statistics.whole,
     )
+    assert sum(count for count, _ in cache.statistics.whole.values()) == 3
 
 
 def test_samples_do_not_depend_on_processes_or_spans_or_format(
@@ -178,7 +181,7 @@ def test_rows_without_targets_are_dropped_and_named(
     assert (statistics.rows, statistics.samples, statistics.rows_without_targets) == (9, 1, 8)
     named = ", ".join(f"{path}:{row}" for row in range(2, 7))
     assert statistics.lines(OPTIONS)[1] == f"8 rows dropped, nothing to train on: {named}, ..."
-    with pytest.raises(ValueError, match=r"b\.jsonl: nothing to train on.*1 rows dropped.*assistant turn without loss"):
+    with pytest.raises(ValueError, match=r"b\.jsonl: nothing to train on.*1 row dropped.*assistant turn without loss"):
         open_or_build([write_jsonl("b.jsonl", silent)], tokenizer, OPTIONS, tmp_path)
     with pytest.raises(ValueError, match=r"c\.jsonl has no rows; leave it out"):
         open_or_build([write_jsonl("c.jsonl")], tokenizer, OPTIONS, tmp_path)

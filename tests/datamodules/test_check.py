@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from src.datamodules import SFTDataModule, cache_build, findings, reader
 from src.datamodules.cache import open_or_build, open_or_check
 from src.datamodules.chat_template import ChatTemplate
-from src.datamodules.check import SetReport, check
+from src.datamodules.check import Cut, SetReport, check
 from src.datamodules.check_html import page
 from src.datamodules.check_text import report_lines, show
 from src.datamodules.copies import firsts
@@ -96,7 +96,7 @@ def test_files_that_cannot_be_read_do_not_hide_the_others(
     ]
     assert train.wrong == 5 and dict(train.numbers)["samples"].startswith("2 ")
     assert val.wrong == 1 and "nothing to train on" in val.problems[0]
-    assert "WRONG: no file matches" in text([train, val], tokenizer)
+    assert "WRONG: train: no file matches" in text([train, val], tokenizer)
 
 
 def test_thousands_are_counted_and_the_first_named(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -106,10 +106,33 @@ def test_thousands_are_counted_and_the_first_named(tokenizer: PreTrainedTokenize
     one.update(Findings(json.loads(json.dumps(two.kinds))))
     ((count, errors),) = one.by_kind()
     assert count == len(one) == 3000 and [error.source for error in errors] == [f"f:{row}" for row in range(100)]
-    assert "    ... and 2,980 more of this kind" in text([SetReport("train", errors=one)], tokenizer)
+    (line, places, *_) = text([SetReport("train", errors=one)], tokenizer).splitlines()
+    assert line == "WRONG, 3,000 rows: f:0: messages[0].role: is 0; it must be x"
+    assert places == f"    also f:{', '.join(map(str, range(1, 13)))} and 2,987 more"
     for number in range(3 * findings.KINDS):  # data can make up kinds
         one.add(RowError("f:1", "", f"{number}"))
     assert len(one.kinds) == findings.KINDS + 1 and len(one) == 3000 + 3 * findings.KINDS
+
+
+def test_a_terminal_holds_the_worst_report(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of more kinds, files, mixtures and sets than fit; each kind once for all sets, the most frequent first."""
+    reports = []
+    for number in range(9):
+        errors, remarks = Findings(), Findings()
+        for kind in range(40):
+            for row in range(kind + 1):
+                errors.add(RowError(f"f{number}:{row}", "messages", f"is wrong; kind {kind}"))
+                remarks.add(RowError(f"f{number}:{row}", "messages", f"is odd; kind {kind}"))
+        numbers = [(f"number {place}", "1") for place in range(30)]
+        cuts = [Cut(2**power, 1, 1, 1, 99) for power in range(20)]
+        problems, notes = [f"problem {place}" for place in range(30)], ["a note"] * 9
+        name = f"val {number}" if number else "train"
+        reports.append(SetReport(name, problems, errors, errors, [remarks, remarks], numbers, notes, cuts))
+    lines = text(reports, tokenizer).splitlines()
+    assert len(lines) < 59  # the verdict stands above
+    wrong = [line for line in lines if line.startswith("WRONG, ")]
+    assert wrong[0] == "WRONG, 360 rows: f0:0: messages: is wrong; kind 39" and len(set(wrong)) == 5
+    assert "... and 35 more kinds, 5,670 rows; --html FILE lists them" in lines
 
 
 def test_numbers_are_a_count_by_hand(tokenizer: PreTrainedTokenizerFast, write_jsonl: Write, tmp_path: Path) -> None:
@@ -122,13 +145,14 @@ def test_numbers_are_a_count_by_hand(tokenizer: PreTrainedTokenizerFast, write_j
     assert report.wrong == 0
     assert numbers["rows"] == "4" and numbers["turns"] == "8" and numbers["samples"].startswith("2 ")
     assert numbers["tokens"] == "14" and numbers["trained tokens"] == "6 (42.9%)"  # 6 + 8 tokens, 2 + 4 of them
-    assert numbers["tokens a sample"] == "median 8, 90% 8, 99% 8, longest 8"
-    assert numbers["cut to max_length"] == "1 samples" and numbers["dropped"] == "1 samples"
-    assert numbers["without targets"] == "1 rows"
+    assert numbers["tokens per sample"] == "median 8, 90% 8, 99% 8, longest 26"
+    assert numbers["cut to max_length"] == "1 sample" and numbers["dropped"] == "1 sample"
+    assert numbers["without targets"] == "1 row"
     assert numbers["packed"] == "2 rows of up to 8 tokens, 87.5% full"
-    assert numbers["optimizer steps"].startswith("1 an epoch, of 30 packed rows")
-    assert report.lengths == [(4, 7, 1), (8, 15, 1)]
-    assert [note.split(":")[0] for note in report.notes][0] == "1 rows dropped, nothing to train on"
+    assert numbers["optimizer steps"].startswith("1 per epoch, of 30 packed rows")
+    # Before max_length, of 6, 15 and 26 tokens: what 8, 16 and 32 would cut, by hand.
+    assert report.lengths == [(8, 1, 2, 25, 47), (16, 1, 1, 10, 47), (32, 1, 0, 0, 47)]
+    assert [note.split(":")[0] for note in report.notes][0] == "1 row dropped, nothing to train on"
     (report,) = check(datamodule(tokenizer, tmp_path, [path]), replicas=None, accumulation=1)
     assert "optimizer steps" not in dict(report.numbers)
 
@@ -152,7 +176,7 @@ def test_copies_and_rows_of_train_in_val(
         "b.jsonl:2: trains on the same tokens as a.jsonl:1",
         "b.jsonl:3: trains on the same tokens as b.jsonl:1",
     ]
-    assert dict(val.numbers)["also in train"] == "1 rows" and train.wrong == val.wrong == 0
+    assert dict(val.numbers)["also in train"] == "1 row" and train.wrong == val.wrong == 0
 
 
 def test_what_nothing_reads_is_named_once_with_its_count(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -174,7 +198,7 @@ def test_what_nothing_reads_is_named_once_with_its_count(tokenizer: PreTrainedTo
             "messages[].name": (5, f"{path}:1", 1),
             "meta": (1, f"{path}:{first_meta}", 1),
         }
-        assert report.wrong == 0 and "    ... and 4 more of this kind" in text([report], tokenizer)
+        assert report.wrong == 0 and "suspicious, 5 rows: " in text([report], tokenizer)
 
 
 def test_answers_without_a_word_are_remarked(
@@ -218,7 +242,7 @@ def test_bad_rows_can_be_skipped(tokenizer: PreTrainedTokenizerFast, write_jsonl
     data = datamodule(tokenizer, tmp_path, [path], val_files=[path], bad_rows="skip")
     reports = check(data, 1, 1)
     assert all(report.wrong == 0 and dict(report.numbers)["skipped"] == "3 rows" for report in reports)
-    assert len(reports[0].skipped) == 4 and "  skipped, 1 time:" in text(reports, tokenizer)
+    assert len(reports[0].skipped) == 4 and "skipped, 2 rows: " in text(reports, tokenizer)
     data.setup("fit")
     assert data.train_set is not None and data.train_set.facts()["skipped"] == 3
     (note,) = reports[0].notes
@@ -234,7 +258,7 @@ def test_bad_rows_can_be_skipped(tokenizer: PreTrainedTokenizerFast, write_jsonl
         datamodule(tokenizer, tmp_path, [path]).prepare_data()
     only_bad = datamodule(tokenizer, tmp_path, [write_jsonl("b.jsonl", BAD_ROLE)], bad_rows="skip")
     (report,) = check(only_bad, 1, 1)
-    assert report.wrong == 1 and "nothing to train on. 1 rows" in report.problems[0]
+    assert report.wrong == 1 and "nothing to train on. 1 row " in report.problems[0]
     (tmp_path / "cut.json").write_text(json.dumps([{"messages": GOOD}])[:-1])  # what is no row is not skipped
     (report,) = check(datamodule(tokenizer, tmp_path, [str(tmp_path / "cut.json")], bad_rows="skip"), 1, 1)
     assert report.wrong == 1
@@ -248,7 +272,7 @@ def test_rows_have_the_names_of_the_files_at_hand(
         path = write_jsonl(name, question_answer("q", ""), question_answer("q", "a", loss=False))
         (report,) = check(datamodule(tokenizer, tmp_path, [path]), 1, 1)
         assert [errors[0].source for _, errors in remarked(report)] == [f"{path}:1"]
-        assert report.notes == [f"1 rows dropped, nothing to train on: {path}:2"]
+        assert report.notes == [f"1 row dropped, nothing to train on: {path}:2"]
 
 
 def test_halves_of_characters_can_be_reported(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -318,9 +342,9 @@ def test_the_mixture_and_named_sets(tokenizer: PreTrainedTokenizerFast, write_js
     names = [f"…{path[-39:]}" for path in train]
     assert numbers[f"3 x {names[0]}"].startswith("6 rows an epoch, of 2; 42 tokens (75.0%), 18 trained (75.0%)")
     assert numbers[f"0.5 x {names[1]}"].startswith("2 rows an epoch, of 4; 14 tokens (25.0%)")
-    assert numbers["optimizer steps"].startswith("4 an epoch, of 2 packed rows")
-    assert [dict(report.numbers)["also in train"] for report in reports[1:]] == ["0 rows", "1 rows"]
-    assert [dict(report.numbers)["copies of another row"] for report in reports[1:]] == ["1 rows", "0 rows"]
+    assert numbers["optimizer steps"].startswith("4 per epoch, of 2 packed rows")
+    assert [dict(report.numbers)["also in train"] for report in reports[1:]] == ["0 rows", "1 row"]
+    assert [dict(report.numbers)["copies of another row"] for report in reports[1:]] == ["1 row", "0 rows"]
     assert f"3 x {names[0]}" in text(reports, tokenizer)
     (train_report, *_) = check(datamodule(tokenizer, tmp_path, train, train_weights=[0.1, 1], **more), 1, 1)
     assert train_report.wrong == 1 and "0.1 of the 2 packed rows" in train_report.problems[0]
