@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from src.checkpoints.durable import checksum
 from src.checkpoints.source import raise_listed
-from src.errors import UserError
+from src.errors import UserError, counted
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def check_manifest(directory: str | Path, *, checksums: bool = True, rank: int =
         dist.all_gather_object(found, problems)
         problems = sorted({problem for part in found for problem in part})
     if problems:
-        raise_listed(f"{path}: {len(problems)} bad files; {_remedy(path)}", problems)
+        raise_listed(f"{path}: {counted(len(problems), 'bad file')}; {_remedy(path)}", problems)
 
 
 def _problems(directory: Path, files: dict[str, FileRecord], checksums: bool, rank: int, world_size: int) -> list[str]:

@@ -1,4 +1,5 @@
 import json
+from src.errors import counted
 import multiprocessing
 import os
 import re
@@ -49,7 +50,11 @@ def test_documents_are_the_rendered_rows(
     assert cache.targets.tolist() == cache.mtp_targets.tolist() == targets
     assert cache.document(0).input_ids.dtype == np.int32
     assert cache.statistics == Statistics(
-        **{"rows": 2, "turns": 6, "samples": 3, "tokens": int(cache.lengths.sum()), "targets": sum(targets)},
+        rows=2,
+        turns=6,
+        samples=3,
+        tokens=int(cache.lengths.sum()),
+        targets=sum(targets),
         longest=max(len(sample.input_ids) for sample in samples),
         whole=cache.statistics.whole,
     )
