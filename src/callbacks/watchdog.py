@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from src.errors import UserError
+from src.errors import UserError, counted
 
 from .phases import Phases
 
@@ -179,7 +179,9 @@ def describe(reports: Mapping[int, Report], world_size: int) -> str:
     others wait in a collective for the ranks that are in none, or stand at another line than most.
     """
     some = next(iter(reports.values()))
-    lines = [f"No progress for {some['seconds']} s: the run hangs. {len(reports)} of {world_size} ranks have reported."]
+    lines = [
+        f"No progress for {some['seconds']} s: the run hangs. {len(reports)} of {counted(world_size, 'rank')} reported."
+    ]
     if missing := sorted(set(range(world_size)) - set(reports)):
         lines.append(f"Nothing from {_ranks(missing)}: gone, unable to run Python, or still at work. Look there first.")
     most = max(report["changes"] for report in reports.values())

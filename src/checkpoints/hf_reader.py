@@ -20,7 +20,7 @@ import torch
 from src.checkpoints.fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_shape
 from src.checkpoints.key_map import mtp_layer
 from src.checkpoints.source import raise_listed
-from src.errors import UserError, read_object
+from src.errors import UserError, counted, read_object
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -75,7 +75,9 @@ class HFDirectorySource:
         self._tensors, problems = open_weights(self.path, self._descriptors)
         if dequantise:
             problems += self._wrong_scales()
-        raise_listed(f"{self.path}: {len(problems)} problems with the weights; copy these files again:", problems)
+        raise_listed(
+            f"{self.path}: {counted(len(problems), 'problem')} with the weights; copy these files again:", problems
+        )
 
     def names(self) -> Iterable[str]:
         return [name for name in self._tensors if not self._is_scale(name)]

@@ -17,7 +17,7 @@ from src.checkpoints.hf_reader import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Stor
 from src.checkpoints.key_map import hf_shapes, mtp_copies, mtp_layer
 from src.checkpoints.side_files import architecture, read_config
 from src.checkpoints.source import raise_listed
-from src.errors import read_object
+from src.errors import counted, read_object
 
 _LEFTOVERS = (".model*.safetensors.*", ".export.json")  # of an export that was interrupted
 
@@ -57,7 +57,7 @@ def check_layout(directory: str | Path, found: Sequence[str] = ()) -> Layout:
     problems += [*found, *_wrong_config(config, dtype), *_wrong_files(path, tensors)]
     expected = published_tensors(config, dtype, mtp=mtp)
     problems += _wrong_tensors(expected, tensors)
-    raise_listed(f"{path}: {len(problems)} problems with the layout of an export or a download:", problems)
+    raise_listed(f"{path}: {counted(len(problems), 'problem')} with the layout of an export or a download:", problems)
 
     layers, copies = config["num_hidden_layers"], mtp_copies(config["num_hidden_layers"])
     weights = {name: math.prod(shape) for name, (shape, _) in expected.items() if not name.endswith(SCALE_SUFFIX)}
@@ -194,4 +194,7 @@ def _other_dtypes(expected: dict[str, tuple[tuple[int, ...], torch.dtype]], tens
     for name, (_, dtype) in expected.items():
         if (stored := tensors[name].dtype) != dtype:
             others.setdefault(f"{DTYPE_NAMES[stored]} instead of {DTYPE_NAMES[dtype]}", []).append(name)
-    return [f"{len(names)} tensors are {pair}, {names[0]} for one" for pair, names in others.items()]
+    return [
+        f"{counted(len(names), 'tensor is', 'tensors are')} {pair}, {names[0]} for one"
+        for pair, names in others.items()
+    ]

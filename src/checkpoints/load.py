@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from src.checkpoints.key_map import StackedExperts, mtp_copies, mtp_layer
 from src.checkpoints.source import WeightSource, chunks, raise_listed
+from src.errors import counted
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,10 @@ def load(
     view, problems = stacked_view(source, tensors, unneeded)
     if not problems:  # a destination is compared with its source, which must be there
         problems = unfit(tensors, view)
-    raise_listed(f"{len(problems)} tensors do not fit the model; check config.json against the weights:", problems)
+    raise_listed(
+        f"{counted(len(problems), 'misfit')} of tensor and model; check config.json against the weights:",
+        problems,
+    )
     sinks = [sink_of(view, name, tensor) for name, tensor in tensors.items()]
     if lower_halves:
         sinks = [_cut(sink) if tensors[sink.name].requires_grad else sink for sink in sinks]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from src.checkpoints.durable import checksum
 from src.checkpoints.source import raise_listed
-from src.errors import UserError, read_object
+from src.errors import UserError, counted, read_object
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ def check_manifest(
         unlisted = found[0][1]
     if problems or unlisted:
         trusted = "" if problems else "if you trust it, --accept_unlisted true; else "
-        count = len(problems) + len(unlisted)
-        raise_listed(f"{path}: {count} bad files; {trusted}{_remedy(path)}", [*problems, *unlisted])
+        count = counted(len(problems) + len(unlisted), "bad file")
+        raise_listed(f"{path}: {count}; {trusted}{_remedy(path)}", [*problems, *unlisted])
 
 
 def _unlisted(directory: Path, files: dict[str, FileRecord] | None) -> list[str]:

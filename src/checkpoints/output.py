@@ -13,6 +13,7 @@ from src.checkpoints.kept import Change
 from src.checkpoints.key_map import hf_shapes, mtp_copies, mtp_layer
 from src.checkpoints.side_files import architecture
 from src.checkpoints.source import CHUNK, WeightSource, chunks, raise_listed
+from src.errors import counted
 
 Dtype = Literal["bf16", "fp8", "fp32"]
 
@@ -57,7 +58,10 @@ def output_tensors(
         else:
             change = _change(name, shape, dtype, trained, beside) if stored == name and source is trained else None
             tensors += _output(name, stored, source, shape, dtype, change)
-    raise_listed(f"{len(problems)} tensors are not those of config.json; check which model was trained:", problems)
+    raise_listed(
+        f"{counted(len(problems), 'tensor')} unlike config.json; check which model was trained:",
+        problems,
+    )
     return tensors
 
 

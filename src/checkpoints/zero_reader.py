@@ -44,7 +44,7 @@ from deepspeed.checkpoint.constants import (
 
 from src.checkpoints.safe_load import load_safely
 from src.checkpoints.source import raise_listed
-from src.errors import UserError
+from src.errors import UserError, counted
 
 Slot = Literal["fp32", "exp_avg", "exp_avg_sq"]
 
@@ -173,7 +173,7 @@ class ZeroCheckpointSource:
         with ThreadPoolExecutor(16) as pool:
             problems = [problem for problem in pool.map(wrong, files) if problem]
         raise_listed(
-            f"{self._folder}: {len(problems)} of {len(files)} files are bad; use another checkpoint:", problems
+            f"{self._folder}: {len(problems)} bad of {counted(len(files), 'file')}; use another checkpoint:", problems
         )
 
     def _load(self, file: Path) -> dict[str, Any]:

@@ -23,7 +23,8 @@ OWN: dict[str, tuple[Option, ...]] = {
     "plan": (
         Option("json", bool, False, "as JSON instead of tables"),
         Option("explain", bool, False, "each line's formula with its numbers"),
-        Option("search", bool, False, "the fastest settings around these that fit"),
+        Option("search", bool, False, "the fastest settings around these that fit, as arguments to paste"),
+        Option("search_nodes", list[int] | None, None, "nodes that --search tries, [16, 32]; by default the run's"),
         Option("scale", bool, False, "the cost per token on 8 to 4,096 GPUs"),
         Option("cluster", str | None, None, "the machines: a file of preflight --write"),
         Option("trace", str | None, None, "write the simulated micro-step for Perfetto"),

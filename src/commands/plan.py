@@ -53,7 +53,13 @@ class PlanCLI:
         settings, data = self.plan.settings, self.plan.data
         found = nearest(settings, cluster, data) if not self.plan.fits else None
         best = (
-            search(settings, cluster, data, lambda rates, count: tqdm(rates, "search", count, disable=None))
+            search(
+                settings,
+                cluster,
+                data,
+                lambda rates, count: tqdm(rates, "search", count, disable=None),
+                nodes=config.search_nodes,
+            )
             if config.search
             else None
         )
@@ -64,7 +70,10 @@ class PlanCLI:
                 answer["nearest"] = {"change": found[0], "verdict": found[1].verdict}
             for key, plans in (("search", best), ("scale", sizes)):
                 if plans is not None:
-                    answer[key] = [as_json(p) | {"options": p.settings.options()} for p in plans]
+                    answer[key] = [
+                        as_json(p) | {"options": p.settings.options(), "arguments": p.settings.arguments(settings)}
+                        for p in plans
+                    ]
             print(json.dumps(answer, indent=2))
         else:
             print(text(self.plan, config.explain))
@@ -76,7 +85,7 @@ class PlanCLI:
                 print(
                     "No three changes of offload, batch, SP, shards, saves or up to four times the nodes make it fit."
                 )
-            for answered in (best is not None and search_text(best), sizes is not None and scale_text(sizes)):
+            for answered in (best is not None and search_text(best, settings), sizes is not None and scale_text(sizes)):
                 if answered:
                     print(f"\n{answered}")
         if config.trace:

@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 
 from src.commands.mtp_weight import mtp_loss_weight
 from src.datamodules.files import NoMatch, expand
-from src.errors import UserError
+from src.errors import UserError, counted
 from src.models.deepseek_v3.sizes import read_sizes, trained_part
 from src.planner import account
 from src.planner.cluster import Cluster
@@ -128,7 +128,7 @@ def data_of(config: Namespace, settings: Settings) -> tuple[Data, float]:
         whole, batch = rows, settings.dp * settings.batch_size
         rows = min(rows, max(1, int(rows * limit) if isinstance(limit, float) else limit * batch))
         tokens = tokens * rows // whole
-        source += f"; of which trainer.limit_train_batches {limit} takes {rows:,} rows" if rows < whole else ""
+        source += f"; of which trainer.limit_train_batches {limit} takes {counted(rows, 'row')}" if rows < whole else ""
     return Data(rows, tokens, epochs, source + no_end, steps), document
 
 
@@ -172,7 +172,8 @@ def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, floa
     check_accumulation(rows, settings.dp, settings.batch_size, settings.accumulate)
     document = float((lengths**2).sum() / lengths.sum())
     source = (
-        f"{len(lengths):,} samples, {lengths.sum():,} tokens, {rows:,} rows an epoch, documents of {document:,.0f} "
+        f"{counted(len(lengths), 'sample')}, {lengths.sum():,} tokens, {counted(rows, 'row')} per epoch, "
+        f"documents of {document:,.0f} "
         f"tokens (the mean over tokens); rows are {packed.fill(length):.1%} full, and planned as full"
     )
     return rows, tokens, source, document

@@ -18,7 +18,7 @@ from src.commands.config_command import ConfigCommand
 from src.commands.outputs import check_output
 from src.commands.planned import settings_of
 from src.commands.writable import unwritable
-from src.errors import UserError, named_if_full
+from src.errors import UserError, counted, named_if_full
 from src.planner import account
 from src.planner.cluster import Cluster, write_cluster
 from src.planner.settings import Settings
@@ -168,7 +168,8 @@ def _look_together(report: Report, ranks: Ranks, settings: Namespace, cuda: bool
     asked = settings.trainer.num_nodes * int(devices) if devices.isdecimal() else ranks.world_size
     if ranks.world_size > 1 and asked != ranks.world_size:
         report.problems.append(
-            f"{ranks.world_size} ranks were started, the config has trainer.num_nodes {settings.trainer.num_nodes} x "
+            f"{counted(ranks.world_size, 'rank was', 'ranks were')} started, the config has "
+            f"trainer.num_nodes {settings.trainer.num_nodes} x "
             f"trainer.devices {devices}; make them agree"
         )
     wants_gpu = settings.trainer.accelerator not in ("cpu", "auto")
@@ -232,10 +233,8 @@ def _check_shared(report: Report, ranks: Ranks, root: str) -> None:
 
 def _summary(ranks: Ranks, reports: list[Report], measured: dict[str, Any]) -> str:
     order = [f.name for f in fields(Cluster) if f.name in measured]
-    each = f"{ranks.ranks_per_node} rank{'s' * (ranks.ranks_per_node != 1)}"
-    told = (
-        [f"{ranks.nodes} node{'s' * (ranks.nodes != 1)} x {each}"] if ranks.world_size > 1 else ["this machine alone"]
-    )
+    each = counted(ranks.ranks_per_node, "rank")
+    told = [f"{counted(ranks.nodes, 'node')} x {each}"] if ranks.world_size > 1 else ["this machine alone"]
     code = reports[0].same.get("code", {})
     told.append(f"revision {code.get('revision')}, torch {reports[0].same.get('packages', {}).get('torch')}")
     worst = ", ".join(f"{name} {measured[name]}" for name in order)

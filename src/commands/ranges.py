@@ -110,6 +110,7 @@ RANGES = {
     "watchdog.minutes": Range("[0, 100000]", "minutes without a change of phase, 0 turns the watchdog off"),
     # of one command
     "show": Range("[0, 1e6]", "conversations to print"),
+    "search_nodes": Range("[1, 65536]", "nodes of the job"),
     "document_length": Range("[1, 16777216]", "tokens of a document"),
     "gpu_memory": Range("(0, 1e6]", "GiB of a card"),
 }

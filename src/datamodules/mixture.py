@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from src.errors import UserError
+from src.errors import UserError, counted
 
 from .packing import PackedRows
 
@@ -80,7 +80,7 @@ class Mixture:
         return [
             (
                 f"{part.weight:g} x {part.entry if len(part.entry) <= 40 else '…' + part.entry[-39:]}",
-                f"{part.rows_an_epoch:,} rows an epoch, of {part.rows:,}; "
+                f"{counted(part.rows_an_epoch, 'row')} per epoch, of {part.rows:,}; "
                 f"{part.an_epoch(part.tokens):,} tokens ({part.an_epoch(part.tokens) / tokens:.1%}), "
                 f"{part.an_epoch(part.targets):,} trained ({part.an_epoch(part.targets) / targets:.1%})",
             )
@@ -96,7 +96,8 @@ def check_weights(weights: Sequence[float], entries: Sequence[str]) -> None:
     """
     if len(weights) != len(entries):
         raise UserError(
-            f"data.train_weights has {len(weights)} values, data.train_files {len(entries)} entries; give one weight "
+            f"data.train_weights has {counted(len(weights), 'value')}, "
+            f"data.train_files {counted(len(entries), 'entry', 'entries')}; give one weight "
             "for each entry (a glob is one entry)"
         )
     for weight, entry in zip(weights, entries, strict=True):

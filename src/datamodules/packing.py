@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from src.errors import UserError
+from src.errors import UserError, counted
 
 IntArray = npt.NDArray[np.integer[Any]]
 
@@ -83,7 +83,8 @@ def check_accumulation(rows: int, replicas: int, batch_size: int, accumulation: 
     micro_steps = -(-rows // (replicas * batch_size))
     if accumulation > 1 and accumulation >= 10 * micro_steps:
         raise UserError(
-            f"trainer.accumulate_grad_batches is {accumulation}, but the {rows} rows of an epoch fill {micro_steps} "
-            f"micro-batches (data parallel {replicas} x batch {batch_size}): lower it, to {micro_steps} say, or give "
+            f"trainer.accumulate_grad_batches is {accumulation}, but the {counted(rows, 'row')} of an epoch fill "
+            f"{counted(micro_steps, 'micro-batch', 'micro-batches')} "
+            f"(data parallel {replicas} x batch {batch_size}): lower it, to {micro_steps} say, or give "
             "more data."
         )

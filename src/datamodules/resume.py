@@ -3,7 +3,7 @@ number that no layout changes."""
 
 from typing import Any
 
-from src.errors import UserError
+from src.errors import UserError, counted
 
 
 def align_progress(
@@ -63,7 +63,8 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], batch_size: int, 
             )
     if saved["fingerprint"] != now["fingerprint"] or saved["rows"] != now["rows"]:
         raise UserError(
-            f"the training data is not the checkpoint's: {now['rows']} rows ({now['fingerprint']}), but it was "
+            f"the training data is not the checkpoint's: {counted(now['rows'], 'row')} ({now['fingerprint']}), "
+            "but it was "
             f"trained on {saved['rows']} ({saved['fingerprint']}); the files' bytes and order, the tokenizer with "
             "its template, overlong and history_reasoning must be the same, with train_weights the entries of "
             "train_files too. For other data start a new run from exported weights"
@@ -88,6 +89,6 @@ def _other_rows_per_step(saved: int, now: int, batch_size: int, accumulation: in
         else f"no accumulation gives {saved}: data-parallel size x batch_size must divide it"
     )
     return (
-        f"an optimizer step takes {now} rows (data-parallel size {replicas} x batch_size {batch_size} x "
+        f"an optimizer step takes {counted(now, 'row')} (data-parallel size {replicas} x batch_size {batch_size} x "
         f"accumulate_grad_batches {accumulation}), but the checkpoint's took {saved}; {remedy}"
     )

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerFast
 
-from src.errors import UserError
+from src.errors import UserError, counted
 
 from .cache import TokenCache, open_built, open_or_build
 from .chat_template import HistoryReasoning
@@ -165,7 +165,7 @@ class SFTDataModule(LightningDataModule):
             copies = Copies.among(Conversations.of(packed.cache), None if name == "train" else train)
             for remarks in (packed.cache.report.remarks, packed.cache.report.unread, copies.remarks):
                 for count, examples in remarks.by_kind():
-                    times = f"{count:,} time{'s' if count > 1 else ''}"
+                    times = counted(count, "time")
                     lines.append(f"  {name}: suspicious, {times}, first {examples[0]}")
         if lines:
             rank_zero_warn("\n".join(["the data:", *lines, f"  to list the rows: {self.check_command}"]))
@@ -218,7 +218,7 @@ class SFTDataModule(LightningDataModule):
         packed = self.pack(cache, weights)
         first, *details = cache.summary(self.options)
         rank_zero_info(
-            f"{name}: {first}; {len(packed.rows):,} rows of up to {self.options.max_length:,} tokens, "
+            f"{name}: {first}; {counted(len(packed.rows), 'row')} of up to {self.options.max_length:,} tokens, "
             f"{packed.fill(self.options.max_length):.1%} full"
         )
         for entry, amount in packed.mixture.lines() if packed.mixture is not None else ():

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from src.errors import counted
 from src.models.deepseek_v3.sizes import small_parameters
 from src.planner.ledger import GRADIENTS, INPUTS, KEPT, LAYER, LOSS, SHARDS, Line
 from src.planner.schedule import Schedule
@@ -25,7 +26,7 @@ def _g(value: float) -> str:
 def states(settings: Settings) -> list[Line]:
     """What lies on the device between steps."""
     s, own = settings, settings.partition
-    each = "parameters" if s.stage < 3 else f"parameters / {s.world} ranks"
+    each = "parameters" if s.stage < 3 else f"parameters / {counted(s.world, 'rank')}"
     lines = []
     if not s.offload_parameters:
         name = f"{'bf16' if s.param_bytes == 2 else 'fp32'} weights{', partitions' if s.stage == 3 else ''}"
@@ -35,13 +36,13 @@ def states(settings: Settings) -> list[Line]:
         trained = s.sizes.parameters * s.trained / (s.world if s.stage else 1)
         master = 12 if s.param_bytes == 2 else 8  # in fp32 the weights are their own masters
         what = "fp32 master and two moments" if master == 12 else "two moments"
-        of = f"{_g(s.sizes.parameters * s.trained)} trained / {s.world if s.stage else 1} ranks"
+        of = f"{_g(s.sizes.parameters * s.trained)} trained / {counted(s.world if s.stage else 1, 'rank')}"
         lines.append(Line(what, master * trained, f"{of} x {master} bytes"))
         lines.append(Line("accumulated gradient, fp32", 4 * trained, f"{of} x 4 bytes"))
     if s.stage == 3:
         layers, small = s.sizes.num_hidden_layers, sum(small_parameters(s.sizes).values())
         kept = s.param_bytes * (layers * small + s.sizes.hidden_size)
-        lines.append(Line("norms, whole", kept, f"{layers} layers x {small:,} x {s.param_bytes} bytes"))
+        lines.append(Line("norms, whole", kept, f"{counted(layers, 'layer')} x {small:,} x {s.param_bytes} bytes"))
     if s.stage in (1, 2):
         why = f"reduce_bucket_size {s.reduce_bucket:,} x 4 bytes"
         lines.append(Line("reduction bucket, fp32", 4 * s.reduce_bucket, why))
@@ -94,24 +95,26 @@ def host(settings: Settings, work: Work) -> list[Line]:
     own, trained = s.partition, s.partition * s.trained
     lines = []
     if s.offload_optimizer:
-        why = f"{ranks} ranks x {_g(trained)} x 16 bytes: master and gradient (pinned), two moments, in fp32"
+        why = f"{counted(ranks, 'rank')} x {_g(trained)} x 16 bytes: master and gradient (pinned), two moments, in fp32"
         lines.append(Line("optimizer states and gradient", ranks * 16 * trained, why, AT_START))
     if s.offload_parameters:
-        why = f"{ranks} ranks x {_g(own)} x {s.param_bytes} bytes"
+        why = f"{counted(ranks, 'rank')} x {_g(own)} x {s.param_bytes} bytes"
         lines.append(Line("weights, pinned", ranks * s.param_bytes * own, why, AT_START))
     if s.activation_checkpointing:
         layers = s.sizes.layers
         waiting = {"attention outputs": s.attention_output, "layer inputs": s.layer_input}
         for (name, kept), line in zip(waiting.items(), (work.kept_output(), work.layer_input()), strict=True):
             if kept == "offload":
-                why = f"{ranks} ranks x {layers} layers x {line.nbytes / GIB:.2f} GiB ({line.why}), of the longest row"
+                of_layer = f"{line.nbytes / GIB:.2f} GiB ({line.why})"
+                why = f"{counted(ranks, 'rank')} x {counted(layers, 'layer')} x {of_layer}, of the longest row"
                 lines.append(Line(f"{name}, pinned", ranks * layers * line.nbytes, why, IN_FIRST_STEP))
     if s.async_save:
         each = 12 if s.param_bytes == 2 else 8 + s.param_bytes
-        why = f"{ranks} ranks x {_g(trained)} x {each} bytes, {AT_FIRST_SAVE} and kept"
+        why = f"{counted(ranks, 'rank')} x {_g(trained)} x {each} bytes, {AT_FIRST_SAVE} and kept"
         lines.append(Line("copy that a save writes, plain", ranks * each * trained, why, AT_FIRST_SAVE))
+    loaders = counted(s.num_workers, "worker")
     process = CPU_PROCESS if s.cpu else PROCESS
-    why = f"{ranks} ranks x ({process / GIB:.1f} GiB + {s.num_workers} workers x {WORKER / GIB} GiB), assumed"
+    why = f"{counted(ranks, 'rank')} x ({process / GIB:.1f} GiB + {loaders} x {WORKER / GIB} GiB), assumed"
     lines.append(Line("processes and loaders", ranks * (process + s.num_workers * WORKER), why, AT_START))
     return lines
 

@@ -3,18 +3,26 @@
 from collections.abc import Iterable
 from typing import Any
 
+from src.errors import counted
 from src.planner.account import checkpoint_bytes
 from src.planner.ledger import Line
 from src.planner.plan import ASSUMED, MEASURED, Plan, optimizer_why, shifted, step_flops
 from src.planner.search import pays_until
-from src.planner.settings import GIB
+from src.planner.settings import GIB, Settings
 from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, HOST, SP, TO_HOST
 from src.planner.timing import export_seconds, load_seconds, network_bytes, save_stall, sp_bytes, write_seconds
 
 
+def digits(number: float) -> str:
+    """Three digits, above 1,000 all: 0.214, 5.02, 31.1, 127, 1388."""
+    if number < 1:
+        return "0" if number < 0.0005 else f"{number:.3f}"
+    return f"{number:.{max(0, 3 - len(str(int(number))))}f}"
+
+
 def duration(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.1f} s"
+        return f"{digits(seconds)} s"
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
@@ -26,9 +34,9 @@ def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
 
     def add(what: str, much: str | float, why: str = "") -> None:
-        rows.append((what, much if isinstance(much, str) else f"{much:.2f} s", why))
+        rows.append((what, much if isinstance(much, str) else f"{digits(much)} s", why))
 
-    rows_of = f"{s.batch_size} x {s.max_length:,} tokens a {s.sp} GPUs"
+    rows_of = f"{s.batch_size} x {s.max_length:,} tokens per {counted(s.sp, 'GPU')}"
     add("a micro-step, simulated", t.micro, f"{rows_of}; the mean of {s.accumulate} played schedules")
     add("  of it the forward pass", t.forward)
     flops = step_flops(s) / s.sp
@@ -53,29 +61,34 @@ def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
     add("    for the host", t.host, f"whose hooks and launches take {t.streams[HOST]:.2f} s, most of them ahead")
     add("optimizer", t.optimizer, optimizer_why(plan))
     off = f"assumed {ASSUMED:.0%} off, others {MEASURED:.0%}"
-    step = f"{t.step:.1f} s ({plan.fastest:.0f} to {plan.slowest:.0f})"
+    step = f"{digits(t.step)} s ({digits(plan.fastest)} to {digits(plan.slowest)})"
     add("a step", step, f"{s.accumulate} x {t.micro:.2f} + {t.optimizer:.2f}; {off}")
     rate = f"{plan.rate():.0f} ({plan.rate(plan.slowest):.0f} to {plan.rate(plan.fastest):.0f})"
-    add("tokens/s/GPU", rate, f"{plan.step_tokens:,.0f} tokens a step / {s.world} GPUs / {t.step:.1f} s")
+    add(
+        "tokens/s/GPU",
+        rate,
+        f"{plan.step_tokens:,.0f} tokens per step / {counted(s.world, 'GPU')} / {digits(t.step)} s",
+    )
     mfu = f"{plan.mfu():.1%} ({plan.mfu(plan.slowest):.1%} to {plan.mfu(plan.fastest):.1%})"
     useful = f"{flops * s.accumulate / 1e15:.1f}e15 useful operations a GPU"
-    add(f"MFU of {c.card.peak:.0f} TFLOP/s", mfu, f"{useful} / {t.step:.1f} s / {c.card.peak:.0f}e12")
+    add(f"MFU of {c.card.peak:.0f} TFLOP/s", mfu, f"{useful} / {digits(t.step)} s / {c.card.peak:.0f}e12")
     copied = "the copy to host memory" if s.async_save else "the whole write"
     add("a save holds training up", duration(save_stall(s, c)), copied)
-    disk = f"/ {s.nodes} nodes / {c.disk_write_gb_s:g} GB/s"
+    disk = f"/ {counted(s.nodes, 'node')} / {c.disk_write_gb_s:g} GB/s"
     add("  and is written in", duration(write_seconds(s, c)), f"{checkpoint_bytes(s) / 1e12:.2f} TB {disk}")
-    slow = f"{plan.slowest:.0f} + 2 x {write_seconds(s, shifted(c, True)):.0f} + 60"
+    slow = f"{digits(plan.slowest)} + 2 x {write_seconds(s, shifted(c, True)):.0f} + 60"
     lead = f"{slow}: the slowest step, the save under way, its own, at the slowest disk"
     add("a stop's lead (--stop.lead)", f"{stop_lead(plan):.0f} s", lead)
     weights = f"{2 * s.sizes.parameters / 1e12:.2f} TB"
-    read = f"{weights} in BF16 / {s.nodes} nodes / {c.disk_read_gb_s:g} GB/s"
+    read = f"{weights} in BF16 / {counted(s.nodes, 'node')} / {c.disk_read_gb_s:g} GB/s"
     add("weights are read in", duration(load_seconds(s, c)), read)
     add("an export in BF16 takes", duration(export_seconds(s, c)), f"by the job: {weights} {disk}")
-    run = f"{plan.steps:,} steps, {duration(plan.wall())}"
-    epochs = f"{plan.data.rows:,} rows / {s.rows_per_step} a step x {plan.data.epochs} epochs"
+    run = f"{counted(plan.steps, 'step')}, {duration(plan.wall())}"
+    times = counted(plan.data.epochs or 1, "epoch")
+    epochs = f"{counted(plan.data.rows, 'row')} / {s.rows_per_step} per step x {times}"
     ends = epochs if plan.data.epochs else "trainer.max_steps, epochs unbounded"
     between = f"{duration(plan.wall(plan.fastest))} to {duration(plan.wall(plan.slowest))}"
-    add("the run", f"{run} ({between})", f"{ends}, {plan.saves} saves")
+    add("the run", f"{run} ({between})", f"{ends}, {counted(plan.saves, 'save')}")
     return rows
 
 
@@ -91,11 +104,9 @@ def stop_lead(plan: Plan) -> float:
 def text(plan: Plan, explain: bool = False) -> str:
     s, out = plan.settings, []
     place = "process" if s.cpu else "GPU"
-    many = "processes" if s.cpu else "GPUs"
-    head = (
-        f"{_count(s.sizes.parameters)} parameters on {s.world} {many} ({s.nodes} x {s.gpus}): DP {s.dp} x SP {s.sp}, "
-    )
-    out += [head + f"{s.rows_per_step} rows of {s.max_length:,} a step", f"data: {plan.data.source}", ""]
+    many = counted(s.world, "process", "processes") if s.cpu else counted(s.world, "GPU")
+    head = f"{_count(s.sizes.parameters)} parameters on {many} ({s.nodes} x {s.gpus}): DP {s.dp} x SP {s.sp}, "
+    out += [head + f"{counted(s.rows_per_step, 'row')} of {s.max_length:,} per step", f"data: {plan.data.source}", ""]
 
     def section(title: str, lines: Iterable[Line], room: float | None, unit: float, name: str) -> None:
         lines = list(lines)
@@ -176,15 +187,16 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def search_text(plans: list[Plan]) -> str:
+def search_text(plans: list[Plan], asked: Settings) -> str:
+    """A line of figures for each and, below it, what the command line of the config is to have for it."""
     if not plans:
         return "Nothing in the grid of --search fits."
-    rows = [
-        f"{p.rate():>7.0f} {p.mfu():>6.1%} {p.device_total / GIB:>6.1f} {p.host_total / GIB:>6.0f} "
-        f"{p.time.step:>7.1f} {p.settings.rows_per_step:>6}  {p.settings.options()}"
-        for p in plans
-    ]
-    return "\n".join(["tok/s/G    MFU  GPU GiB host   step s   rows  settings", *rows])
+    out = ["  tokens/s/GPU    MFU  GPU GiB  host GiB   step s  rows per step"]
+    for p in plans:
+        figures = f"{p.rate():>14.0f} {p.mfu():>6.1%}  {p.device_total / GIB:>7.1f}  {p.host_total / GIB:>8,.0f}"
+        out.append(f"{figures}  {digits(p.time.step):>7}  {p.settings.rows_per_step:>13,}")
+        out.append(f"    {p.settings.arguments(asked) or '(as asked)'}")
+    return "\n".join(out)
 
 
 def scale_text(plans: list[Plan]) -> str:
@@ -201,11 +213,13 @@ def scale_text(plans: list[Plan]) -> str:
     if best is None:
         return "\n".join([*out, "No size fits."])
     cheapest = max((p for p in plans if p.fits), key=lambda p: p.rate())
-    out.append(f"Cheapest a token: {cheapest.settings.world} GPUs.")
+    out.append(f"Cheapest per token: {counted(cheapest.settings.world, 'GPU')}.")
     if best is plans[-1]:
         out.append("Each doubling makes the run at least 1.6 times as fast.")
     else:
-        out.append(f"It stops paying at {best.settings.world} GPUs: twice as many are less than 1.6 times as fast.")
+        out.append(
+            f"It stops paying at {counted(best.settings.world, 'GPU')}: twice as many are less than 1.6 times as fast."
+        )
     asked = min(p.settings.rows_per_step for p in plans)
     more = next((p for p in plans if p.settings.rows_per_step > 1.5 * asked), None)
     if more is not None:

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -99,10 +99,13 @@ def nearest(settings: Settings, cluster: Cluster, data: Data) -> tuple[str, Plan
     return None
 
 
-def candidates(settings: Settings) -> list[Settings]:
-    """The grid of --search around `settings`, whose rows a step stay as near as the numbers allow."""
+def candidates(settings: Settings, nodes: Sequence[int] | None = None) -> list[Settings]:
+    """The grid of --search around `settings`, whose rows per step stay as near as the numbers allow.
+
+    Args:
+        nodes: numbers of nodes to try; by default that of `settings` alone.
+    """
     s, rows = settings, settings.rows_per_step
-    nodes = sorted({max(1, s.nodes // 2), s.nodes, 2 * s.nodes})
     offloads = ((False, False), (True, False), (True, True))
     kept = (
         ("recompute", "keep"), ("recompute", "offload"), ("offload", "keep"), ("offload", "offload"), ("keep", "keep"),
@@ -110,7 +113,7 @@ def candidates(settings: Settings) -> list[Settings]:
     # Batches by the tokens they give a GPU, which is what a step's time and memory depend on.
     batches = {sp: sorted({max(1, tokens * sp // s.max_length) for tokens in TOKENS}) for sp in (1, 2, 4, 8)}
     found = []
-    for n, sp, (optimizer, parameters), (output, layer) in product(nodes, batches, offloads, kept):
+    for n, sp, (optimizer, parameters), (output, layer) in product(nodes or [s.nodes], batches, offloads, kept):
         for batch in batches[sp]:
             base = _possible(s, nodes=n, sp=sp, batch_size=batch, accumulate=1)
             if base is not None:
@@ -143,13 +146,18 @@ def _rate(cluster: Cluster, data: Data, settings: Settings) -> float:
 
 
 def search(
-    settings: Settings, cluster: Cluster, data: Data, progress: Progress | None = None, best: int = 10
+    settings: Settings,
+    cluster: Cluster,
+    data: Data,
+    progress: Progress | None = None,
+    best: int = 10,
+    nodes: Sequence[int] | None = None,
 ) -> list[Plan]:
     """The fastest a GPU of the grid that fit, best first; shards of half the experts are tried where that is fast.
 
     Simulated on this process's cores, up to 16, by new processes: __main__ must be importable.
     """
-    grid = [c for c in candidates(settings) if _may_fit(c, cluster)]
+    grid = [c for c in candidates(settings, nodes) if _may_fit(c, cluster)]
     with ProcessPoolExecutor(min(16, len(os.sched_getaffinity(0))), multiprocessing.get_context("spawn")) as pool:
 
         def fastest(grid: list[Settings]) -> list[tuple[float, Settings]]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from src.errors import UserError
+from src.errors import UserError, counted
 from src.models.deepseek_v3.sizes import Sizes
 
 GIB = 2**30
@@ -103,12 +103,32 @@ class Settings:
     def but(self, **changes: Any) -> "Settings":
         return replace(self, **changes)
 
+    def arguments(self, asked: "Settings") -> str:
+        """The command-line arguments that make `asked` these settings."""
+        mine, theirs = self._varied(), asked._varied()
+        return " ".join(f"--{name} {value}" for name, value in mine.items() if value != theirs[name])
+
+    def _varied(self) -> dict[str, str]:
+        strategy = "trainer.strategy.init_args."
+        values = {
+            "trainer.num_nodes": self.nodes,
+            f"{strategy}sequence_parallel_size": self.sp,
+            f"{strategy}offload_optimizer": self.offload_optimizer,
+            f"{strategy}offload_parameters": self.offload_parameters,
+            "data.batch_size": self.batch_size,
+            "trainer.accumulate_grad_batches": self.accumulate,
+            "model.attention_output": self.attention_output,
+            "model.layer_input": self.layer_input,
+            "model.experts_per_shard": self.sizes.experts_per_shard,
+        }
+        return {name: str(value).lower() for name, value in values.items()}
+
     def options(self) -> str:
-        """As command-line arguments: what the search varies."""
+        """What the search varies, for people."""
         offload = "optimizer" if self.offload_optimizer else "nothing"
         offload = "optimizer and parameters" if self.offload_parameters else offload
         return (
-            f"{self.nodes} nodes, SP {self.sp}, batch {self.batch_size}, accumulate {self.accumulate}, "
+            f"{counted(self.nodes, 'node')}, SP {self.sp}, batch {self.batch_size}, accumulate {self.accumulate}, "
             f"offload {offload}, attention_output {self.attention_output}, layer_input {self.layer_input}, "
             f"experts_per_shard {self.sizes.experts_per_shard}"
         )

@@ -12,6 +12,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from src.checkpoints.provenance import git_revision, package_versions
+from src.errors import counted
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
@@ -85,7 +86,9 @@ def gpu_problems(found: list[list[str]], remapped: list[list[str]], wanted: int)
     """Of what nvidia-smi prints for `_GPU_FIELDS` and for remapped rows."""
     problems = []
     if len(found) < wanted:
-        problems.append(f"{len(found)} GPUs, trainer.devices is {wanted}; one has fallen off the bus: drain the node")
+        problems.append(
+            f"{counted(len(found), 'GPU')}, trainer.devices is {wanted}; one fell off the bus: drain the node"
+        )
     for index, _, _, _, used, ecc, reasons, celsius in found:
         if ecc.isdecimal() and int(ecc):
             problems.append(f"GPU {index}: {ecc} uncorrected ECC errors; drain the node and reset the GPU")

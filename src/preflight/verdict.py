@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from src.errors import counted
+
 SLOW = 0.8  # of the median, below which a node's rate is a problem: a job runs at the pace of its slowest
 SKEW = 5.0  # seconds
 
@@ -157,10 +159,10 @@ def cluster(reports: list[Report], cuda: bool) -> dict[str, Any]:
 def lines(found: dict[str, list[str]], names: list[str], slurm: bool) -> list[str]:
     """One line a failing node and problem, then the verdict."""
     if not found:
-        return [f"preflight: {len(names)} node{'s' * (len(names) != 1)} ready"]
+        return [f"preflight: {counted(len(names), 'node')} ready"]
     failing = [name for name in names if name in found]
     told = [f"{name}: {text}" for name in failing for text in found[name]]
-    told.append(f"preflight: {len(failing)} of {len(names)} nodes failed: {', '.join(failing)}")
+    told.append(f"preflight: {len(failing)} of {counted(len(names), 'node')} failed: {', '.join(failing)}")
     if slurm and len(failing) < len(names):
         told.append(f"To start without: sbatch --exclude={','.join(failing)} ...  (docs/launching.md: one bad node)")
     return told

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from src.errors import UserError
+from src.errors import UserError, counted
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ParallelDims:
             divisors = [n for n in range(1, self.world_size + 1) if self.world_size % n == 0]
             raise UserError(
                 f"WORLD_SIZE {self.world_size} (nodes x devices) is no multiple of sequence_parallel_size {self.sp}: "
-                f"world = dp x sp must hold. With {self.world_size} processes it may be "
+                f"world = dp x sp must hold. With {counted(self.world_size, 'process', 'processes')} it may be "
                 f"{', '.join(map(str, divisors))}."
             )
         if not 0 <= self.rank < self.world_size:

@@ -16,7 +16,7 @@ from src.checkpoints.key_map import PerExpert, StackedExperts
 from src.checkpoints.load import Sink, fill, persistent, sink_of, stacked_view, unfit
 from src.checkpoints.source import raise_listed
 from src.checkpoints.zero_reader import ZeroCheckpointSource
-from src.errors import UserError
+from src.errors import UserError, counted
 
 from .fail_together import fail_together
 from .masters import weights_follow
@@ -77,16 +77,16 @@ def _views(
     weights, problems = stacked_view(PerExpert(checkpoint), tensors)
     problems = problems or unfit(tensors, weights)
     raise_listed(
-        f"{checkpoint.path}: {len(problems)} tensors do not fit this model; config.json in --model.pretrained must be "
-        "the run's, and --model.mtp_loss_weight above 0 where it was:",
+        f"{checkpoint.path}: {counted(len(problems), 'misfit')} of tensor and model; config.json in "
+        "--model.pretrained must be the run's, and --model.mtp_loss_weight above 0 where it was:",
         problems,
     )
     moments: dict[_Moment, StackedExperts] = {}
     for slot in _MOMENTS:
         moments[slot], problems = stacked_view(PerExpert(checkpoint.at(slot)), trained)
         raise_listed(
-            f"{checkpoint.path}: {len(problems)} tensors are trained here and were not (missing), or the other way "
-            "round (unexpected); set --model.freeze as it was:",
+            f"{checkpoint.path}: {counted(len(problems), 'tensor')} trained here and not there (missing), or "
+            "the other way round (unexpected); set --model.freeze as it was:",
             problems,
         )
     return weights, moments

@@ -1,4 +1,5 @@
 import json
+from src.errors import counted
 import multiprocessing
 import os
 import re

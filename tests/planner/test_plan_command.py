@@ -1,6 +1,7 @@
 """The command: verdicts, exit codes, JSON, files, and errors."""
 
 import json
+from src.errors import counted
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from src.commands.plan import _Silent as Quiet
 from src.commands.planned import host_memory
 from src.planner.cluster import Cluster
 from src.planner.plan import make_plan
+from src.planner.report import digits, search_text
 from src.planner.search import nearest, pays_until, scale, search
 from tests.commands import run
 from tests.planner.settings import ROWS, guide, sizes
@@ -124,7 +126,7 @@ def test_what_the_search_finds_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = guide(sizes=sizes(mtp=True), sp=1, batch_size=1)
     monkeypatch.setattr(
         "src.planner.search.candidates",
-        lambda s: [s, s.but(batch_size=4), s.but(attention_output="offload")],
+        lambda s, nodes: [s, s.but(batch_size=4), s.but(attention_output="offload")],
     )
     found = search(settings, Cluster(), ROWS, best=4)
     assert len(found) >= 2 and all(plan.fits for plan in found)
@@ -138,7 +140,31 @@ def test_the_grid_keeps_the_rows_of_a_step_and_is_valid() -> None:
     grid = candidates(guide(sp=4, batch_size=2))
     assert len(set(grid)) == len(grid) > 100
     assert {settings.sp for settings in grid} == {1, 2, 4, 8}
+    assert {settings.nodes for settings in grid} == {32}  # those that are asked for
+    assert {settings.nodes for settings in candidates(guide(sp=4, batch_size=2), [16, 64])} == {16, 64}
     assert all(256 <= settings.rows_per_step <= 1024 for settings in grid)
+
+
+def test_what_the_search_prints_can_be_pasted() -> None:
+    """Each line of arguments makes the config the settings that it stands for; read by the command itself."""
+    from src.planner.search import candidates
+
+    command = Quiet(["--config", CONFIG])
+    asked = command.plan.settings
+    for found in candidates(asked, [32, 16])[::97]:
+        again = Quiet(["--config", CONFIG, *found.arguments(asked).split()]).plan.settings
+        assert again.arguments(found) == "" and again.rows_per_step == found.rows_per_step
+    assert asked.arguments(asked) == ""
+    shown = search_text([command.plan], asked).splitlines()
+    assert len(shown) == 3 and shown[-1] == "    (as asked)"
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(0, "0"), (1e-17, "0"), (0.2143, "0.214"), (5.018, "5.02"), (31.08, "31.1"), (126.6, "127"), (1388.2, "1388")],
+)
+def test_small_numbers_keep_their_digits(number: float, shown: str) -> None:
+    assert digits(number) == shown
 
 
 def test_data_without_a_tokenizer_is_estimated_and_says_why() -> None:
