@@ -1,5 +1,4 @@
 import json
-from src.errors import counted
 import multiprocessing
 import os
 import re

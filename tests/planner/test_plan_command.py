@@ -1,7 +1,6 @@
 """The command: verdicts, exit codes, JSON, files, and errors."""
 
 import json
-from src.errors import counted
 from pathlib import Path
 
 import pytest
