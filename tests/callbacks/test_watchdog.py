@@ -28,7 +28,7 @@ def test_a_rank_with_fewer_phases_behind_it_is_slow() -> None:
     ranks[17] = report(17, changes=79, at="/usr/lib/socket.py:33 in recv", phase="data")
     lines = told(*ranks)
     assert lines == [
-        "No progress for 901 s: the run hangs. 256 of 256 ranks have reported.",
+        "No progress for 901 s: the run hangs. 256 of 256 ranks reported.",
         "The slow rank is behind the others: rank 17 on node-2, in phase data of step 12, micro-step 3 of 4, since "
         "2026-01-02 03:04:05, at /usr/lib/socket.py:33 in recv",
         "The others: ranks 0, 1, 2, 3, 4, 5, 6, 7 ... 255 (255), e.g. rank 0 on node-0, in phase forward of step 12, "
