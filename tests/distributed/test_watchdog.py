@@ -38,7 +38,7 @@ def test_the_rank_that_sleeps_is_named(directory: str, tmp_path: Path) -> None:
         run_distributed(hang, 2, directory, str(tmp_path))
     assert ended.value.exit_code == EXIT_STATUS
     report = (tmp_path / "stacks/report.txt").read_text()
-    assert "2 of 2 ranks have reported" in report
+    assert "2 of 2 ranks reported" in report
     (slow,) = [line for line in report.splitlines() if line.startswith("The slow rank is behind the others")]
     assert "rank 1 on " in slow and "in phase forward of step 2, micro-step 2 of 2" in slow
     assert f"at {__file__}:" in slow and "in training_step" in slow
