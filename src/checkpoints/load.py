@@ -104,10 +104,8 @@ def load(
     view, problems = stacked_view(source, tensors, unneeded)
     if not problems:  # a destination is compared with its source, which must be there
         problems = unfit(tensors, view)
-    raise_listed(
-        f"{counted(len(problems), 'misfit')} of tensor and model; check config.json against the weights:",
-        problems,
-    )
+    many = counted(len(problems), "tensor does", "tensors do")
+    raise_listed(f"{many} not fit the model; check config.json against the weights:", problems)
     sinks = [sink_of(view, name, tensor) for name, tensor in tensors.items()]
     if lower_halves:
         sinks = [_cut(sink) if tensors[sink.name].requires_grad else sink for sink in sinks]

@@ -59,7 +59,7 @@ def output_tensors(
             change = _change(name, shape, dtype, trained, beside) if stored == name and source is trained else None
             tensors += _output(name, stored, source, shape, dtype, change)
     raise_listed(
-        f"{counted(len(problems), 'tensor')} unlike config.json; check which model was trained:",
+        f"{counted(len(problems), 'tensor does', 'tensors do')} not fit config.json; check which model was trained:",
         problems,
     )
     return tensors

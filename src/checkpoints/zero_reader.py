@@ -172,9 +172,9 @@ class ZeroCheckpointSource:
 
         with ThreadPoolExecutor(16) as pool:
             problems = [problem for problem in pool.map(wrong, files) if problem]
-        raise_listed(
-            f"{self._folder}: {len(problems)} bad of {counted(len(files), 'file')}; use another checkpoint:", problems
-        )
+        are = "is" if len(problems) == 1 else "are"
+        of = f"{len(problems)} of {counted(len(files), 'file')}"
+        raise_listed(f"{self._folder}: {of} {are} bad; use another checkpoint:", problems)
 
     def _load(self, file: Path) -> dict[str, Any]:
         with self._lock:

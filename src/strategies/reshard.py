@@ -77,7 +77,7 @@ def _views(
     weights, problems = stacked_view(PerExpert(checkpoint), tensors)
     problems = problems or unfit(tensors, weights)
     raise_listed(
-        f"{checkpoint.path}: {counted(len(problems), 'misfit')} of tensor and model; config.json in "
+        f"{checkpoint.path}: {counted(len(problems), 'tensor does', 'tensors do')} not fit this model; config.json in "
         "--model.pretrained must be the run's, and --model.mtp_loss_weight above 0 where it was:",
         problems,
     )
@@ -85,8 +85,8 @@ def _views(
     for slot in _MOMENTS:
         moments[slot], problems = stacked_view(PerExpert(checkpoint.at(slot)), trained)
         raise_listed(
-            f"{checkpoint.path}: {counted(len(problems), 'tensor')} trained here and not there (missing), or "
-            "the other way round (unexpected); set --model.freeze as it was:",
+            f"{checkpoint.path}: {counted(len(problems), 'tensor is', 'tensors are')} trained here and not there "
+            "(missing), or the other way round (unexpected); set --model.freeze as it was:",
             problems,
         )
     return weights, moments

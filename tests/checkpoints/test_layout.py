@@ -263,7 +263,7 @@ BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
         (config_with(torch_dtype="float16"), "torch_dtype is float16, not bfloat16"),
         (
             lambda out: replace_tensor(out, BIAS, torch.ones(8).half()),
-            f"1 tensors are F16 instead of F32, {BIAS} for one",
+            f"1 tensor is F16 instead of F32, {BIAS} for one",
         ),
         (
             lambda out: edit(out / "model.safetensors.index.json", lambda i: i["metadata"].update(total_size=5)),

@@ -313,7 +313,7 @@ def test_a_lower_learning_rate_takes_effect(directory: str, whole: Any) -> None:
             ONE,
             replace(RECIPE, freeze=("lm_head*",)),
             {},
-            r"(?s)1 tensors are trained here and were not \(missing\), or .*set --model\.freeze as it was:"
+            r"(?s)1 tensor is trained here and not there \(missing\), or .*set --model\.freeze as it was:"
             r".*unexpected: lm_head\.weight",
         ),
     ],
