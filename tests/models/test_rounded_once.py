@@ -47,7 +47,12 @@ def test_the_recomputation_takes_the_route_that_was_kept(monkeypatch: pytest.Mon
     moe.kept = Kept(None)
     routed: list[Any] = []
     route = Experts.route
-    monkeypatch.setattr(Experts, "route", lambda experts, chosen: routed.append(chosen) or route(experts, chosen))
+
+    def count(experts: Experts, chosen: torch.Tensor) -> Any:
+        routed.append(chosen)
+        return route(experts, chosen)
+
+    monkeypatch.setattr(Experts, "route", count)
     x = torch.randn(12, DEEPSEEK_V3["hidden_size"]).requires_grad_()
     none, one = torch.empty(0), torch.ones(1, 12)
     row = RowGeometry(none, 12, none, none, one, torch.tensor([12.0]))
