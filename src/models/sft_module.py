@@ -261,7 +261,7 @@ class SFTModule(pl.LightningModule):
         raise FloatingPointError(
             f"optimizer step {self.trainer.global_step + 1}: the loss is not finite, on {int(bad)} of "
             f"{self.trainer.world_size} ranks; here at {rows}. The weights are as the last step left them: look at "
-            "these rows, and resume from the last checkpoint without them or with a lower learning rate."
+            "these rows; resume from the last checkpoint with a lower learning rate, or train its export without them."
         )
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

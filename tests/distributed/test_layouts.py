@@ -1,5 +1,6 @@
 """The same tokens weigh the same on any layout: losses, gradients and weights equal plain PyTorch with transformers."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -86,6 +87,16 @@ def test_bf16_stays_within_a_percent_of_fp32(directory: str, references: dict[bo
             if name.endswith("e_score_correction_bias"):
                 moved = (bias - start[name]) / RECIPE.router_bias_update_speed
                 torch.testing.assert_close(moved, moved.round(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_gradients_are_reduced_and_accumulated_in_fp32(stage: int, directory: str) -> None:
+    """Each row is a micro-step, the same to the bit on either layout: but for fp32 sums the gradients are too."""
+    recipe, layouts = Recipe(steps=1, mtp_loss_weight=0.0), [Layout(1, 1, 16, 1), Layout(2, 1, 8, 1)]
+    layouts = [replace(layout, precision="bf16-true", stage=stage) for layout in layouts]
+    one, two = (run_distributed(fit, layout.dp, layout, recipe, directory, DOCUMENTS) for layout in layouts)
+    for name, gradient in one[0]["gradients"].items():
+        assert relative(two[0]["gradients"][name], gradient) < 1e-5, name
 
 
 def test_two_runs_on_one_layout_are_bit_equal(directory: str) -> None:

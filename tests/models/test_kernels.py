@@ -1,9 +1,16 @@
 """The kernel facade: what it picks, what it refuses, and its plain paths against autograd and loops."""
 
+import sys
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from src.models import kernels
+from src.models.kernels.attention import FlashAttention4
 from src.models.loss import IGNORE_INDEX, linear_cross_entropy
 
 CPU = torch.device("cpu")
@@ -80,3 +87,51 @@ def test_a_row_without_targets_has_a_loss_of_zero_and_gradients() -> None:
     assert loss == 0 and not losses.any() and not correct.any()
     assert hidden.grad is not None and weight.grad is not None  # a rank without targets still reduces its share
     assert not hidden.grad.any() and not weight.grad.any()
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """What FlashAttention-4's functions compute, in loops: output and log-sums; like them not causal unless told."""
+    outputs, sums = [], []
+    bounds = arguments["cu_seqlens_q"].tolist()
+    assert bounds == arguments["cu_seqlens_k"].tolist()
+    assert max(b - a for a, b in pairwise(bounds)) == arguments["max_seqlen_q"] == arguments["max_seqlen_k"]
+    for start, stop in pairwise(bounds):
+        scores = torch.einsum("qhd,khd->hqk", q[start:stop], k[start:stop]) * arguments["softmax_scale"]
+        if causal:
+            scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf"))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[start:stop]))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(outputs), torch.cat(sums, 1)
+
+
+def flash_attn_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, log_sums: Tensor, **arguments: Any
+) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        again, sums = flash_attn(*inputs, **arguments)
+    torch.testing.assert_close((again, sums), (out, log_sums))
+    return torch.autograd.grad(again, inputs, grad)
+
+
+def test_flash_attn_4_is_asked_for_what_every_kernel_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How it is called, which no CPU and no GPU without it would show; what it computes is tests/gpu's."""
+    package, cute, interface = (ModuleType(f"flash_attn{name}") for name in ("", ".cute", ".cute.interface"))
+    cute.flash_attn_varlen_func = flash_attn  # type: ignore[attr-defined]
+    interface._flash_attn_fwd = lambda *args, return_lse, **kwargs: flash_attn(*args, **kwargs)  # type: ignore[attr-defined]
+    interface._flash_attn_bwd = flash_attn_backward  # type: ignore[attr-defined]
+    for module in (package, cute, interface):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.manual_seed(0)
+    lengths = [5, 1, 9]
+    q, k = (torch.randn(15, 2, 24, dtype=torch.float64).requires_grad_() for _ in range(2))
+    v = torch.randn(15, 2, 16, dtype=torch.float64).requires_grad_()
+    packing = kernels.Packing(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths), 0.3)
+    expected = kernels.ATTENTION["sdpa"](q, k, v, packing)
+    grad = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, (q, k, v), grad)
+    ours = FlashAttention4()
+    torch.testing.assert_close(ours(q, k, v, packing), expected)
+    results = ours.forward(q, k, v, packing)
+    torch.testing.assert_close(results[0], expected)
+    torch.testing.assert_close(ours.backward(grad, q, k, v, results, packing), gradients)
