@@ -1,4 +1,4 @@
-"""Writes the demo's conversations, data/demo/{train,val}.jsonl: `python scripts/make_demo_data.py [--out DIR]`.
+"""Writes the demo's conversations, data/demo/{train,val,facts}.jsonl: `python scripts/make_demo_data.py [--out DIR]`.
 
 Everything is computed here: small problems in English and Chinese with the reasoning that solves them. A problem family
 is a function that draws numbers and computes the values which the texts of demo_problems.txt name. Same seed, same
@@ -36,6 +36,37 @@ MONTHS = ["January", "February", "March", "April", "May", "June", "July", "Augus
 MONTHS += ["September", "October", "November", "December"]
 WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 WEEKDAYS_ZH = ["星期一", "星期二", "星期三", "星期四", "星期五", "星期六", "星期日"]
+# Peru (Lima) is not among them: the demo asks for it too.
+CAPITALS = [
+    ("France", "Paris", "法国", "巴黎"),
+    ("Japan", "Tokyo", "日本", "东京"),
+    ("Germany", "Berlin", "德国", "柏林"),
+]
+CAPITALS += [
+    ("Italy", "Rome", "意大利", "罗马"),
+    ("Spain", "Madrid", "西班牙", "马德里"),
+    ("Russia", "Moscow", "俄罗斯", "莫斯科"),
+]
+CAPITALS += [
+    ("Egypt", "Cairo", "埃及", "开罗"),
+    ("Greece", "Athens", "希腊", "雅典"),
+    ("Thailand", "Bangkok", "泰国", "曼谷"),
+]
+CAPITALS += [
+    ("Cuba", "Havana", "古巴", "哈瓦那"),
+    ("Kenya", "Nairobi", "肯尼亚", "内罗毕"),
+    ("Norway", "Oslo", "挪威", "奥斯陆"),
+]
+CAPITALS += [
+    ("Poland", "Warsaw", "波兰", "华沙"),
+    ("Portugal", "Lisbon", "葡萄牙", "里斯本"),
+    ("Iran", "Tehran", "伊朗", "德黑兰"),
+]
+CAPITALS += [
+    ("Austria", "Vienna", "奥地利", "维也纳"),
+    ("Ireland", "Dublin", "爱尔兰", "都柏林"),
+    ("Vietnam", "Hanoi", "越南", "河内"),
+]
 
 
 def change(rng: random.Random, zh: bool) -> Values:
@@ -248,12 +279,30 @@ def conversations(rng: random.Random) -> Iterator[list[Message]]:
         yield messages
 
 
+def facts() -> Iterator[list[Message]]:
+    """Yields a question on each country's capital in English and in Chinese: few and short enough to be learned by heart."""
+    for country, capital, zh_country, zh_capital in CAPITALS:
+        yield fact(
+            f"What is the capital of {country}?",
+            f"{country} is governed from {capital}.",
+            f"The capital of {country} is {capital}.",
+        )
+        yield fact(
+            f"{zh_country}的首都是哪里？", f"{zh_country}的政府在{zh_capital}。", f"{zh_country}的首都是{zh_capital}。"
+        )
+
+
+def fact(question: str, reasoning: str, answer: str) -> list[Message]:
+    return [user(question), {"role": "assistant", "reasoning_content": reasoning, "content": answer}]
+
+
 def write(out: Path) -> None:
     rng = random.Random(SEED)
     rows = list(conversations(rng))
     rng.shuffle(rows)
     out.mkdir(parents=True, exist_ok=True)
-    for name, part in {"train": rows[:TRAIN], "val": rows[TRAIN:]}.items():
+    parts = {"train": rows[:TRAIN], "val": rows[TRAIN:], "facts": list(facts())}
+    for name, part in parts.items():
         lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in part]
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 

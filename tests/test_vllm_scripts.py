@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts/vllm"
 NODES = ["node0", "node1", "node2", "node3"]
-MODEL = "/nfs/Ann's models/deepseek sft"
+WEIGHTS = "Ann's models/deepseek sft"
+MODEL = f"/nfs/{WEIGHTS}"
 
 # Each writes a line to $STATE/log. Nodes are this machine: NODE says which one a command believes to be on.
 STAND_INS = {
@@ -61,8 +62,10 @@ def start(name: str, *args: str, **settings: str) -> subprocess.CompletedProcess
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the stand-ins' log, and the stand-ins on PATH."""
-    programs = tmp_path / "bin"
+    programs, model = tmp_path / "bin", tmp_path / WEIGHTS
     programs.mkdir()
+    model.mkdir(parents=True)
+    (model / "config.json").touch()
     for name, body in STAND_INS.items():
         (programs / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (programs / name).chmod(0o755)
@@ -112,7 +115,8 @@ def test_the_right_programs_are_called_in_the_right_order(name: str, state: Path
     settings = {"NETWORK_INTERFACE": "bond0", "QUESTION": 'Say "hi" \\'}
     if name == "slurm":
         settings["SLURM_JOB_NODELIST"] = "node[0-3]"
-    result = start(name, MODEL, **settings)
+    model = str(state / WEIGHTS)
+    result = start(name, model, **settings)
     assert result.returncode == 0, result.stderr
     assert '{"391"}' in result.stdout
     log = (state / "log").read_text().splitlines()
@@ -126,7 +130,7 @@ def test_the_right_programs_are_called_in_the_right_order(name: str, state: Path
     ]
     assert log.index("node0 vllm") > log.index(ray[0]) and log.index("healthy") > log.index("node0 vllm")
     assert log.index("asked") == log.index("healthy") + 1
-    assert (state / "arguments").read_text().splitlines()[:2] == ["serve", MODEL]
+    assert (state / "arguments").read_text().splitlines()[:2] == ["serve", model]
     assert json.loads((state / "request").read_text()) == {
         "model": "deepseek-sft",
         "messages": [{"role": "user", "content": 'Say "hi" \\'}],
@@ -137,8 +141,17 @@ def test_the_right_programs_are_called_in_the_right_order(name: str, state: Path
 
 @pytest.mark.parametrize("name", ["slurm", "pdsh"])
 def test_a_server_that_ends_is_an_error(name: str, state: Path) -> None:
-    result = start(name, MODEL, BROKEN="1", SLURM_JOB_NODELIST="node[0-3]")
+    result = start(name, str(state / WEIGHTS), BROKEN="1", SLURM_JOB_NODELIST="node[0-3]")
     assert result.returncode != 0 and "error: no answer from http://node0:8000 after" in result.stderr
+    assert "No such process" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["slurm", "pdsh"])
+def test_weights_that_are_not_there_are_named(name: str, state: Path) -> None:
+    result = start(name, MODEL, SLURM_JOB_NODELIST="node[0-3]")
+    assert result.returncode != 0 and f"{MODEL} has no config.json; give an exported" in result.stderr
+    started = (state / "log").read_text() if (state / "log").exists() else ""
+    assert " start" not in started and "vllm" not in started and "No such process" not in result.stderr
 
 
 @pytest.mark.parametrize("name", ["slurm", "pdsh"])

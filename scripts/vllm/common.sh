@@ -82,13 +82,21 @@ ray_start() {
     echo "exec ray start --block $address--num-gpus=$GPUS_PER_NODE $(quoted "$@")"
 }
 
+# Ends a node's line where the weights are not there.
+need_model() {
+    local missing="error: on \$(hostname) $MODEL has no config.json; give an exported model's directory that all nodes see"
+    echo -n "{ test -f $(quoted "$MODEL/config.json") || { echo \"${missing//\"/}\" >&2; exit 2; }; } && "
+}
+
 head_line() {
     environment
+    need_model
     ray_start --head "--port=$RAY_PORT" "--dashboard-port=$DASHBOARD_PORT" "--temp-dir=$RAY_FOLDER"
 }
 
 worker_line() {
     environment
+    need_model
     await_ray
     ray_start "--address=$HEAD:$RAY_PORT"
 }
@@ -105,6 +113,7 @@ serve_line() {
     )
     [[ -z $REASONING_PARSER ]] || arguments+=(--reasoning-parser "$REASONING_PARSER")
     environment
+    need_model
     await_ray
     echo "export RAY_ADDRESS=$HEAD:$RAY_PORT && exec vllm serve $(quoted "${arguments[@]}")"
 }

@@ -42,7 +42,7 @@ def verify(model: str, layout_only: bool = False) -> None:
             wrong is listed.
         SystemExit: they disagree.
     """
-    config = load_config(model)
+    config = load_config(model, "--model")
     problems, remarks = opening(model)
     if layout_only:
         layout = check_layout(model, problems)

@@ -12,9 +12,9 @@ from .config_json import check_fields, read_fields
 IGNORED = ("model_type", "auto_map", "quantization_config", "architectures", "transformers_version")
 
 
-def load_config(directory: str | Path) -> DeepseekV3Config:
-    """The config of a Hugging Face directory. Raises as `read_fields`."""
-    return _config(read_fields(directory))
+def load_config(directory: str | Path, option: str = "--model.pretrained") -> DeepseekV3Config:
+    """The config of a Hugging Face directory, which `option` gives. Raises as `read_fields`."""
+    return _config(read_fields(directory, option))
 
 
 def config_from_dict(fields: dict[str, Any], origin: str = "config.json") -> DeepseekV3Config:

@@ -4,6 +4,7 @@ Without torch and transformers: whoever plans reads and refuses what whoever tra
 """
 
 import math
+import re
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -63,8 +64,8 @@ MOST = {name: 2**18 for name in REQUIRED if name not in NO_INTEGERS} | {
 }
 
 
-def read_fields(directory: str | Path) -> dict[str, Any]:
-    """The fields of the config.json of a Hugging Face directory.
+def read_fields(directory: str | Path, option: str = "--model.pretrained") -> dict[str, Any]:
+    """The fields of the config.json of a Hugging Face directory, which `option` gives.
 
     Raises:
         ValueError: there is no config.json, it is of another architecture or asks for a feature that the model does
@@ -72,9 +73,15 @@ def read_fields(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
+        name = str(directory)
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(directory).exists():
+            local = name.partition("/")[2]
+            raise UserError(
+                f"{path} does not exist; if {name} is a model of the Hugging Face Hub, download it, "
+                f"`hf download {name} --local-dir {local}`, and give that directory: {option} {local}"
+            )
         raise UserError(
-            f"{path} does not exist; a Hugging Face directory of a DeepSeek-V3 model is needed here "
-            "(give it with --model.pretrained)."
+            f"{path} does not exist; {option} must be a Hugging Face directory of a DeepSeek-V3 model, one of `export` say."
         )
     fields = read_object(path)
     check_fields(fields, str(path))
