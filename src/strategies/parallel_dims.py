@@ -7,7 +7,7 @@ from src.errors import UserError, counted
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """world = dp x sp = expert-dp x ep. Ranks of an SP or EP group are consecutive: it stays within a node where it fits.
+    """world = dp x sp = expert-dp x ep. Ranks of an SP or EP group are consecutive: it stays in a node where it fits.
 
     Experts see tokens, not sequences, so neither of SP and EP need divide the other.
 
@@ -72,7 +72,7 @@ class ParallelDims:
         return self.ep > (self.per_node or self.world_size)
 
     def check_experts(self, experts: int | None) -> None:
-        """Raises ValueError where ep does not suit the world, its nodes, or the experts of a layer, if they are known."""
+        """Raises ValueError where ep does not suit the world, its nodes, or the experts of a layer; None: not known."""
         node = self.per_node or self.world_size
 
         def suits(n: int) -> bool:
