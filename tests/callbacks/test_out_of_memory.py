@@ -58,7 +58,7 @@ def module(**settings: Any) -> Any:
     experts = torch.nn.Module()
     experts.mlp = torch.nn.Module()
     experts.mlp.experts = torch.nn.Module()
-    experts.mlp.experts.experts_per_shard = 32
+    experts.mlp.experts.experts_per_shard = 32  # type: ignore[assignment]
     config = SimpleNamespace(num_attention_heads=128)
     return SimpleNamespace(config=config, named_modules=experts.named_modules, **settings)
 
