@@ -28,10 +28,10 @@ def parallel_dims(trainer: Namespace) -> ParallelDims | None:
     return ParallelDims(trainer.num_nodes * int(devices), sp, ep=ep, per_node=int(devices))
 
 
-def check_experts_divide(trainer: Namespace, config: Any) -> None:
-    """Raises ValueError where expert_parallel_size does not suit the processes, as far as known, and the model."""
+def check_experts_divide(trainer: Namespace, experts: int) -> None:
+    """Raises ValueError where expert_parallel_size does not suit a layer's experts and, if known, the processes."""
     if (dims := parallel_dims(trainer)) is not None:
-        dims.check_experts(config.n_routed_experts)
+        dims.check_experts(experts)
 
 
 def check_data_fits_model(data: SFTDataModule, config: Any, pretrained: str) -> None:

@@ -173,14 +173,14 @@ def shared(ep: int) -> None:
     dense = [p for p in model.parameters() if not hasattr(p, "ds_zero_placement_family")]
     assert len(experts) == 4 and len(dense) == 2
     theirs = {}
-    for ours in (False, True):
-        if ours:
+    for is_ours in (False, True):
+        if is_ours:
             reduce_by_one_view(zero)
         for name, members in (("experts", experts), ("dense", dense)):
             torch.manual_seed(dist.get_rank())
             reduced: list[Any] = [SimpleNamespace(**vars(p) | {"grad": torch.randn(p.ds_shape)}) for p in members]  # type: ignore[attr-defined]
             parts = zero._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(reduced, torch.float32)
-            if not ours:
+            if not is_ours:
                 theirs[name] = parts
             assert all(torch.equal(a, b) for a, b in zip(parts, theirs[name], strict=True)), name
 
