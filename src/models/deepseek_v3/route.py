@@ -57,7 +57,7 @@ def route(chosen: Tensor, experts: int, shards: int, sizes: Tensor | None = None
     slots[order] = torch.arange(len(order), device=chosen.device)
     if sizes is not None:
         rows = int(sizes.sum())
-        order, slots = order[:rows], slots.clamp_(max=rows)
+        order, slots = order[:rows].clone(), slots.clamp_(max=rows)  # a part alone, since it is kept
     numbers = torch.arange(experts, device=chosen.device, dtype=by_expert.dtype)
     ends = torch.searchsorted(by_expert, numbers, right=True).view(shards, -1)  # [shards, e]
     starts = F.pad(ends[:-1, -1], (1, 0))  # [shards]
