@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.tiny import DEEPSEEK_V3, MtpModel, mtp_oracle, oracle, oracle_tensors, relative
+from tests.models.tiny import DEEPSEEK_V3, KIMI_K2, MtpModel, mtp_oracle, oracle, oracle_tensors, relative
 
 from .spawn import run_distributed
 from .training import Layout, Recipe, fit, plain_pytorch, save_model
@@ -83,23 +83,33 @@ def test_every_layout_is_the_same_training(
                 assert relative(result[kind][name], tensor) < 1e-5, (kind, name)
 
 
-def test_all_tokens_may_go_to_one_ranks_experts(tmp_path: Path) -> None:
-    model = oracle(DEEPSEEK_V3)
-    for name, bias in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            bias[:4] += 4.0  # groups 0 and 1, the first rank's
-    directory = save_model(model, DEEPSEEK_V3, tmp_path)
-    recipe = Recipe(steps=2)
-    layout = Layout(dp=2, sp=1, accumulation=2, batch_size=1, ep=2)
-    expected = plain_pytorch(model, None, recipe, DOCUMENTS, ROWS_PER_STEP)
-    idle = expected["gradients"]["model.layers.1.mlp.experts.down_proj"][4:]
-    assert not idle.any()
-    for result in run_distributed(fit, 2, layout, recipe, directory, DOCUMENTS):
+def assert_two_steps(model: Any, fields: dict[str, Any], layout: Layout, folder: Path) -> dict[str, Any]:
+    """Two steps from `model` are those of plain PyTorch, which are returned."""
+    directory, recipe = save_model(model, fields, folder), Recipe(steps=2)
+    expected = plain_pytorch(model, None, recipe, DOCUMENTS, layout.dp * layout.batch_size * layout.accumulation)
+    for result in run_distributed(fit, layout.world_size, layout, recipe, directory, DOCUMENTS):
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-6)
         # AdamW makes whole steps of a gradient of rounding errors: one bias is 8e-5 off on any layout.
         for kind, tolerance in (("gradients", 1e-5), ("weights", 2e-4)):
             for name, tensor in expected[kind].items():
                 assert relative(result[kind][name], tensor) < tolerance, (kind, name)
+    return expected
+
+
+def test_all_tokens_may_go_to_one_ranks_experts(tmp_path: Path) -> None:
+    model = oracle(DEEPSEEK_V3)
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            bias[:4] += 4.0  # groups 0 and 1, the first rank's
+    layout = Layout(dp=2, sp=1, accumulation=2, batch_size=1, ep=2)
+    expected = assert_two_steps(model, DEEPSEEK_V3, layout, tmp_path)
+    assert not expected["gradients"]["model.layers.1.mlp.experts.down_proj"][4:].any()
+
+
+def test_a_row_may_be_split_over_two_groups_of_experts(tmp_path: Path) -> None:
+    """Ranks 2 and 3 share a row; the experts are shared by ranks 0 to 2 and 3 to 5."""
+    layout = Layout(dp=3, sp=2, accumulation=1, batch_size=1, ep=3)
+    assert_two_steps(oracle(KIMI_K2), KIMI_K2, layout, tmp_path)
 
 
 @pytest.mark.parametrize("ep", [1, 2])
