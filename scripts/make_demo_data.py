@@ -280,7 +280,7 @@ def conversations(rng: random.Random) -> Iterator[list[Message]]:
 
 
 def facts() -> Iterator[list[Message]]:
-    """Yields a question on each country's capital in English and in Chinese: few and short enough to be learned by heart."""
+    """Yields a question on each country's capital in English and in Chinese: few and short enough to be memorised."""
     for country, capital, zh_country, zh_capital in CAPITALS:
         yield fact(
             f"What is the capital of {country}?",

@@ -59,6 +59,9 @@ def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+SHARED = "--trainer.strategy.init_args.expert_parallel_size=2"
+
+
 def test_fit_leaves_its_newest_checkpoints_and_curves(trained: Path) -> None:
     losses = scalars(trained, "train/loss")
     steps = len(losses)
@@ -115,11 +118,11 @@ def test_a_killed_run_resumes_bit_for_bit(trained: Path, inputs: Path, tmp_path:
 
 
 def test_a_run_resumes_on_other_layouts(trained: Path, inputs: Path, tmp_path: Path) -> None:
-    """From 1x2 to 2x1, which is refused until the accumulation is halved, and from there to one process."""
+    """From 1x2 to 2x1 with shared experts, refused until the accumulation is halved, and from there to one process."""
     oldest = min(trained.glob("checkpoints/step=*.ckpt"), key=lambda p: int(p.stem.removeprefix("step=")))
     steps = int(oldest.stem.removeprefix("step="))
     sp = "--trainer.strategy.init_args.sequence_parallel_size=1"
-    changed = fit_args(inputs, tmp_path / "2x1", f"--ckpt_path={oldest}", sp)
+    changed = fit_args(inputs, tmp_path / "2x1", f"--ckpt_path={oldest}", sp, SHARED)
     refused = run(*changed, ranks=2, check=False)
     assert refused.returncode != 0 and "set --trainer.accumulate_grad_batches 1" in refused.stderr
     often = ["--checkpoint.every_n_train_steps=1", "--checkpoint.keep=9"]
@@ -138,11 +141,11 @@ def test_validate_prints_the_loss_of_the_checkpoint(trained: Path, inputs: Path)
     again = f"--data.val_sets={{again: [{inputs}/val.jsonl]}}"  # which leaves the mean of all as it was
     alone = ["--trainer.devices=1", "--trainer.strategy.init_args.sequence_parallel_size=1"]
     args = ["validate", *fit_args(inputs, trained)[1:], no_training_data, again, "--ckpt_path=last", *alone]
-    result = start_afresh(*[a for a in args if not a.startswith("--trainer.accumulate")])
-    (loss, of_all), (of_set, its_loss) = (line.split() for line in result.stdout.splitlines()[-2:])
-    assert (loss, of_set) == ("val/loss", "val/again/loss")
-    recorded = scalars(trained, "val/loss")
-    assert [float(of_all), float(its_loss)] == pytest.approx([recorded[max(recorded)]] * 2, rel=1e-6)
+    args, recorded = [a for a in args if not a.startswith("--trainer.accumulate")], scalars(trained, "val/loss")
+    for result in (start_afresh(*args), run(*args, "--trainer.devices=2", SHARED, ranks=2)):
+        (loss, of_all), (of_set, its_loss) = (line.split() for line in result.stdout.splitlines()[-2:])
+        assert (loss, of_set) == ("val/loss", "val/again/loss")
+        assert [float(of_all), float(its_loss)] == pytest.approx([recorded[max(recorded)]] * 2, rel=1e-6)
 
 
 class _Payload:

@@ -108,6 +108,7 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.startswith("model.pretrained, data.train_files must be given, with --model.pretrained=VALUE or in a")
 
 
+EP = "--trainer.strategy.expert_parallel_size"
 ONE = ["--trainer.devices=1", "--trainer.strategy.init_args.sequence_parallel_size=1"]
 
 
@@ -122,6 +123,9 @@ ONE = ["--trainer.devices=1", "--trainer.strategy.init_args.sequence_parallel_si
             "ZeRO stage 3",
         ),
         (["fit", "--config", TINY, *ONE, '--model.freeze=["no.such*"]'], "no parameter's name matches 'no.such*'"),
+        (["fit", "--config", TINY, f"{EP}=2", "--trainer.strategy.stage=2"], "expert_parallel_size above 1 needs ZeRO"),
+        (["fit", "--config", TINY, f"{EP}=3", "--trainer.devices=6"], "the 16 experts of a layer. It may be 1, 2."),
+        (["plan", "--config", TINY, f"{EP}=2"], "plan and rehearse know no expert parallelism yet"),
         (["plan", "--config", TINY, "--expalin"], "did you mean --explain?"),
         (["export", "--ckpt=x", "--ot=y"], "did you mean --out?"),
         (["verify", "--model=/none"], "/none"),

@@ -34,8 +34,11 @@ class ExpertLoad(pl.Callback):
     - `expert_load/entropy/layer_NN`: entropy of the experts' shares of the load, -sum p log p, divided by that of an
       even load, log(experts): 1 is even, 0 all on one expert.
 
-    `expert_load/max_over_mean` and `expert_load/entropy` are their means over the layers, with `_worst` behind the
-    name the largest and the smallest.
+    - `expert_load/ranks_max_over_mean/layer_NN`, where ranks share the experts (`expert_parallel_size` above 1): the
+      rows of the experts that the busiest rank of a group has over the ranks' mean. All groups' rows are counted
+      together; a single group may be less even.
+
+    The same names without a layer are means over the layers, with `_worst` behind the name the least even layer's.
 
     The heat map `expert_load/heat_map` has a row a layer and a column an expert, coloured by the expert's load over
     its layer's mean: blue 0, white 1, red 2 and above.
@@ -69,7 +72,8 @@ class ExpertLoad(pl.Callback):
         load = routed.expert_load.double().cpu().numpy()  # [layers, E]
         # MoE layers follow the dense ones without a gap, the multi-token prediction's block included.
         first = routed.config.first_k_dense_replace
-        for name, value in scalars(load, first).items():
+        shared = getattr(trainer.strategy, "expert_parallel_size", 1)
+        for name, value in scalars(load, first, shared).items():
             pl_module.log(name, value)
         # In step with the scalars, which Lightning writes at the number of steps before this one.
         before = self._step - 1
@@ -77,8 +81,8 @@ class ExpertLoad(pl.Callback):
             log_image(trainer, "expert_load/heat_map", heat_map(load), before)
 
 
-def scalars(load: FloatArray, first_layer: int) -> dict[str, float]:
-    """The scalars of load [layers, E], whose first row is decoder layer `first_layer`'s, by name."""
+def scalars(load: FloatArray, first_layer: int, ranks: int = 1) -> dict[str, float]:
+    """The scalars of load [layers, E], whose first row is decoder layer `first_layer`'s, by name; ranks: of a group."""
     share = load / load.sum(1, keepdims=True)
     terms = share * np.log(share, out=np.zeros_like(share), where=share > 0)  # 0 log 0 = 0
     max_over_mean = load.max(1) / load.mean(1)
@@ -89,10 +93,17 @@ def scalars(load: FloatArray, first_layer: int) -> dict[str, float]:
         "expert_load/entropy": entropy.mean(),
         "expert_load/entropy_worst": entropy.min(),
     }
+    of_ranks = load.reshape(len(load), ranks, -1).sum(2)
+    ranks_max_over_mean = of_ranks.max(1) / of_ranks.mean(1)
+    if ranks > 1:
+        found["expert_load/ranks_max_over_mean"] = ranks_max_over_mean.mean()
+        found["expert_load/ranks_max_over_mean_worst"] = ranks_max_over_mean.max()
     for index in range(len(load)):
         layer = f"layer_{first_layer + index:02d}"
         found[f"expert_load/max_over_mean/{layer}"] = max_over_mean[index]
         found[f"expert_load/entropy/{layer}"] = entropy[index]
+        if ranks > 1:
+            found[f"expert_load/ranks_max_over_mean/{layer}"] = ranks_max_over_mean[index]
     return {name: float(value) for name, value in found.items()}
 
 

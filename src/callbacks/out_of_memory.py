@@ -59,9 +59,9 @@ def remedies(trainer: pl.Trainer, pl_module: Any) -> list[Setting]:
 
 
 def _experts_per_shard(pl_module: Any) -> int:
-    experts = getattr(getattr(pl_module, "config", None), "n_routed_experts", 0)
-    shards = {len(m) for name, m in pl_module.named_modules() if name.endswith("mlp.experts")}
-    return experts // max(shards) if shards else 0
+    return max(
+        (m.experts_per_shard for name, m in pl_module.named_modules() if name.endswith("mlp.experts")), default=0
+    )
 
 
 def memory_figures() -> str:

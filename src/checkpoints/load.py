@@ -101,7 +101,7 @@ def load(
             or (not builds_mtp and mtp_layer(name, num_hidden_layers))
         )
 
-    view, problems = stacked_view(source, tensors, unneeded)
+    view, problems = stacked_view(source, tensors | elsewhere(model), unneeded)
     if not problems:  # a destination is compared with its source, which must be there
         problems = unfit(tensors, view)
     many = counted(len(problems), "tensor does", "tensors do")
@@ -148,6 +148,15 @@ def persistent(model: nn.Module) -> dict[str, Any]:
     kept = model.state_dict().keys()  # under ZeRO-3 the values are placeholders; the keys are right
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
     return dict(model.named_parameters()) | buffers
+
+
+def elsewhere(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the model that other ranks alone have (`Experts.elsewhere`), without values, by name."""
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in model.named_modules()
+        for name, parameter in getattr(module, "elsewhere", {}).items()
+    }
 
 
 def stacked_view(

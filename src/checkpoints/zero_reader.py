@@ -9,7 +9,8 @@ DeepSpeed (0.19.8; deepspeed/utils/zero_to_fp32.py reads the same files whole) w
 
 in which the optimizer's groups are flat tensors:
 
-    stage 3     rank r's group is the concatenation of its partitions, [r*p, (r+1)*p) of each parameter
+    stage 3     rank r's group is the concatenation of its partitions, [r*p, (r+1)*p) of each parameter; where ranks
+                share the experts, n of them, rank r has those of every n-th rank, its part by its place among these
     stages 1, 2 the concatenation of a group's parameters is cut into one part for each rank
 
 The files are mapped: a range costs the pages that it touches, and those are the page cache's, not this process's.
@@ -50,16 +51,19 @@ Slot = Literal["fp32", "exp_avg", "exp_avg_sq"]
 
 # In a checkpoint of stage 0, put there by our strategy: the trained parameters' names, in the optimizer's order.
 OPTIMIZER_NAMES = "optimizer_names"
+# Put there too: how many ranks share a layer's experts, one where it is not there.
+EXPERT_PARALLEL_SIZE = "expert_parallel_size"
 
 _OPTIM = re.compile(r"((?:bf16_|fp16_)?zero_pp_rank_)(\d+)(_mp_rank_00_optim_states\.pt)")
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter's elements are: element i is at `base + inner` of rank `r`'s flat tensor, where
+    """Where a parameter's elements are: element i is at `base + inner` of rank `ranks[r]`'s flat tensor, where
     r, inner = divmod(shift + i, period)."""
 
     shape: tuple[int, ...]
+    ranks: range
     flat: int | str  # the optimizer's group, or the name of a frozen fragment
     shift: int
     period: int
@@ -95,6 +99,7 @@ class ZeroCheckpointSource:
         self.world_size, self.stage = len(self._optim_files), self._stage()
         self._model_files = self._list_model_files()
         self._check_files([*self._optim_files, *self._model_files])
+        self.expert_parallel_size: int = self._load(self._model_files[0]).get(EXPERT_PARALLEL_SIZE, 1)
         self._select(slot)
 
     def at(self, slot: Slot) -> "ZeroCheckpointSource":
@@ -126,7 +131,8 @@ class ZeroCheckpointSource:
     def dtype(self, name: str) -> torch.dtype:
         if name in self._whole:
             return self._whole[name].dtype
-        return self._flat(0, self._places[name].flat).dtype
+        place = self._places[name]
+        return self._flat(place.ranks[0], place.flat).dtype
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         if name in self._whole:
@@ -136,7 +142,7 @@ class ZeroCheckpointSource:
         while start < stop:
             rank, inner = divmod(place.shift + start, place.period)
             count = min(stop - start, place.period - inner)
-            parts.append(self._flat(rank, place.flat)[place.base + inner : place.base + inner + count])
+            parts.append(self._flat(place.ranks[rank], place.flat)[place.base + inner : place.base + inner + count])
             start += count
         if not parts:
             return torch.empty(0, dtype=self.dtype(name))
@@ -214,9 +220,9 @@ class ZeroCheckpointSource:
     def _find_places(self) -> dict[str, _Place]:
         if self.stage == 0:
             return {}
-        places = {}
+        places: dict[str, _Place] = {}
         optim = self._optim(self._optim_files[0])
-        for group, shapes in enumerate(self._load(self._model_files[0])[PARAM_SHAPES]):
+        for rank, group, shapes in self._shapes():
             offset = 0
             if self.stage < 3:
                 saved = optim[SINGLE_PARTITION_OF_FP32_GROUPS][group].numel()
@@ -228,24 +234,41 @@ class ZeroCheckpointSource:
             for index, (name, shape) in enumerate(shapes.items()):
                 numel, ours = math.prod(shape), name.removeprefix(self._prefix)
                 if self.stage == 3:
-                    period = -(-numel // self.world_size)
-                    place = _Place(tuple(shape), group, shift=0, period=period, base=offset)
-                    offset += period
+                    place = self._partitioned(name, shape, group, rank, base=offset)
+                    offset += place.period
                 else:
-                    place = _Place(tuple(shape), group, shift=offset, period=saved + cut, base=0)
+                    every = range(self.world_size)
+                    place = _Place(tuple(shape), every, group, shift=offset, period=saved + cut, base=0)
                     offset += numel + paddings[index]
                 if name.startswith(self._prefix):
-                    places[ours] = place
+                    places.setdefault(ours, place)
         return places
+
+    def _shapes(self) -> Iterable[tuple[int, int, Mapping[str, Any]]]:
+        """Names and shapes of the optimizer's groups: a rank, one of its groups' number, what is in it.
+
+        Of each rank of the first that share the experts: its own names of them, and the others' of all else.
+        """
+        for rank in range(self.expert_parallel_size):
+            for group, shapes in enumerate(self._load(self._model_files[rank])[PARAM_SHAPES]):
+                yield rank, group, shapes
+
+    def _partitioned(self, name: str, shape: Any, flat: int | str, rank: int, base: int) -> _Place:
+        """Of a parameter at stage 3 that `rank` names."""
+        experts = ".mlp.experts." in name
+        ranks = range(rank, self.world_size, self.expert_parallel_size) if experts else range(self.world_size)
+        return _Place(tuple(shape), ranks, flat, shift=0, period=-(-math.prod(shape) // len(ranks)), base=base)
 
     def _find_frozen_and_buffers(self) -> None:
         state = self._load(self._model_files[0])
         module = state["module"]
         if self.stage == 3:
-            for name, shape in (state.get(FROZEN_PARAM_SHAPES) or {}).items():
-                if name.startswith(self._prefix):
-                    ours, period = name.removeprefix(self._prefix), -(-math.prod(shape) // self.world_size)
-                    self._places[ours] = _Place(tuple(shape), ours, shift=0, period=period, base=0)
+            for rank in range(self.expert_parallel_size):
+                frozen = self._load(self._model_files[rank]).get(FROZEN_PARAM_SHAPES) or {}
+                for name, shape in frozen.items():
+                    if name.startswith(self._prefix):
+                        ours = name.removeprefix(self._prefix)
+                        self._places.setdefault(ours, self._partitioned(name, shape, ours, rank, base=0))
             module = {name: module[name] for name in state[BUFFER_NAMES] if name in module}
         for name, tensor in module.items():
             ours = name.removeprefix(self._prefix)

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from src.commands.checks import check_data_fits_model, data_parallel_size
+from src.commands.checks import check_data_fits_model, parallel_dims
 from src.commands.config_command import ConfigCommand
 from src.commands.outputs import check_output
 from src.datamodules import SFTDataModule
@@ -39,7 +39,8 @@ class CheckDataCLI(ConfigCommand):
         else:
             print(f"{pretrained} has no config.json here: max_length and tokenizer are not compared with the model's")
         try:
-            replicas = data_parallel_size(settings.trainer)
+            dims = parallel_dims(settings.trainer)
+            replicas = None if dims is None else dims.dp
         except UserError as error:
             problems.append(str(error))
         reports = check(data, replicas, settings.trainer.accumulate_grad_batches, settings.show)

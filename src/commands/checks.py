@@ -14,14 +14,24 @@ from src.errors import UserError
 from src.strategies.parallel_dims import ParallelDims
 
 
-def data_parallel_size(trainer: Namespace) -> int | None:
-    """None where the number of devices is known on the cluster alone (auto, -1)."""
+def parallel_dims(trainer: Namespace) -> ParallelDims | None:
+    """None where the number of devices is known on the cluster alone (auto, -1).
+
+    Raises:
+        ValueError: sizes do not divide.
+    """
     devices = len(trainer.devices) if isinstance(trainer.devices, list) else trainer.devices
     if not str(devices).isdecimal():
         return None
     options = trainer.strategy.get("init_args") if isinstance(trainer.strategy, Namespace) else None
-    sp = options.get("sequence_parallel_size", 1) if options else 1
-    return ParallelDims(trainer.num_nodes * int(devices), sp).dp
+    sp, ep = ((options or {}).get(f"{kind}_parallel_size", 1) for kind in ("sequence", "expert"))
+    return ParallelDims(trainer.num_nodes * int(devices), sp, ep=ep, per_node=int(devices))
+
+
+def check_experts_divide(trainer: Namespace, experts: int) -> None:
+    """Raises ValueError where expert_parallel_size does not suit a layer's experts and, if known, the processes."""
+    if (dims := parallel_dims(trainer)) is not None:
+        dims.check_experts(experts)
 
 
 def check_data_fits_model(data: SFTDataModule, config: Any, pretrained: str) -> None:

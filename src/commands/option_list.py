@@ -13,6 +13,7 @@ FIT = (
     Option('trainer.accelerator', str, 'cuda', 'cuda, cpu or auto', classes=True),
     Option('trainer.strategy.class_path', str, 'src.strategies.DeepSpeedSPStrategy', "the strategy's class", classes=True),
     Option('trainer.strategy.init_args.sequence_parallel_size', int, 1, 'ranks that share one packed row; it must divide the world and the attention heads.'),
+    Option('trainer.strategy.init_args.expert_parallel_size', int, 1, "ranks that share each layer's experts, and send each other the tokens for them: a part of a node's, or whole nodes. 1: every rank gathers every expert."),
     Option('trainer.strategy.init_args.stage', int, 3, 'ZeRO stage, 0 to 3. Real models need 3.'),
     Option('trainer.strategy.init_args.offload_optimizer', bool, False, "keep the optimizer's states in host memory and step there (DeepSpeedCPUAdam)."),
     Option('trainer.strategy.init_args.offload_parameters', bool, False, "keep the parameters' partitions in host memory (stage 3)."),
@@ -133,6 +134,7 @@ FIT = (
     Option('data.cache_dir', str | None, None, 'where tokenised data is kept; by default deepseek-sft in $XDG_CACHE_HOME or ~/.cache.'),
     Option('data.num_workers', int, 2, 'processes that assemble batches, for each rank.'),
     Option('data.seed', int, 0, 'order of the rows.'),
+    Option('accept_unlisted', bool, False, 'take files of --ckpt_path that its manifest does not list, or all where it has none, unchecked'),
     Option('checkpoint.every_n_train_steps', int, 100, 'optimizer steps between checkpoints; 0 saves at the end only.'),
     Option('checkpoint.keep', int, 2, 'newest checkpoints kept; older ones are removed once a newer one is complete.'),
     Option('checkpoint.async_save', bool, True, 'write beside training, which waits for a copy in host memory alone; from the first save on the copy takes as much memory of each process as its files take on the disk.'),
@@ -167,6 +169,7 @@ EXPORT = (
     Option('max_shard_size', str, '5GB', 'most bytes of tensors in a file.'),
     Option('resume', bool, False, 'go on with an export of the same checkpoint and settings that was interrupted.'),
     Option('base', str | None, None, 'Hugging Face directory from which the multi-token-prediction block comes where it was not trained, and beside which it is measured how much of the training `dtype` keeps; by default the one that training started from, which the checkpoint records.'),
+    Option('accept_unlisted', bool, False, "take files that the checkpoint's manifest does not list, or all where it has none, unchecked."),
 )
 
 VERIFY = (

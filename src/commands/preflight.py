@@ -13,12 +13,13 @@ from jsonargparse import Namespace
 
 from src.callbacks.step_checkpoint import checkpoint_folder
 from src.callbacks.weights_checkpoint import weights_folder
-from src.commands.checks import newest_checkpoint
+from src.commands.checks import check_experts_divide, newest_checkpoint, parallel_dims
 from src.commands.config_command import ConfigCommand
 from src.commands.outputs import check_output
 from src.commands.planned import settings_of
 from src.commands.writable import unwritable
 from src.errors import UserError, counted, named_if_full
+from src.models.deepseek_v3.config_json import read_fields
 from src.planner import account
 from src.planner.cluster import Cluster, write_cluster
 from src.planner.settings import Settings
@@ -73,7 +74,7 @@ class PreflightCLI(ConfigCommand):
         if ranks.rank == 0:
             names = list(dict.fromkeys(report.node for report in reports))
             measured = cluster(reports, cuda)
-            print(_summary(ranks, reports, measured))
+            print(_summary(ranks, reports, measured) + _experts_across_nodes(settings.trainer))
             print("\n".join(lines(found, names, "SLURM_JOB_ID" in os.environ)), flush=True)
             if write:
                 with named_if_full(Path(write)):
@@ -105,6 +106,7 @@ def _look(report: Report, settings: Namespace, cuda: bool) -> None:
     same["packages"] = _try(report, "packages", node.packages, {})
     same["environment"] = node.settings()
     same["weights"] = _try(report, "weights", lambda: files.weights(model.pretrained, config_only), {})
+    _try(report, "experts", lambda: _check_experts(settings))
     val_sets = (file for files_of in (data.val_sets or {}).values() for file in files_of)
     patterns = [*(data.train_files or []), *(data.val_files or []), *val_sets]
     same["data"] = _try(report, "data", lambda: files.data(patterns), {})
@@ -130,6 +132,27 @@ def _look(report: Report, settings: Namespace, cuda: bool) -> None:
     report.values |= has
     if disk is not None and report.rank == 0:
         _check_room(report, root, disk)
+
+
+def _check_experts(settings: Namespace) -> None:
+    """Raises ValueError where expert_parallel_size does not suit nodes and model."""
+    if (dims := parallel_dims(settings.trainer)) is not None and dims.ep > 1:
+        check_experts_divide(settings.trainer, read_fields(settings.model.pretrained)["n_routed_experts"])
+
+
+def _experts_across_nodes(trainer: Namespace) -> str:
+    """A line where ranks of several nodes share their experts."""
+    try:
+        dims = parallel_dims(trainer)
+    except UserError:  # a problem of the report
+        return ""
+    if dims is None or not dims.leaves_node:
+        return ""
+    nodes = dims.ep // (dims.per_node or 1)
+    return (
+        f"\nexperts: expert_parallel_size {dims.ep} leaves the nodes of {dims.per_node} ranks: nodes 0 to {nodes - 1} "
+        f"are the first group, and so on; computation waits for tokens on their network"
+    )
 
 
 def _planned(settings: Namespace) -> Settings | None:

@@ -65,6 +65,7 @@ RANGES = {
     "trainer.gradient_clip_val": Range("[0, 1e6]", "the largest norm of a gradient, 0 to clip none"),
     "trainer.reload_dataloaders_every_n_epochs": Range("[0, 1e6]", "epochs, 0 for never"),
     f"{STRATEGY}sequence_parallel_size": Range("[1, 4096]", "ranks that share a row"),
+    f"{STRATEGY}expert_parallel_size": Range("[1, 4096]", "ranks that share a layer's experts"),
     f"{STRATEGY}stage": Range("[0, 3]", "ZeRO's stage; a real model needs 3"),
     f"{STRATEGY}params_buffer_count": Range("[1, 1e6]", "buffers for offloaded parameters"),
     f"{STRATEGY}params_buffer_size": Range("[1, 1e12]", "elements of a buffer"),

@@ -33,6 +33,7 @@ from src.callbacks.weights_checkpoint import WeightsCheckpoint
 from src.checkpoints.manifest import check_manifest
 from src.commands.checks import (
     check_data_fits_model,
+    check_experts_divide,
     check_weights,
     find_checkpoint,
     newest_checkpoint,
@@ -173,6 +174,7 @@ class TrainingCLI(LightningCLI):
         self.datamodule.check_command = shlex.join(["python", "-m", "src.cli", "check-data", *self._arguments])
         check_data_fits_model(self.datamodule, self.model.config, self.model.pretrained)
         settings = self.config[self.subcommand]
+        check_experts_divide(settings.trainer, self.model.config.n_routed_experts)
         self._dump_config()
         config = yaml.safe_dump(self.config_dump, sort_keys=False)
         tokenizer = self.datamodule.tokenizer

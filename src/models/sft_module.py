@@ -19,6 +19,7 @@ from src.errors import UserError
 from .deepseek_v3 import DeepseekV3ForCausalLM, Losses, LossWeights, load_config
 from .deepseek_v3.config_json import mtp_loss_weight_of
 from .deepseek_v3.freezing import frozen
+from .deepseek_v3.sizes import shard_size
 from .kernels import ATTENTION
 from .loss import IGNORE_INDEX
 from .metrics import MeanByTarget, ValidationMetrics
@@ -156,7 +157,7 @@ class SFTModule(pl.LightningModule):
                 "set trainer.strategy.class_path to src.strategies.DeepSpeedSPStrategy."
             )
         with torch.device("meta"):
-            self.model = DeepseekV3ForCausalLM(self.config, self.experts_per_shard, self.mtp_loss_weight > 0)
+            self.model = DeepseekV3ForCausalLM(self.config, self._shard_size(), self.mtp_loss_weight > 0)
         self._freeze(self.model)
         self.model.set_balance(self.aux_loss_alpha > 0)
         self.model.set_attention_kernel(self.attention_kernel)
@@ -173,6 +174,11 @@ class SFTModule(pl.LightningModule):
             strategy.initialise(self.model, self.seed)
         else:
             strategy.load(self.model, self.pretrained)
+
+    def _shard_size(self) -> int:
+        config, shared = self.config, self._strategy.expert_parallel_size
+        widths = config.hidden_size, config.moe_intermediate_size
+        return shard_size(config.n_routed_experts, *widths, self.experts_per_shard, shared)
 
     def _freeze(self, model: DeepseekV3ForCausalLM) -> None:
         parameters = dict(model.named_parameters())

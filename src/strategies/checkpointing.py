@@ -20,7 +20,7 @@ from src.checkpoints.output import Dtype
 from src.checkpoints.run_files import client_state
 from src.checkpoints.saving import CheckpointSaver
 from src.checkpoints.source import WeightSource
-from src.checkpoints.zero_reader import OPTIMIZER_NAMES, ZeroCheckpointSource
+from src.checkpoints.zero_reader import EXPERT_PARALLEL_SIZE, OPTIMIZER_NAMES, ZeroCheckpointSource
 from src.errors import UserError
 
 from .fail_together import fail_together
@@ -38,6 +38,7 @@ class CheckpointingStrategy(DeepSpeedStrategy):
 
     fail_together = staticmethod(fail_together)  # for callbacks and data, which reach ranks through the strategy
     accept_unlisted = False  # files of a checkpoint that its manifest does not list, unchecked
+    expert_parallel_size = 1
     _saver: CheckpointSaver | None = None
     _rounding = NEAREST
 
@@ -79,6 +80,7 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         aside = self._saver.begin(Path(self.broadcast(str(filepath))), asynchronous=asynchronous)
         side_files = checkpoint.pop("side_files", None)
         checkpoint |= {"random_state": random_state(), OPTIMIZER_NAMES: optimizer_names(self.deepspeed_engine)}
+        checkpoint[EXPERT_PARALLEL_SIZE] = self.expert_parallel_size
         super().save_checkpoint(checkpoint, aside)
         self._saver.start(side_files, options.get("then"))
         if not asynchronous:

@@ -34,6 +34,7 @@ from src.models.deepseek_v3 import DeepseekV3ForCausalLM, SequenceParallelGroup,
 
 from .checkpointing import CheckpointingStrategy
 from .early_ranks import release
+from .expert_parallel import ProcessGroupEP, check_zero, make_groups
 from .host_optimizer import HostAdamW, allocated_once, step_in_pieces
 from .masters import complete, round_after_steps
 from .operators import prepare_builds
@@ -42,6 +43,7 @@ from .parallelize import (
     apply_activation_checkpointing,
     apply_zero_leaves,
     check_heads,
+    share_experts,
     zero3_settings,
 )
 from .partition import materialise
@@ -85,6 +87,8 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
 
     Args:
         sequence_parallel_size: ranks that share one packed row; it must divide the world and the attention heads.
+        expert_parallel_size: ranks that share each layer's experts, and send each other the tokens for them: a part of
+            a node's, or whole nodes. 1: every rank gathers every expert.
         stage: ZeRO stage, 0 to 3. Real models need 3.
         offload_optimizer: keep the optimizer's states in host memory and step there (DeepSpeedCPUAdam).
         offload_parameters: keep the parameters' partitions in host memory (stage 3).
@@ -94,12 +98,14 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         kwargs: as Lightning's DeepSpeedStrategy.
 
     Raises:
-        ValueError: sizes do not divide, or no C++ compiler is found where DeepSpeed must build an operator.
+        ValueError: sizes do not divide, settings of ZeRO do not go with expert parallelism, or no C++ compiler is found
+            where DeepSpeed must build an operator.
     """
 
     def __init__(
         self,
         sequence_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
         stage: int = 3,
         offload_optimizer: bool = False,
         offload_parameters: bool = False,
@@ -120,6 +126,10 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         self.sequence_parallel_size = sequence_parallel_size
         self.dims: ParallelDims | None = None
         self.sp_group: SequenceParallelGroup = SingleProcess()
+        self.expert_parallel_size = expert_parallel_size
+        self.ep_group: ProcessGroupEP | None = None
+        if expert_parallel_size > 1:
+            check_zero(self._zero)
         self._rounding = NEAREST
         self._lower_halves: dict[str, Tensor] = {}  # of what was loaded, for the masters that are not there yet
 
@@ -151,12 +161,25 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         self._check_threads()
         reset_seed()
         self.set_world_ranks()
-        self.dims = ParallelDims(self.world_size, self.sequence_parallel_size, self.global_rank)
+        self.dims = ParallelDims(
+            self.world_size,
+            self.sequence_parallel_size,
+            self.global_rank,
+            self.expert_parallel_size,
+            self.num_processes,
+        )
         self._init_deepspeed_distributed()
         if self.dims.sp > 1:
             group, _ = dist.new_subgroups_by_enumeration(self.dims.sp_groups, timeout=self._timeout)
             assert group is not None
             self.sp_group = ProcessGroupSP(group)
+        if self.dims.ep > 1:
+            self.ep_group = make_groups(self.dims, self._timeout)
+        if self.dims.leaves_node:
+            rank_zero_warn(
+                f"expert_parallel_size {self.dims.ep} is more than the {self.num_processes} processes of a node: "
+                "computation waits for tokens that travel between nodes"
+            )
         self.agree_on_checkpoint()
 
     def _check_threads(self) -> None:
@@ -195,6 +218,8 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         assert self.dims is not None
         check_heads(model, self.dims)
         model.set_sequence_parallel(self.sp_group)
+        if self.ep_group is not None:
+            share_experts(model, self.dims, self.ep_group)
         if activation_checkpointing:
             apply_activation_checkpointing(model)
         if self.zero_stage_3:
@@ -203,7 +228,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
                 self._zero.setdefault(name, value)
             apply_zero_leaves(model)
         assert isinstance(self.config, dict)
-        materialise(model, self.config, self._zero["stage"], self.root_device)
+        materialise(model, self.config, self._zero["stage"], self.root_device, self.ep_group)
 
     def load(self, model: DeepseekV3ForCausalLM, directory: str) -> None:
         """Fills the model's weights from a Hugging Face directory or a checkpoint, each rank its own partitions."""

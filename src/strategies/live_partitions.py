@@ -1,10 +1,11 @@
 """The weights of a running ZeRO job as a WeightSource, and the export from them at the end of `fit`.
 
 Every rank keeps one contiguous range of each tensor: of the fp32 master where the optimizer has one, otherwise of the
-parameter itself, in the model's precision; buffers and what is not partitioned are whole on every rank. An export reads
-tensors in the order of its files, so ranks want ranges of different tensors at a time. They therefore read in rounds:
-in each, every rank says which range it wants, or that it wants none, and one all-to-all brings everyone theirs. A rank
-whose own files are written goes on giving until nobody wants anything.
+parameter itself, in the model's precision; of experts that other ranks share it keeps nothing; buffers and what is not
+partitioned are whole on every rank. An export reads tensors in the order of its files, so ranks want ranges of
+different tensors at a time. They therefore read in rounds: in each, every rank says which range it wants, or that it
+wants none, and one all-to-all brings everyone theirs. A rank whose own files are written goes on giving until nobody
+wants anything.
 """
 
 import tempfile
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from src.checkpoints.export import Export, OtherRankFailed, partial_of, start_live
 from src.checkpoints.key_map import PerExpert
-from src.checkpoints.load import partition_range, persistent
+from src.checkpoints.load import elsewhere, partition_range, persistent
 from src.checkpoints.output import Dtype
 from src.checkpoints.run_files import write_run_files
 
@@ -55,9 +56,11 @@ class LivePartitions:
     def __init__(self, engine: DeepSpeedEngine, model: nn.Module, device: torch.device) -> None:
         self._device = device
         self._world_size = dist.get_world_size()
-        tensors = persistent(model)
-        self._indices = {name: index for index, name in enumerate(tensors)}
-        self._parts = [_part(engine, tensor) for tensor in tensors.values()]
+        parts = {name: _part(engine, tensor) for name, tensor in persistent(model).items()}
+        parts |= {name: _nothing(tensor) for name, tensor in elsewhere(model).items()}
+        # Sorted: which experts are elsewhere differs between ranks.
+        self._indices = {name: index for index, name in enumerate(sorted(parts))}
+        self._parts = [parts[name] for name in self._indices]
         ranges = [(part.start, part.start + part.values.numel()) for part in self._parts]
         mine = torch.tensor(ranges, device=device)  # [N, 2] of N tensors
         held = torch.empty(self._world_size * len(ranges), 2, dtype=mine.dtype, device=device)
@@ -147,6 +150,12 @@ def _part(engine: DeepSpeedEngine, tensor: Any) -> _Part:
         start, numel = partition_range(tensor)
         return _Part(shape, tensor.ds_tensor.detach().view(-1)[:numel], start)
     return _Part(shape, tensor.detach().reshape(-1), 0)
+
+
+def _nothing(tensor: Tensor) -> _Part:
+    """Of a parameter that other ranks have."""
+    dtype = torch.float32 if tensor.requires_grad else tensor.dtype  # as their masters, or their weights
+    return _Part(tuple(tensor.shape), torch.empty(0, dtype=dtype), 0)
 
 
 def export_live(

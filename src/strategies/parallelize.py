@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from src.errors import UserError
-from src.models.deepseek_v3 import DeepseekV3ForCausalLM, ExpertShard
+from src.models.deepseek_v3 import DeepseekV3ForCausalLM, ExpertParallelGroup, Experts, ExpertShard
 from src.models.deepseek_v3.recompute import recompute
 
 from .parallel_dims import ParallelDims
@@ -25,6 +25,29 @@ def check_heads(model: DeepseekV3ForCausalLM, dims: ParallelDims) -> None:
             f"(WORLD_SIZE {dims.world_size} = dp {dims.dp} x sp {dims.sp}): each SP rank attends with its own heads. "
             f"It may be {', '.join(map(str, divisors))}."
         )
+
+
+def share_experts(model: DeepseekV3ForCausalLM, dims: ParallelDims, group: ExpertParallelGroup) -> None:
+    """Leaves to this rank its part of each layer's experts.
+
+    Raises:
+        ValueError: they do not divide over the EP group, or some ranks would train a part of them that others freeze.
+    """
+    dims.check_experts(model.config.n_routed_experts)
+    for prefix, experts in model.named_modules():
+        if not isinstance(experts, Experts):
+            continue
+        assert len(experts) % dims.ep == 0, "experts_per_shard is chosen by `shard_size`"
+        trained = {name: parameter.requires_grad for name, parameter in experts.named_parameters()}
+        part = len(experts) // dims.ep
+        for name in trained:
+            shard, kind = name.split(".")
+            if trained[name] != trained[twin := f"{int(shard) % part}.{kind}"]:
+                raise UserError(
+                    f"freeze matches one of {prefix}.{twin} and {prefix}.{name} and not the other, which are the same "
+                    f"part of two GPUs (expert_parallel_size {dims.ep}): freeze all experts of a layer, or none."
+                )
+    model.set_expert_parallel(group)
 
 
 def apply_activation_checkpointing(model: DeepseekV3ForCausalLM) -> None:

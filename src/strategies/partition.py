@@ -11,19 +11,23 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from torch import nn
 
+from src.models.deepseek_v3 import ExpertShard
 from src.models.pinned import pinned
 
+from .expert_parallel import ProcessGroupEP
 from .zero3_collectives import gather_by_one_view
 
 
 class _EmptyPartitions(deepspeed.zero.Init):
     """Used for its conversion of one parameter; never entered as a context, so nothing global is patched."""
 
-    def partition(self, meta: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-        """A ZeRO-3 parameter of meta's shape whose partition on this rank is zeros."""
+    def partition(self, meta: nn.Parameter, dtype: torch.dtype, shared: ProcessGroupEP | None = None) -> nn.Parameter:
+        """A ZeRO-3 parameter of meta's shape whose partition on this rank is zeros; shared: of an expert's."""
         # Shape without memory: a single element expanded. ZeRO reads the shape, then frees the data.
         whole = torch.empty(1, dtype=dtype, device=self.local_device).expand(meta.shape)
         parameter: Any = nn.Parameter(whole, requires_grad=meta.requires_grad)  # ZeRO hangs its attributes on it
+        if shared is not None:
+            shared.place(parameter)
         self._convert_to_deepspeed_param(parameter)
         aligned = self._aligned_size(parameter)
         size = aligned // parameter.ds_zero_partition_world_size
@@ -42,11 +46,18 @@ class _EmptyPartitions(deepspeed.zero.Init):
         return cast(nn.Parameter, parameter)
 
 
-def materialise(model: nn.Module, config: dict[str, object], stage: int, device: torch.device) -> None:
+def materialise(
+    model: nn.Module,
+    config: dict[str, object],
+    stage: int,
+    device: torch.device,
+    expert_group: ProcessGroupEP | None = None,
+) -> None:
     """Replaces every meta parameter and buffer of `model`, in place.
 
-    Stage 3: ZeRO-3 parameters over the whole world, on the device that the DeepSpeed `config` offloads to, zeros until
-    loaded. Stages 0 to 2: whole tensors on `device`, uninitialised until loaded. Buffers keep their dtype.
+    Stage 3: ZeRO-3 parameters over the whole world, those of shared experts over the ranks that have the same, on the
+    device that the DeepSpeed `config` offloads to, zeros until loaded. Stages 0 to 2: whole tensors on `device`,
+    uninitialised until loaded. Buffers keep their dtype.
     """
     init = _EmptyPartitions(config_dict_or_path=config, dtype=None) if stage == 3 else None
     for module in model.modules():
@@ -54,7 +65,8 @@ def materialise(model: nn.Module, config: dict[str, object], stage: int, device:
             if not parameter.is_meta:
                 continue
             if init is not None:
-                replacement = init.partition(parameter, parameter.dtype)
+                shared = expert_group if isinstance(module, ExpertShard) else None
+                replacement = init.partition(parameter, parameter.dtype, shared)
             else:
                 replacement = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
             setattr(module, name, replacement)

@@ -1,7 +1,7 @@
 """A run's training state from a checkpoint of any layout: each rank reads, of the old shards, the ranges that it keeps.
 
-World size, DP x SP, ZeRO stage, offloading and experts_per_shard of the old run and of this one may all differ. Where
-they do not, a rank reads its own file alone, and what it goes on with is the old bits.
+World size, DP x SP, EP, ZeRO stage, offloading and experts_per_shard of the old run and of this one may all differ.
+Where they do not, a rank reads its own file alone, and what it goes on with is the old bits.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from src.checkpoints.key_map import PerExpert, StackedExperts
-from src.checkpoints.load import Sink, fill, persistent, sink_of, stacked_view, unfit
+from src.checkpoints.load import Sink, elsewhere, fill, persistent, sink_of, stacked_view, unfit
 from src.checkpoints.source import raise_listed
 from src.checkpoints.zero_reader import ZeroCheckpointSource
 from src.errors import UserError, counted
@@ -56,7 +56,10 @@ def _restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpoi
     """`restore` without the trained weights, which follow from the masters."""
     adam, tensors = engine.basic_optimizer, persistent(model)
     trained: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    weights, moments = _views(checkpoint, tensors, trained)
+    others = elsewhere(model)
+    weights, moments = _views(
+        checkpoint, tensors, others, trained | {name: p for name, p in others.items() if p.requires_grad}
+    )
 
     parts = {name: part for name, parameter in trained.items() if (part := part_of(engine, parameter)) is not None}
     sinks = [sink_of(weights, name, tensor) for name, tensor in tensors.items() if name not in trained]
@@ -71,10 +74,10 @@ def _restore(engine: DeepSpeedEngine, model: nn.Module, checkpoint: ZeroCheckpoi
 
 
 def _views(
-    checkpoint: ZeroCheckpointSource, tensors: dict[str, Any], trained: dict[str, Any]
+    checkpoint: ZeroCheckpointSource, tensors: dict[str, Any], others: dict[str, Any], trained: dict[str, Any]
 ) -> tuple[StackedExperts, dict[_Moment, StackedExperts]]:
-    """The checkpoint's weights, and its moments by slot, in this run's names."""
-    weights, problems = stacked_view(PerExpert(checkpoint), tensors)
+    """The checkpoint's weights, and its moments by slot, in this run's names; others: what other ranks have of it."""
+    weights, problems = stacked_view(PerExpert(checkpoint), tensors | others)
     problems = problems or unfit(tensors, weights)
     raise_listed(
         f"{checkpoint.path}: {counted(len(problems), 'tensor does', 'tensors do')} not fit this model; config.json in "

@@ -14,6 +14,9 @@ at 32 ranks and 7.9 s at 1,024. Here a parameter is one strided view over all ra
 Results are bit-equal to DeepSpeed's (`tests/strategies/test_zero3_collectives.py`). What is not done here (quantized
 gathers, secondary partitions, NVMe) stays DeepSpeed's.
 
+Parameters may be partitioned over different groups of ranks (`expert_parallel.py`). Every rank starts the gathers of
+its groups in one order, that of the parameters' numbers; DeepSpeed names them in a set's, which differs between ranks.
+
 Legend: W ranks, n elements of a rank's partition of one parameter, padding included, N the sum of n over a bucket.
 """
 
@@ -56,8 +59,10 @@ class _Gathered:
         self._works, self._buffers = [], []
 
 
-def _launch(params: list[Any], device: torch.device) -> tuple[Any, list[tuple[Tensor, list[Any]]]]:
-    """Starts the gather of parameters of one group and dtype, as one launch; returns its work and what it fills."""
+def _launch(params: list[Any], device: torch.device) -> tuple[list[Any], list[tuple[Tensor, list[Any]]]]:
+    """Starts the gather of parameters of one group and dtype, as one launch; returns its works and what they fill."""
+    if params[0].ds_zero_partition_world_size == 1:  # an expert that no other rank has: used where it lies
+        return [], [(p.ds_tensor.data.to(device, non_blocking=True).view(1, -1), [p]) for p in params]
     if device.type == "cuda":
         for param in params:
             param.gathered_on = torch.cuda.current_stream(device)
@@ -77,11 +82,11 @@ def _launch(params: list[Any], device: torch.device) -> tuple[Any, list[tuple[Te
         buffers.append((flat, members))
         parts.append(part)
     if len(parts) == 1:
-        return dist.all_gather_into_tensor(buffers[0][0].view(-1), parts[0], group=group, async_op=True), buffers
+        return [dist.all_gather_into_tensor(buffers[0][0].view(-1), parts[0], group=group, async_op=True)], buffers
     with dist._coalescing_manager(group=group, async_ops=True) as work:
         for (flat, _), part in zip(buffers, parts, strict=True):
             dist.all_gather_into_tensor(flat.view(-1), part, group=group, async_op=True)
-    return work, buffers
+    return [work], buffers
 
 
 @torch.no_grad()
@@ -94,7 +99,7 @@ def _gather(device: torch.device, params: Iterable[Any], safe_mode: bool = False
         param.ds_status = ZeroParamStatus.INFLIGHT
         buckets.setdefault((id(param.ds_process_group), param.ds_tensor.dtype), []).append(param)
     launched = [_launch(bucket, device) for bucket in buckets.values()]
-    return _Gathered([work for work, _ in launched], [b for _, buffers in launched for b in buffers])
+    return _Gathered([work for works, _ in launched for work in works], [b for _, buffers in launched for b in buffers])
 
 
 _free_later = partition_parameters.free_param
@@ -122,7 +127,7 @@ def gather_by_one_view(parameter: Any, init: Init) -> None:
         or init.param_swapper is not None
         or init.use_all_reduce_for_fetch_params
         or init.allgather_sequential
-        or parameter.ds_zero_partition_world_size == 1
+        or dist.get_world_size() == 1
     )
     if not theirs:
         partition_parameters.free_param = _free

@@ -126,6 +126,14 @@ def test_the_most_uneven_load_of_top_k() -> None:
     assert found["expert_load/entropy/layer_61"] == pytest.approx(math.log(2) / math.log(8))
 
 
+def test_the_load_of_ranks_that_share_the_experts() -> None:
+    found = scalars(np.array([[9.0, 0, 0, 3], [2, 2, 4, 0]]), first_layer=3, ranks=2)
+    assert found["expert_load/ranks_max_over_mean/layer_03"] == 9 / 6
+    assert found["expert_load/ranks_max_over_mean/layer_04"] == 1
+    assert found["expert_load/ranks_max_over_mean"] == 1.25 and found["expert_load/ranks_max_over_mean_worst"] == 1.5
+    assert not any("ranks" in name for name in scalars(LOADS[0].double().numpy(), first_layer=3))
+
+
 def test_other_loggers_get_scalars_alone(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     train(Stub(), ExpertLoad(heat_map_every_n_steps=1), logger)

@@ -57,8 +57,9 @@ def test_another_error_is_left_as_it_is() -> None:
 def module(**settings: Any) -> Any:
     experts = torch.nn.Module()
     experts.mlp = torch.nn.Module()
-    experts.mlp.experts = torch.nn.ModuleList(torch.nn.Module() for _ in range(8))
-    config = SimpleNamespace(num_attention_heads=128, n_routed_experts=256)
+    experts.mlp.experts = torch.nn.Module()
+    experts.mlp.experts.experts_per_shard = 32  # type: ignore[assignment]
+    config = SimpleNamespace(num_attention_heads=128)
     return SimpleNamespace(config=config, named_modules=experts.named_modules, **settings)
 
 

@@ -5,11 +5,14 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, ExpertShard, config_from_dict, experts
 from src.strategies import zero3_collectives
-from src.strategies.parallelize import apply_activation_checkpointing, apply_zero_leaves, zero3_settings
+from src.strategies.expert_parallel import make_groups
+from src.strategies.parallel_dims import ParallelDims
+from src.strategies.parallelize import apply_activation_checkpointing, apply_zero_leaves, share_experts, zero3_settings
 from src.strategies.partition import materialise
 from tests.models.tiny import DEEPSEEK_V3
 
@@ -26,7 +29,7 @@ def one_expert_for_all(model: DeepseekV3ForCausalLM) -> None:
         router.e_score_correction_bias[:8] += 100.0
 
 
-def train(imbalanced: bool, lean: bool) -> dict[str, Any]:
+def train(imbalanced: bool, lean: bool, ep: int = 1) -> dict[str, Any]:
     if not lean:  # shards that run again in the recompute, as under plain checkpointing
         experts.recomputing = lambda: False
         experts.unhooked = lambda module: module
@@ -39,8 +42,21 @@ def train(imbalanced: bool, lean: bool) -> dict[str, Any]:
     with torch.device("meta"):
         model = DeepseekV3ForCausalLM(config_from_dict(FIELDS), experts_per_shard=2)
     apply_activation_checkpointing(model)
+    model.set_kept("recompute", "keep")
+    group, travelled = None, list[tuple[int, ...]]()
+    if ep > 1:
+        dims = ParallelDims(dist.get_world_size(), 1, dist.get_rank(), ep)
+        group = make_groups(dims, None)
+        share_experts(model, dims, group)
+        exchange = group.exchange
+
+        def watch_exchange(rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+            travelled.append(tuple(rows.shape[1:]))
+            return exchange(rows, sent, received)
+
+        group.exchange = watch_exchange  # type: ignore[method-assign]
     config["zero_optimization"] |= zero3_settings(model) | {"stage3_param_persistence_threshold": 0}
-    materialise(model, config, 3, torch.device("cpu"))
+    materialise(model, config, 3, torch.device("cpu"), group)
     parameters: list[Any] = list(model.parameters())  # with ZeRO's attributes
     for parameter in parameters:
         parameter.ds_tensor.normal_(std=0.02)
@@ -77,11 +93,12 @@ def train(imbalanced: bool, lean: bool) -> dict[str, Any]:
     steps = []
     for _ in range(3):
         elements = most_live = head_releases = 0
+        travelled.clear()
         engine.backward(engine(ids, labels, torch.tensor([0, 40, 64]).int(), 40).loss)
         engine.step()
         steps.append((elements / size, most_live, head_releases))
     others = sum(p.ds_numel for p in parameters) / size - 1
-    return {"steps": steps, "others": others, "shards": len(shards)}
+    return {"steps": steps, "others": others, "shards": len(shards), "travelled": travelled}
 
 
 @pytest.mark.parametrize("imbalanced", [False, True])
@@ -95,6 +112,16 @@ def test_experts_are_gathered_twice_and_shard_by_shard(imbalanced: bool) -> None
             assert 2 <= gathered <= 2 + 3 * result["others"]
             assert live <= 3
             assert head_releases == 1  # gathered for its forward, and kept for the backward that follows at once
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_shared_experts_run_twice_and_their_tokens_travel_twice(world: int) -> None:
+    layer_forward, layer_backward = [(1 + 1 + SHARDS // 2,), (2 * 3,), (64,), (64,)], [(2, 64), (64,), (3,)]
+    for result in run_distributed(train, world, False, True, 2):
+        assert result["shards"] == 3 * SHARDS // 2
+        for gathered, live, _ in result["steps"][1:]:
+            assert 2 <= gathered <= 2 + 3 * result["others"] and live <= 3
+        assert result["travelled"] == 3 * layer_forward + 3 * layer_backward  # three layers, nothing in a recomputation
 
 
 def test_the_count_would_see_a_third_gather() -> None:

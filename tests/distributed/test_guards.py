@@ -1,5 +1,6 @@
 """What stops a run before it harms the weights, and what is left out of training on request."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,19 @@ class InfiniteGradient(SFTModule):
         return loss + (loss - loss.detach()).abs().sqrt()
 
 
-def failing_fit(directory: str, count: int, module_class: type[SFTModule], stage: int) -> tuple[str, bool]:
+class InfiniteExpert(SFTModule):
+    """A gradient that is not finite in an expert of the last rank alone."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if batch_idx == 0 and self.global_rank == self.trainer.world_size - 1:
+            expert = [p for name, p in self.named_parameters() if ".mlp.experts." in name][-1]
+            expert.register_hook(lambda grad: grad * float("nan"))
+        return super().training_step(batch, batch_idx)
+
+
+def failing_fit(directory: str, count: int, module_class: type[SFTModule], stage: int, ep: int = 1) -> tuple[str, bool]:
     weights = Weights()
-    layout = Layout(dp=1, sp=2, accumulation=2, batch_size=2, stage=stage)
+    layout = Layout(dp=1, sp=2, accumulation=2, batch_size=2, stage=stage, ep=ep)
     try:
         fit(layout, Recipe(), directory, count, module_class=module_class, more_callbacks=(weights,))
     except FloatingPointError as error:
@@ -74,6 +85,11 @@ def test_a_non_finite_gradient_leaves_the_weights(stage: int, directory: str) ->
         assert "memory:" in message and same
 
 
+def test_every_rank_leaves_out_a_step_that_one_ranks_experts_spoil(directory: str) -> None:
+    for message, same in run_distributed(failing_fit, 2, directory, 8, InfiniteExpert, 3, 2):
+        assert "optimizer step 1: the gradient is not finite though the loss is" in message and same
+
+
 def test_frozen_parameters_stay_and_the_others_move(directory: str) -> None:
     frozen = ("model.embed_tokens*", "*.mlp.gate.weight", "model.layers.1.mlp.experts.[01].*")
     result = run_distributed(fit, 2, LAYOUT, Recipe(freeze=frozen, steps=2), directory, 20)[0]
@@ -86,6 +102,15 @@ def test_frozen_parameters_stay_and_the_others_move(directory: str) -> None:
     experts = "model.layers.1.mlp.experts.down_proj"  # the first shard, two experts, is frozen
     assert torch.equal(result["weights"][experts][:2], before[experts][:2])
     assert not torch.equal(result["weights"][experts][2:4], before[experts][2:4])
+
+
+def test_a_part_of_shared_experts_is_not_frozen_on_one_rank_alone(directory: str) -> None:
+    recipe, message = (
+        Recipe(freeze=("*.layers.1.mlp.experts.[01].*",)),
+        r"matches one of model\.layers\.1\.mlp\.experts",
+    )
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=message):
+        run_distributed(fit, 2, replace(LAYOUT, ep=2), recipe, directory, 8)
 
 
 def test_a_whole_group_may_be_frozen(directory: str) -> None:

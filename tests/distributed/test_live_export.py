@@ -39,8 +39,14 @@ def fit_and_export(layout: Layout, recipe: Recipe, directory: str, root: str, dt
             ("bf16", "fp8", "fp32"),
         ),
         (Layout(dp=1, sp=1, accumulation=1, batch_size=2), 0.3, ("bf16", "fp32")),
+        (Layout(dp=4, sp=1, accumulation=1, batch_size=1, precision="bf16-true", ep=2), 0.3, ("fp8",)),
     ],
-    ids=["stage 3, 4 processes, SP, the base's MTP block", "stage 1, 2 processes, SP, MTP", "stage 3, alone, MTP"],
+    ids=[
+        "stage 3, 4 processes, SP, the base's MTP block",
+        "stage 1, 2 processes, SP, MTP",
+        "stage 3, alone, MTP",
+        "stage 3, 4 processes, EP, MTP",
+    ],
 )
 def test_it_writes_what_the_checkpoint_exports(
     layout: Layout, mtp_loss_weight: float, dtypes: tuple[Dtype, ...], tmp_path: Path

@@ -93,7 +93,8 @@ def generated(directory: Path, prompts: list[str]) -> list[str]:
     ("layout", "prompts"),
     [
         (Layout(dp=1, sp=2, accumulation=2, batch_size=2), PROMPTS),
-        (Layout(dp=2, sp=2, accumulation=1, batch_size=2, attention_output="keep"), PROMPTS[:1]),  # a group has none
+        # A group has none, and experts are shared by both.
+        (Layout(dp=2, sp=2, accumulation=1, batch_size=2, attention_output="keep", ep=4), PROMPTS[:1]),
     ],
     ids=["2 processes", "4 processes"],
 )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from lightning.pytorch.callbacks import Checkpoint
 from safetensors.torch import save_file
@@ -91,6 +92,7 @@ class Layout:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     experts_per_shard: int = 2
+    ep: int = 1
     attention_output: Literal["keep", "offload", "recompute"] = "recompute"
     activation_checkpointing: bool = True
     sub_group_size: int = 1_000_000_000  # elements of a flat tensor of stage 3's optimizer
@@ -160,7 +162,7 @@ class Record(pl.Callback):
 
 
 def _by_name(module: pl.LightningModule, get: Any) -> dict[str, torch.Tensor]:
-    """Our tensors under transformers' module names, expert shards concatenated."""
+    """Our tensors under transformers' module names, expert shards concatenated, those of other ranks too."""
     found: dict[str, torch.Tensor] = {}
     for name, parameter in module.model.named_parameters():  # type: ignore[union-attr]
         if get is safe_get_full_grad and not parameter.requires_grad:
@@ -175,6 +177,11 @@ def _by_name(module: pl.LightningModule, get: Any) -> dict[str, torch.Tensor]:
             found[whole] = torch.cat([found[whole], tensor]) if whole in found else tensor
         else:
             found[name] = tensor
+    shared = module.trainer.strategy.ep_group  # type: ignore[attr-defined]
+    if shared is not None:
+        parts: list[Any] = [None] * shared.size
+        dist.all_gather_object(parts, {n: t for n, t in found.items() if ".mlp.experts." in n}, group=shared.group)
+        found |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return found
 
 
@@ -199,6 +206,7 @@ def fit(
         precision=layout.precision,  # type: ignore[arg-type]
         strategy=DeepSpeedSPStrategy(
             sequence_parallel_size=layout.sp,
+            expert_parallel_size=layout.ep,
             stage=layout.stage,
             offload_optimizer=layout.offload_optimizer,
             offload_parameters=layout.offload_parameters,

@@ -223,6 +223,22 @@ def test_validation_sets_are_looked_at_and_a_run_that_goes_on_needs_no_weights(
     assert any(problem.startswith("data: ") and "none.jsonl" in problem for problem in then.problems)
 
 
+def test_shared_experts_are_looked_at(tmp_path: Path) -> None:
+    arguments = ["--config", "configs/tiny_cpu.yaml", "--trainer.default_root_dir", str(tmp_path)]
+    arguments += ["--trainer.num_nodes=4", "--trainer.strategy.sequence_parallel_size=1"]
+
+    def look(size: int) -> tuple[list[str], str]:
+        found, config = report(0), Parse([*arguments, f"--trainer.strategy.expert_parallel_size={size}"]).config
+        preflight._look(found, config, cuda=False)
+        said = preflight._experts_across_nodes(config.trainer)
+        return [problem for problem in found.problems if problem.startswith("experts")], said
+
+    assert look(1) == look(2) == ([], "")
+    assert look(4)[0] == [] and "size 4 leaves the nodes of 2 ranks: nodes 0 to 1 are the first group" in look(4)[1]
+    (problem,), said = look(3)
+    assert "It may be 1, 2, 4, 8." in problem and not said
+
+
 def test_the_disks_room_is_for_checkpoints_weights_and_export() -> None:
     more = ["--weights.every_n_train_steps", "5", "--export.out", "x"]
     _, alone = preflight._needs(Parse(["--config", "configs/32n_sp4.yaml"]).config)

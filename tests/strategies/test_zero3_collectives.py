@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -12,10 +13,13 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from src.models.deepseek_v3 import ExpertShard
 from src.rehearsal.loopback import LoopbackGroup, join
 from src.strategies import zero_limits
-from src.strategies.partition import _EmptyPartitions
-from src.strategies.zero3_collectives import reduce_scatter
+from src.strategies.expert_parallel import ProcessGroupEP, make_groups
+from src.strategies.parallel_dims import ParallelDims
+from src.strategies.partition import _EmptyPartitions, materialise
+from src.strategies.zero3_collectives import reduce_by_one_view, reduce_scatter
 from tests.distributed.spawn import run_distributed
 
 # One element per rank, padding, a part that ends early, ranks without any, a matrix, one alone in its bucket.
@@ -44,17 +48,23 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype, offload: bool = False) -> list[Any]:
-    """ZeRO-3 parameters with random partitions, each with DeepSpeed's own gather as `theirs`."""
+def parameters(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, offload: bool = False, group: ProcessGroupEP | None = None
+) -> list[Any]:
+    """ZeRO-3 parameters with random partitions, each with DeepSpeed's own gather as `theirs`; with a group every other
+    one an expert's."""
     zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
     if offload:
         zero["offload_param"] = {"device": "cpu"}
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     init, made = _EmptyPartitions(config_dict_or_path=config, dtype=None), []
-    for shape in shapes:
-        parameter: Any = init.partition(torch.nn.Parameter(torch.empty(shape, device="meta")), dtype)
+    for number, shape in enumerate(shapes):
+        shared = group if number % 2 else None
+        parameter: Any = init.partition(torch.nn.Parameter(torch.empty(shape, device="meta")), dtype, shared)
         parameter.ours = parameter.all_gather_coalesced
         whole = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=init.local_device))
+        if shared is not None:
+            shared.place(whole)
         init._convert_to_deepspeed_param(whole)
         parameter.theirs = whole.all_gather_coalesced  # type: ignore[attr-defined]
         parameter.ds_tensor.normal_()
@@ -137,6 +147,47 @@ def test_reductions_are_deepspeeds(world: int, piece: int, dtype: torch.dtype) -
 @pytest.mark.parametrize("world", [8, 512])
 def test_reductions_are_deepspeeds_on_a_gpu(world: int, piece: int) -> None:
     run_distributed(reductions, 1, world, torch.bfloat16, piece, "cuda")
+
+
+def shared(ep: int) -> None:
+    begin(2)
+    torch.manual_seed(dist.get_rank())
+    zero_limits.OWN_MEMORY = 3000
+    group = make_groups(ParallelDims(4, 1, dist.get_rank(), ep), None)
+    params = parameters(SHAPES, torch.float32, group=group)
+    for chosen in (params, params[::-1], params[1:2], params[1:4]):
+        ours = gathered(chosen, chosen[0].ours)
+        assert all(torch.equal(a, b) for a, b in zip(ours, gathered(chosen, chosen[0].theirs), strict=True))
+
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    model = torch.nn.ModuleList(
+        [torch.nn.Linear(5, 7, device="meta"), ExpertShard(2, 5, 3).to("meta"), ExpertShard(1, 5, 3).to("meta")]
+    )
+    materialise(model, config, 3, torch.device("cpu"), group)
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config | {"zero_allow_untested_optimizer": True}
+    )
+    zero: Any = engine.optimizer
+    experts = [p for p in model.parameters() if hasattr(p, "ds_zero_placement_family")]
+    dense = [p for p in model.parameters() if not hasattr(p, "ds_zero_placement_family")]
+    assert len(experts) == 4 and len(dense) == 2
+    theirs = {}
+    for is_ours in (False, True):
+        if is_ours:
+            reduce_by_one_view(zero)
+        for name, members in (("experts", experts), ("dense", dense)):
+            torch.manual_seed(dist.get_rank())
+            reduced: list[Any] = [SimpleNamespace(**vars(p) | {"grad": torch.randn(p.ds_shape)}) for p in members]  # type: ignore[attr-defined]
+            parts = zero._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(reduced, torch.float32)
+            if not is_ours:
+                theirs[name] = parts
+            assert all(torch.equal(a, b) for a, b in zip(parts, theirs[name], strict=True)), name
+
+
+@pytest.mark.parametrize("ep", [2, 4])
+def test_shared_experts_are_gathered_and_reduced_as_deepspeed_does(ep: int) -> None:
+    run_distributed(shared, 4, ep)
 
 
 def operations(world: int) -> tuple[int, int]:

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import config_from_dict, load_config
-    from .experts import ExpertShard
+    from .expert_parallel import ExpertParallelGroup
+    from .experts import Experts, ExpertShard
     from .model import DeepseekV3ForCausalLM, Losses, LossWeights
     from .sequence_parallel import SequenceParallelGroup, SingleProcess
 
 _HOMES = {
     "DeepseekV3ForCausalLM": "model",
+    "ExpertParallelGroup": "expert_parallel",
     "ExpertShard": "experts",
+    "Experts": "experts",
     "LossWeights": "model",
     "Losses": "model",
     "SequenceParallelGroup": "sequence_parallel",
@@ -25,7 +28,9 @@ _HOMES = {
 
 __all__ = [
     "DeepseekV3ForCausalLM",
+    "ExpertParallelGroup",
     "ExpertShard",
+    "Experts",
     "LossWeights",
     "Losses",
     "SequenceParallelGroup",

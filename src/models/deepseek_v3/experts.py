@@ -12,25 +12,80 @@ A shard picks its rows out of the tokens, and out of their gradient, itself: K c
 at a time, never for the layer. Between dispatch, shards and combine autograd sees handles, which have the rows' shape
 and no memory.
 
+Under expert parallelism a rank has a part of the shards, and the tokens are those that `expert_parallel.py` brings.
+Where they are many more than a rank's share, a shard multiplies its rows in pieces and sums each token's at once.
+
 Legend: T tokens, K experts a token, E experts, e experts of a shard, M rows of a shard, H hidden, I expert width.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 
-from ..kernels import grouped_mm, sum_rows, swiglu, swiglu_backward
+from ..kernels import add_rows, grouped_mm, sum_rows, swiglu, swiglu_backward
+from .expert_parallel import ExpertParallelGroup, Journey, Return, Send
 from .recompute import placeholder, recomputing, unhooked
+from .route import Route, route
 
 
 class _Channel:
-    """Carries the gradient of the layer's output [T, H] from the combine's backward to the shards'."""
+    """Carries past autograd, to a layer's shards, its tokens x [T, H] and in the backward its output's gradient [T, H].
 
+    Args:
+        piece: rows that a shard multiplies at once; they are then summed in `total`, fp32 [T, H]. None: all, and the
+            shards return them.
+        spare: whether some tokens have places of the route without a row.
+    """
+
+    x: Tensor | None = None
     grad: Tensor | None = None
+    total: Tensor | None = None
+
+    def __init__(self, piece: int | None = None, spare: bool = False) -> None:
+        self._piece, self._spare = piece, spare
+
+    def open(self, x: Tensor, grad: Tensor | None = None) -> None:
+        self.x, self.grad = x, grad
+        if self._piece is not None:
+            self.total = x.new_zeros(x.shape, dtype=torch.float32)
+
+    def pieces(self, offsets: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """Which of a shard's rows to multiply at once, and where each expert's end among them."""
+        if self._piece is None:
+            yield slice(None), offsets
+            return
+        for begin in range(0, rows, self._piece):
+            end = min(rows, begin + self._piece)
+            yield slice(begin, end), (offsets - begin).clamp(0, end - begin)
+
+    def take(self, rows: Tensor, tokens: Tensor, handle: Tensor) -> Tensor:
+        """A shard's rows, or, where pieces of them [m, H] are summed at once, `handle`."""
+        if self.total is None:
+            return rows
+        add_rows(self.total, rows, tokens)
+        return handle
+
+    def close(self, rows: Sequence[Tensor], slots: Tensor, parts: Tensor) -> Tensor:
+        """Each token's rows summed in fp32, rounded once -> [T, H]; lets go of the tokens."""
+        total, dtype = self.total, rows[0].dtype
+        self.x = self.grad = self.total = None
+        if total is not None:
+            return total.to(dtype)
+        spare = [rows[0].new_zeros(1, rows[0].shape[1])] if self._spare else []
+        return sum_rows([*rows, *spare], slots, parts)
+
+    def by_place(self, values: Sequence[Tensor], slots: Tensor) -> Tensor:
+        """A value of each row, by shard -> [T, K], zero in spare places."""
+        spare = [values[0].new_zeros(1)] if self._spare else []
+        return torch.cat([*values, *spare])[slots]
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    """A sum that is taken in fp32 where it has more than one part."""
+    return more if total is None else total.float().add_(more)
 
 
 class _ExpertShardFunction(Function):
@@ -39,7 +94,6 @@ class _ExpertShardFunction(Function):
         ctx: Any,
         handle: Tensor,  # [M, H]
         weight: Tensor,  # [M] fp32, the routing weight of each row
-        x: Tensor,  # [T, H]
         tokens: Tensor,  # [M], the token of each row; rows are sorted by expert
         offsets: Tensor,  # [e] int32, where each expert's rows end
         gate_up_proj: Tensor,  # [e, 2I, H]
@@ -47,39 +101,57 @@ class _ExpertShardFunction(Function):
         shard: "ExpertShard",
         channel: _Channel,
     ) -> Tensor:  # [M, H]
-        ctx.save_for_backward(weight, x, tokens, offsets)
+        ctx.save_for_backward(weight, tokens, offsets)
         ctx.shard, ctx.channel = shard, channel
+        out = placeholder(handle, *handle.shape)
         if recomputing() or len(tokens) == 0:
-            return placeholder(x, len(tokens), x.shape[1])
-        gate, up = grouped_mm(x[tokens], gate_up_proj.mT, offsets).chunk(2, -1)
-        return grouped_mm(swiglu(gate, up, weight), down_proj.mT, offsets)
+            return out
+        assert channel.x is not None
+        for rows, ends in channel.pieces(offsets, len(tokens)):
+            gate, up = grouped_mm(channel.x[tokens[rows]], gate_up_proj.mT, ends).chunk(2, -1)
+            hidden = swiglu(gate, up, weight[rows])
+            del gate, up
+            out = channel.take(grouped_mm(hidden, down_proj.mT, ends), tokens[rows], out)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        weight, x, tokens, offsets = ctx.saved_tensors
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        weight, tokens, offsets = ctx.saved_tensors
+        channel: _Channel = ctx.channel
         gate_up_proj, down_proj = ctx.shard.gate_up_proj, ctx.shard.down_proj  # gathered by ZeRO-3's backward hook
-        trained_gate_up, trained_down = ctx.needs_input_grad[5:7]
+        trained_gate_up, trained_down = ctx.needs_input_grad[4:6]
         if len(tokens) == 0:  # the weights' gradients are zero, but every rank must hand them to the reduction
             return (
-                x.new_empty(0, x.shape[1]),
+                torch.empty_like(grad_out),
                 torch.empty_like(weight),
-                *(None, None, None),
+                *(None, None),
                 torch.zeros_like(gate_up_proj) if trained_gate_up else None,
                 torch.zeros_like(down_proj) if trained_down else None,
                 *(None, None),
             )
-        rows, grad = x[tokens], ctx.channel.grad[tokens]
-        gate, up = grouped_mm(rows, gate_up_proj.mT, offsets).chunk(2, -1)
-        grad_hidden = grouped_mm(grad, down_proj, offsets)
-        grad_gate_up, hidden, grad_weight = swiglu_backward(gate, up, grad_hidden, weight)
-        assert hidden is not None
-        del gate, up, grad_hidden
+        assert channel.x is not None and channel.grad is not None
+        grad_rows, grad_weights = grad_out, list[Tensor]()
+        of_gate_up: Tensor | None = None
+        of_down: Tensor | None = None
+        for piece, ends in channel.pieces(offsets, len(tokens)):
+            rows, grad = channel.x[tokens[piece]], channel.grad[tokens[piece]]
+            gate, up = grouped_mm(rows, gate_up_proj.mT, ends).chunk(2, -1)
+            grad_hidden = grouped_mm(grad, down_proj, ends)
+            grad_gate_up, hidden, grad_weight = swiglu_backward(gate, up, grad_hidden, weight[piece])
+            assert hidden is not None and grad_weight is not None
+            del gate, up, grad_hidden
+            grad_rows = channel.take(grouped_mm(grad_gate_up, gate_up_proj, ends), tokens[piece], grad_rows)
+            grad_weights.append(grad_weight)
+            if trained_gate_up:
+                of_gate_up = _plus(of_gate_up, grouped_mm(grad_gate_up.mT, rows, ends))
+            if trained_down:
+                of_down = _plus(of_down, grouped_mm(grad.mT, hidden, ends))
         return (
-            grouped_mm(grad_gate_up, gate_up_proj, offsets),
-            grad_weight,
-            *(None, None, None),
-            grouped_mm(grad_gate_up.mT, rows, offsets) if trained_gate_up else None,
-            grouped_mm(grad.mT, hidden, offsets) if trained_down else None,
+            grad_rows,
+            torch.cat(grad_weights) if len(grad_weights) > 1 else grad_weights[0],
+            *(None, None),
+            None if of_gate_up is None else of_gate_up.to(gate_up_proj.dtype),
+            None if of_down is None else of_down.to(down_proj.dtype),
             *(None, None),
         )
 
@@ -87,8 +159,8 @@ class _ExpertShardFunction(Function):
 class ExpertShard(nn.Module):
     """Some of a layer's experts, stacked; one ZeRO-3 leaf module.
 
-    Every shard must be called on every rank, in the same order, zero rows included: a rank that skips one leaves the
-    others waiting in its gather.
+    Every shard must be called on every rank that has it, in the same order, zero rows included: a rank that skips one
+    leaves the others waiting in its gather.
     """
 
     def __init__(self, experts: int, hidden_size: int, intermediate_size: int) -> None:
@@ -96,12 +168,10 @@ class ExpertShard(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
 
-    def forward(
-        self, handle: Tensor, weight: Tensor, x: Tensor, tokens: Tensor, offsets: Tensor, channel: _Channel
-    ) -> Tensor:
-        """handle [M, H], weight [M] fp32, x [T, H], tokens [M], offsets [e] int32 -> weighted expert outputs [M, H]."""
+    def forward(self, handle: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, channel: _Channel) -> Tensor:
+        """handle [M, H], weight [M] fp32, tokens [M], offsets [e] int32 -> weighted expert outputs [M, H]."""
         return _ExpertShardFunction.apply(
-            handle, weight, x, tokens, offsets, self.gate_up_proj, self.down_proj, self, channel
+            handle, weight, tokens, offsets, self.gate_up_proj, self.down_proj, self, channel
         )
 
 
@@ -110,103 +180,93 @@ class _Dispatch(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weights: Tensor,
-        order: Tensor,
-        slots: Tensor,
-        parts: Tensor,
-        sizes: list[int],
-        channel: _Channel,
+        ctx: Any, x: Tensor, weights: Tensor, route: Route, sizes: list[int], channel: _Channel
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(slots, parts)
+        ctx.save_for_backward(route.slots, route.parts)
         ctx.channel = channel
-        return *(placeholder(x, size, x.shape[1]) for size in sizes), *weights.reshape(-1)[order].split(sizes)
+        if not recomputing():
+            channel.open(x)
+        return *(placeholder(x, size, x.shape[1]) for size in sizes), *weights.reshape(-1)[route.order].split(sizes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         slots, parts = ctx.saved_tensors
-        ctx.channel.grad = None
         rows, weights = grads[: len(grads) // 2], grads[len(grads) // 2 :]
-        return sum_rows(rows, slots, parts), torch.cat(weights)[slots], None, None, None, None, None
+        return ctx.channel.close(rows, slots, parts), ctx.channel.by_place(weights, slots), None, None, None
 
 
 class _Combine(Function):
     """The shards' rows back to tokens: each token's K rows summed."""
 
     @staticmethod
-    def forward(ctx: Any, slots: Tensor, parts: Tensor, channel: _Channel, *rows: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor | None, route: Route, channel: _Channel, *rows: Tensor) -> Tensor:
+        """x [T, H]: the tokens, which the shards' backward needs; None where somebody brings them again."""
+        ctx.save_for_backward(*([] if x is None else [x]))
         ctx.sizes, ctx.channel = [len(r) for r in rows], channel
         if recomputing():
-            return placeholder(rows[0], len(slots), rows[0].shape[1])
-        return sum_rows(rows, slots, parts)
+            return placeholder(rows[0], len(route.slots), rows[0].shape[1])
+        return channel.close(rows, route.slots, route.parts)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.channel.grad = grad.contiguous()  # type: ignore[attr-defined]
-        return None, None, None, *(placeholder(grad, size, grad.shape[1]) for size in ctx.sizes)  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors or (ctx.channel.x,)
+        ctx.channel.open(x, grad)
+        return None, None, None, *(placeholder(grad, size, grad.shape[1]) for size in ctx.sizes)
 
 
-class Experts(nn.ModuleList):
-    """All routed experts of a layer, as equal shards; HF's expert j is row j % e of shard j // e."""
+class Experts(nn.ModuleDict):
+    """All routed experts of a layer, as equal shards by their number; HF's expert j is row j % e of shard j // e."""
 
     def __init__(self, experts: int, experts_per_shard: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__(
-            ExpertShard(experts_per_shard, hidden_size, intermediate_size) for _ in range(experts // experts_per_shard)
+            {
+                str(shard): ExpertShard(experts_per_shard, hidden_size, intermediate_size)
+                for shard in range(experts // experts_per_shard)
+            }
         )
-        self.experts = experts
+        self.experts_per_shard = experts_per_shard
+        self.group: ExpertParallelGroup | None = None
+        # The parameters that other ranks have and this one has not, as they were built, by their names here.
+        self.elsewhere: dict[str, nn.Parameter] = {}
 
-    def route(self, chosen: Tensor) -> "Route":
-        """Sorts the tokens by the experts that they have chosen, [T, K]; the device goes on without waiting."""
-        experts_per_shard = self.experts // len(self)
-        by_expert, order = chosen.reshape(-1).sort(stable=True)  # rows of [T*K] in expert order
-        slots = torch.empty_like(order)
-        slots[order] = torch.arange(len(order), device=chosen.device)
-        numbers = torch.arange(self.experts, device=chosen.device, dtype=by_expert.dtype)
-        ends = torch.searchsorted(by_expert, numbers, right=True).view(len(self), -1)  # [shards, e]
-        starts = F.pad(ends[:-1, -1], (1, 0))  # [shards]
-        offsets = (ends - starts[:, None]).int()
-        sizes = offsets[:, -1]
-        if sizes.is_cuda:
-            sizes = torch.empty(sizes.shape, dtype=sizes.dtype, pin_memory=True).copy_(sizes, non_blocking=True)
-        arrived = torch.cuda.Event() if chosen.is_cuda else None
-        if arrived is not None:
-            arrived.record()
-        top_k = chosen.shape[1]
-        return Route(order, order // top_k, slots.view(-1, top_k), chosen // experts_per_shard, offsets, sizes, arrived)
+    def share(self, group: ExpertParallelGroup) -> None:
+        """Leaves to this rank its part of the shards, which the group's size must divide."""
+        self.group = group
+        part = len(self) // group.size
+        for shard in range(len(self)):
+            if shard // part != group.rank:
+                gone = self.pop(str(shard))
+                self.elsewhere |= {f"{shard}.{name}": parameter for name, parameter in gone.named_parameters()}
 
-    def forward(self, x: Tensor, weights: Tensor, route: "Route") -> Tensor:
-        """x [T, H], the chosen experts' weights fp32 [T, K] and their route -> [T, H]."""
-        if route.arrived is not None:
-            route.arrived.synchronize()  # the layer's one wait for the device
+    def route(self, chosen: Tensor) -> Route | Journey:
+        """How the tokens get to the experts that they have chosen, [T, K]; the device goes on without waiting."""
+        experts = len(self) * self.experts_per_shard
+        if self.group is None:
+            return route(chosen, experts, len(self))
+        return Journey(chosen, experts, len(self), self.group)
+
+    def forward(self, x: Tensor, weights: Tensor, way: Route | Journey) -> Tensor:
+        """x [T, H], the chosen experts' weights fp32 [T, K] and what `route` returned -> [T, H]."""
         if torch.is_grad_enabled() and not x.requires_grad and any(p.requires_grad for p in self.parameters()):
             # Nothing below is trained, but ZeRO-3 gathers and releases a shard behind an input that has a gradient.
             x = x.detach().requires_grad_()
-        sizes: list[int] = route.sizes.tolist()
-        channel = _Channel()
-        dispatched = _Dispatch.apply(x, weights, route.order, route.slots, route.parts, sizes, channel)
+        if isinstance(way, Route):
+            return self._run(x, weights, way, _Channel(), x.detach())
+        way.settle(weights.detach())
+        channel = _Channel(way.piece, spare=True)
+        received, of_received = Send.apply(x, weights, way)
+        out = self._run(received, of_received, way.local, channel, None)
+        return Return.apply(out, x.detach(), way, channel)
+
+    def _run(self, x: Tensor, weights: Tensor, route: Route, channel: _Channel, kept: Tensor | None) -> Tensor:
+        """The experts that are here; kept: the tokens, to be saved for the backward."""
+        sizes: list[int] = route.sizes.read().tolist()  # the layer's one wait for the device
+        dispatched = _Dispatch.apply(x, weights, route, sizes, channel)
         handles, row_weights = dispatched[: len(self)], dispatched[len(self) :]
         outputs = [
-            unhooked(shard)(handle, weight, x.detach(), tokens, ends, channel)
+            unhooked(shard)(handle, weight, tokens, ends, channel)
             for shard, handle, weight, tokens, ends in zip(
-                self, handles, row_weights, route.tokens.split(sizes), route.offsets, strict=True
+                self.values(), handles, row_weights, route.tokens.split(sizes), route.offsets, strict=True
             )
         ]
-        return _Combine.apply(route.slots, route.parts, channel, *outputs)
-
-
-class Route(NamedTuple):
-    """Which rows go where.
-
-    order: [T*K], the places of [T, K] in expert order. tokens: [T*K], the token of each row in that order.
-    slots: [T, K], where each token's rows stand. parts: [T, K], in which shard. offsets: int32 [shards, e], where each
-    expert's rows end in its shard. sizes: int32 [shards] on the host, each shard's rows, there once `arrived` is past.
-    """
-
-    order: Tensor
-    tokens: Tensor
-    slots: Tensor
-    parts: Tensor
-    offsets: Tensor
-    sizes: Tensor
-    arrived: torch.cuda.Event | None
+        return _Combine.apply(kept, route, channel, *outputs)

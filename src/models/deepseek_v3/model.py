@@ -20,7 +20,8 @@ from transformers import DeepseekV3Config
 from ..loss import linear_cross_entropy
 from ..offload import HostStack
 from .attention import Attention, RMSNorm, RowGeometry
-from .experts import ExpertShard
+from .expert_parallel import ExpertParallelGroup
+from .experts import Experts, ExpertShard
 from .flops import packed_flops
 from .layers import DecoderLayer, MTPLayer
 from .moe import MoE, Router
@@ -158,6 +159,12 @@ class DeepseekV3ForCausalLM(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention | MoE):
                 module.sp = sp
+
+    def set_expert_parallel(self, group: ExpertParallelGroup) -> None:
+        """The group that shares each layer's experts, before these have memory; its size must divide the shards."""
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.share(group)
 
     def set_balance(self, on: bool) -> None:
         """Whether the MoE layers compute the balance loss."""

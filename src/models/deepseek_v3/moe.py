@@ -11,9 +11,11 @@ from transformers import DeepseekV3Config
 
 from ..kernels import gated_unit, matmul_fp32
 from .attention import RowGeometry
-from .experts import Experts, Route
+from .expert_parallel import Journey
+from .experts import Experts
 from .linear import LastLinear, linear
 from .recompute import Kept, recomputing, unhooked
+from .route import Route
 from .sequence_parallel import SequenceParallelGroup, SingleProcess
 from .sizes import shard_size
 
@@ -114,10 +116,10 @@ class MoE(nn.Module):
         scores = self.gate(x)
         kept = self.kept if torch.is_grad_enabled() else None
         if kept is None:
-            chosen, route = self._route(scores)
+            chosen, way = self._route(scores)
         else:
             kept.begin()
-            chosen, route = kept.once(lambda: self._route(scores))
+            chosen, way = kept.once(lambda: self._route(scores))
         if self.training and not recomputing():
             real = row.documents.sum(0).long()  # [T/SP], one but for padding
             self.gate.load.scatter_add_(0, chosen.flatten(), real.repeat_interleave(chosen.shape[1]))
@@ -125,8 +127,8 @@ class MoE(nn.Module):
         if self.with_balance and self.training:
             balance = sequence_balance(scores, row, chosen.shape[1], self.sp)
         shared = self.shared_experts(x)  # before the experts, which wait until the host knows the route
-        return self.experts(x, self.gate.weigh(scores, chosen), route) + shared, balance
+        return self.experts(x, self.gate.weigh(scores, chosen), way) + shared, balance
 
-    def _route(self, scores: Tensor) -> tuple[Tensor, Route]:
+    def _route(self, scores: Tensor) -> tuple[Tensor, Route | Journey]:
         chosen = self.gate.choose(scores.detach())
         return chosen, self.experts.route(chosen)

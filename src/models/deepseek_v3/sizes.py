@@ -155,19 +155,23 @@ def auto_experts_per_shard(experts: int, hidden_size: int, moe_intermediate_size
     return max(size for size in range(1, min(most, experts) + 1) if experts % size == 0)
 
 
-def shard_size(experts: int, hidden_size: int, moe_intermediate_size: int, asked: int | None) -> int:
+def shard_size(
+    experts: int, hidden_size: int, moe_intermediate_size: int, asked: int | None, expert_parallel_size: int = 1
+) -> int:
     """Experts of a shard: what was asked for, or chosen where that is None; the model and the planner call it.
 
     Raises:
-        ValueError: it does not divide the experts of a layer.
+        ValueError: it does not divide the experts of a layer that a GPU has.
     """
+    if expert_parallel_size > 1 and experts % expert_parallel_size == 0:  # otherwise refused with the sizes that work
+        layer, experts = experts, experts // expert_parallel_size
+        of = f"of a GPU ({layer} n_routed_experts / expert_parallel_size {expert_parallel_size})"
+    else:
+        of = "of a layer (n_routed_experts)"
     chosen = auto_experts_per_shard(experts, hidden_size, moe_intermediate_size)
     size = chosen if asked is None else asked
     if size < 1 or experts % size:
-        raise UserError(
-            f"experts_per_shard {size} does not divide the {experts} experts of a layer (n_routed_experts); "
-            f"'auto' takes {chosen}."
-        )
+        raise UserError(f"experts_per_shard {size} does not divide the {experts} experts {of}; 'auto' takes {chosen}.")
     return size
 
 

@@ -8,6 +8,7 @@ PyTorch.
 from .attention import ATTENTION, AttentionKernel, Packing, resolve_attention
 from .pointwise import (
     add_matmul_fp32,
+    add_rows,
     assemble_heads,
     cross_entropy_rows,
     gated_unit,
@@ -23,6 +24,7 @@ __all__ = [
     "AttentionKernel",
     "Packing",
     "add_matmul_fp32",
+    "add_rows",
     "assemble_heads",
     "cross_entropy_rows",
     "gated_unit",

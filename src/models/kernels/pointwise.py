@@ -114,6 +114,14 @@ def sum_rows(rows: Sequence[Tensor], slots: Tensor, parts: Tensor) -> Tensor:
     return torch.cat(list(rows))[slots].sum(1, dtype=torch.float32).to(rows[0].dtype)
 
 
+def add_rows(total: Tensor, rows: Tensor, tokens: Tensor) -> None:
+    """Adds rows [M, H] to those of fp32 `total` [T, H] that tokens [M] names, in a fixed order."""
+    if total.is_cuda:  # sorts, and so has an order; index_add_ has none there
+        total.index_put_((tokens,), rows.float(), accumulate=True)
+    else:
+        total.index_add_(0, tokens, rows.float())
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (x0, x1), (x2, x3), ... of the last dimension: [T, A, Dr] -> [T, A, Dr], computed in fp32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each [T, A, Dr/2]

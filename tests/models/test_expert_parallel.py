@@ -1,0 +1,136 @@
+"""Experts shared by ranks give each token what all experts in one process give it. Ranks are threads here."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from src.models.deepseek_v3 import experts as module
+from src.models.deepseek_v3.experts import Experts
+
+E, K, H, INNER = 8, 3, 16, 8
+
+
+class Threads:
+    """An ExpertParallelGroup of threads, that counts what travels."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.barrier = size, threading.Barrier(size, timeout=20)
+        self.boxes: list[Any] = [None] * size
+        self.rows: list[list[tuple[int, ...]]] = [[] for _ in range(size)]  # by rank: shapes that it received
+
+    def member(self, rank: int) -> "Member":
+        return Member(self, rank)
+
+
+class Member:
+    def __init__(self, group: Threads, rank: int) -> None:
+        self.group, self.rank, self.size = group, rank, group.size
+
+    def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        self.group.boxes[self.rank] = rows.split(sent)
+        self.group.barrier.wait()
+        found = [self.group.boxes[other][self.rank].clone() for other in range(self.size)]
+        self.group.barrier.wait()
+        assert [len(part) for part in found] == received
+        out = torch.cat(found)
+        self.group.rows[self.rank].append(tuple(out.shape))
+        return out
+
+
+def experts(dtype: torch.dtype = torch.float32, shard: int = 1) -> Experts:
+    made = Experts(E, shard, H, INNER).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return made
+
+
+def run(made: Experts, x: Tensor, weights: Tensor, chosen: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    out = made(x, weights, made.route(chosen))
+    out.backward(grad)
+    assert x.grad is not None and weights.grad is not None
+    gradients = {f"grad of {name}": p.grad for name, p in made.named_parameters() if p.grad is not None}
+    assert len(gradients) == len(list(made.parameters()))
+    return {"out": out.detach(), "x": x.grad, "weights": weights.grad} | gradients
+
+
+Choice = Callable[[int, torch.Generator], Tensor]
+
+
+def anyhow(tokens: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(tokens, E, generator=generator).argsort(1)[:, :K]
+
+
+def first_rank_alone(tokens: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(tokens, K, generator=generator).argsort(1)  # experts 0, 1 and 2
+
+
+def never_five(tokens: int, generator: torch.Generator) -> Tensor:
+    chosen = torch.rand(tokens, E - 1, generator=generator).argsort(1)[:, :K]
+    return chosen + (chosen >= 5)
+
+
+def batch(sizes: list[int], choice: Choice, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(1)
+    for tokens in sizes:
+        x, grad = torch.randn(2, tokens, H, generator=generator).to(dtype)
+        yield x, torch.rand(tokens, K, generator=generator), choice(tokens, generator), grad
+
+
+@pytest.mark.parametrize("choice", [anyhow, first_rank_alone, never_five])
+@pytest.mark.parametrize("sizes", [[5, 9], [0, 7], [0, 0], [4, 0, 6, 11]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_experts_are_all_experts(sizes: list[int], choice: Choice, dtype: torch.dtype) -> None:
+    parts = list(batch(sizes, choice, dtype))
+    whole = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    expected = run(experts(dtype).float(), whole[0].float(), whole[1], whole[2], whole[3].float())
+    group = Threads(len(sizes))
+    made = [experts(dtype) for _ in sizes]
+    for rank, one in enumerate(made):
+        one.share(group.member(rank))
+        assert {*one.elsewhere} | {name for name, _ in one.named_parameters()} == {*dict(experts().named_parameters())}
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        results = list(pool.map(lambda job: run(job[0], *job[1]), zip(made, parts, strict=True)))
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    for name, reference in expected.items():
+        found = torch.cat([r[name] for r in results if name in r])
+        assert found.shape == reference.shape and found.dtype == (torch.float32 if name == "weights" else dtype)
+        assert (found.float() - reference).norm() <= tolerance * max(1.0, reference.norm()), name
+    if sum(sizes):
+        check_travel(group, parts, sizes)
+
+
+def check_travel(group: Threads, parts: list[tuple[Tensor, ...]], sizes: list[int]) -> None:
+    """A token goes once to a rank, whatever it has chosen there; in the backward once more, beside its gradient."""
+    owner = E // len(sizes)
+    for rank in range(len(sizes)):
+        here = sum(int((chosen // owner == rank).any(1).sum()) for _, _, chosen, _ in parts)
+        mine = sum(len(row.unique()) for row in parts[rank][2] // owner)
+        counts, told, tokens, outputs, both, gradients, of_weights = group.rows[rank]
+        assert (tokens, both) == ((here, H), (here, 2, H)) and told == (here, 2 * K)
+        assert (outputs, gradients, of_weights) == ((mine, H), (mine, H), (mine, K))
+
+
+def test_rows_beyond_a_ranks_share_go_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    swiglu = module.swiglu
+
+    def watched(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        seen.append(len(gate))
+        return swiglu(gate, up, weight)
+
+    monkeypatch.setattr(module, "swiglu", watched)
+    parts = list(batch([2, 30], lambda tokens, generator: torch.arange(K).expand(tokens, K), torch.float32))
+    group, made = Threads(2), [experts(shard=4), experts(shard=4)]
+    for rank, one in enumerate(made):
+        one.share(group.member(rank))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda job: run(job[0], *job[1]), zip(made, parts, strict=True)))
+    assert seen == [48, 48]  # of 32 tokens with 3 experts on the first rank, and none on the second
