@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.common import TRUE_CONFIG, table
 from benchmarks.memory import PeakAnonymous
 from benchmarks.weights_at_scale import GB, MIB, SMALL, size
-from src.checkpoints.output import Dtype
+from src.weights.output import Dtype
 from tests.checkpoints.synthetic import save_checkpoint
 from tests.distributed.spawn import run_distributed
 

@@ -35,10 +35,10 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.common import PEAK, TRUE_CONFIG, head, table
 from benchmarks.scaling_run import host_in_use
 from benchmarks.timeline import analyse, lines
-from src.checkpoints.key_map import hf_shapes
 from src.models.deepseek_v3 import load_config
 from src.models.deepseek_v3.flops import step_flops
 from src.rehearsal.timeline import read
+from src.weights.key_map import hf_shapes
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = (

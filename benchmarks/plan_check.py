@@ -16,8 +16,9 @@ from typing import Any
 from src.models.deepseek_v3.sizes import sizes_of
 from src.planner.account import allocated
 from src.planner.cluster import Cluster
-from src.planner.settings import GIB, Settings
+from src.planner.settings import Settings
 from src.planner.timing import StepTime, step_time
+from src.units import GIB
 
 CONFIG = Path(__file__).parent.parent / "configs" / "models" / "deepseek-v3" / "config.json"
 LINES = Path(__file__).with_name("measured_steps.jsonl")

@@ -18,7 +18,8 @@ from src.planner.cluster import Cluster
 from src.planner.plan import Data, Plan, make_plan
 from src.planner.report import scale_text, text
 from src.planner.search import scale
-from src.planner.settings import GIB, Settings
+from src.planner.settings import Settings
+from src.units import GIB
 
 MODEL = "configs/models/deepseek-v3"
 # nodes, SP, optimizer in host memory, batch, what the guide reports

@@ -29,15 +29,15 @@ import torch
 
 from benchmarks.common import head, table
 from src.checkpoints.export import export
-from src.checkpoints.fp8 import dequantise, quantise, quantise_change
-from src.checkpoints.hf_reader import HFDirectorySource
-from src.checkpoints.kept import Kept
-from src.checkpoints.load import load
 from src.datamodules import SFTDataModule
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, LossWeights, load_config
 from src.strategies.partition import materialise
 from src.strategies.rounding import Rounding
-from tests.commands import run
+from src.weights.fp8 import dequantise, quantise, quantise_change
+from src.weights.hf_reader import HFDirectorySource
+from src.weights.kept import Kept
+from src.weights.load import load
+from tests.command import run
 from tests.small import save_tokenizer
 
 RATES = (2e-7, 1e-6, 1e-5)
@@ -251,7 +251,7 @@ def round_to_bf16(source: Path, out: Path) -> None:
     """A Hugging Face directory's weights in BF16, all else as it is."""
     from safetensors.torch import save_file
 
-    from src.checkpoints.side_files import copy_side_files, read_config, write_config
+    from src.weights.side_files import copy_side_files, read_config, write_config
 
     weights = HFDirectorySource(source)
     out.mkdir()

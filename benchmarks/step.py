@@ -28,7 +28,7 @@ from benchmarks.common import BF16, PEAK, TRUE_CONFIG, arguments, head, randomis
 from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.loss_spike import LossSpike
 from src.callbacks.throughput import Throughput
-from src.datamodules.sequence_shard import Document, collate
+from src.datamodules.collate import Document, collate
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, LossWeights, load_config
 from src.models.deepseek_v3.flops import step_flops
 from src.models.sft_module import SFTModule

@@ -29,11 +29,11 @@ import torch
 
 from benchmarks.common import TRUE_CONFIG, head, table
 from benchmarks.memory import PeakAnonymous
-from src.checkpoints.hf_writer import index, plan_shards, write_json, write_shard
-from src.checkpoints.layout import check_layout
-from src.checkpoints.output import Dtype, output_tensors
-from src.checkpoints.random_source import RandomSource
-from src.checkpoints.side_files import architecture, write_config
+from src.weights.hf_writer import index, plan_shards, write_json, write_shard
+from src.weights.layout import check_layout
+from src.weights.output import Dtype, output_tensors
+from src.weights.random_source import RandomSource
+from src.weights.side_files import architecture, write_config
 from tests.distributed.spawn import run_distributed
 
 GB, MIB = 1e9, 2**20
@@ -221,10 +221,10 @@ def train(base: Path, root: Path, out: Path) -> dict[str, Part]:
     from src.callbacks.export_at_end import ExportAtEnd
     from src.callbacks.run_record import RunRecord
     from src.callbacks.step_checkpoint import StepCheckpoint
-    from src.checkpoints.hf_reader import HFDirectorySource
-    from src.checkpoints.load import load, persistent
     from src.models.sft_module import SFTModule
     from src.strategies import DeepSpeedSPStrategy
+    from src.weights.hf_reader import HFDirectorySource
+    from src.weights.load import load, persistent
     from tests.distributed.training import MemoryData, documents
 
     parts: dict[str, Part] = {}

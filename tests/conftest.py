@@ -13,11 +13,13 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 import pytest
 import torch
 
+pytest_plugins = ["tests.fixtures"]
+
 CUDA = torch.cuda.is_available()
 # Fixtures that train, or start a cluster: tests that share one stay on one worker of pytest-xdist, which makes it once.
 SHARED = ("trained", "whole", "checkpoints", "cluster")
 # Files of long tests, which come first: short ones at the end leave no worker alone for long.
-LONG = ("/test_node_scaling.py", "/launch/", "/distributed/", "/test_guide.py")
+LONG = ("/test_node_scaling.py", "/launch/", "/distributed/", "/rehearsal/", "/test_guide.py")
 if not CUDA:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -5,7 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tests.commands import ROOT
+from tests.command import ROOT
 
 SMALL = {
     "vocab_size": 4096,

@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
-from src.checkpoints.key_map import hf_shapes
 from src.commands.config_command import ConfigCommand
 from src.commands.plan import verdict
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, load_config
-from tests.commands import ROOT, run
+from src.weights.key_map import hf_shapes
+from tests.command import ROOT, run
 
 PARTS = ("671b.yaml", "base.yaml", "full.yaml")  # of the other files, no run of its own
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.name not in PARTS)

@@ -10,7 +10,7 @@ import pytest
 
 from src.commands.early import read
 from src.commands.options import OWN, options_of
-from tests.commands import ROOT
+from tests.command import ROOT
 from tests.test_configs import CONFIGS, Parse, parsed
 
 TINY = "configs/tiny_cpu.yaml"

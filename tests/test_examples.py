@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.commands import run
+from tests.command import run
 
 
 def test_the_job_from_python(tmp_path: Path) -> None:

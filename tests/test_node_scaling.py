@@ -10,7 +10,7 @@ import pytest
 from benchmarks.node_scaling import Bench, layouts, main, packed
 from benchmarks.timeline import analyse, lines
 from src.rehearsal.timeline import merged, overlap, read
-from tests.commands import run
+from tests.command import run
 
 
 def test_layouts() -> None:

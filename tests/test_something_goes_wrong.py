@@ -14,7 +14,6 @@ import torch
 from torch.utils import cpp_extension
 
 from src.callbacks.loggers import RunLogger
-from src.checkpoints.disk_space import Room
 from src.checkpoints.manifest import check_manifest
 from src.checkpoints.save_problem import Problem, failure
 from src.commands import places
@@ -22,12 +21,13 @@ from src.commands.checks import refuse_other_run
 from src.commands.plan import verdict
 from src.commands.writable import check_writable
 from src.datamodules.resume import check_identity
+from src.disk.space import Room
 from src.errors import UserError
 from src.models.sft_module import SFTModule
 from src.strategies import deepspeed_sp, fail_together, operators
 from src.strategies.deepspeed_sp import DeepSpeedSPStrategy
 from tests.callbacks.test_out_of_memory import Full
-from tests.checkpoints.disk import full_disk
+from tests.disk.full import full_disk
 
 Given = SimpleNamespace  # tmp_path, monkeypatch, caplog, capsys
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 import lightning.pytorch as pl
 
 from src.checkpoints.export import check_target
-from src.checkpoints.output import Dtype
+from src.weights.output import Dtype
 
 from .run_record import run_record
 

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from src.checkpoints.disk_space import Room, try_to_write
+from src.disk.space import Room, try_to_write
 
 log = logging.getLogger(__name__)
 

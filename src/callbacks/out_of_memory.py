@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from .phases import Phases
+from src.callbacks.phase_timer import Phases
+from src.units import GIB
 
-GIB = 2**30
 STRATEGY = "--trainer.strategy.init_args."
 
 

@@ -7,11 +7,11 @@ from typing import Any, Protocol, cast
 import lightning.pytorch as pl
 from transformers import DeepseekV3Config
 
-from src.checkpoints.hf_reader import HFDirectorySource
-from src.checkpoints.kept import Kept
-from src.checkpoints.random_source import RandomSource
-from src.checkpoints.source import WeightSource
 from src.errors import UserError
+from src.weights.hf_reader import HFDirectorySource
+from src.weights.kept import Kept
+from src.weights.random_source import RandomSource
+from src.weights.source import WeightSource
 
 log = logging.getLogger(__name__)
 

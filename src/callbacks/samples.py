@@ -10,10 +10,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from src.callbacks.phase_timer import Phases
 from src.errors import UserError
 
 from .loggers import log_texts, spare_the_run
-from .phases import Phases
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from src.checkpoints.durable import point, remove, remove_leftovers
 from src.checkpoints.saving import SaveFailed
+from src.disk.durable import point, remove, remove_leftovers
 from src.errors import UserError
 
 FOLDER = "checkpoints"

@@ -8,11 +8,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from src.callbacks.phase_timer import PHASES, TRAINING, Phases
 from src.planner.cards import card_of
+from src.units import GIB
 
-from .phases import PHASES, TRAINING, Phases
-
-GIB = 2**30
 LITTLE = 0.02  # of a node's memory; what `plan` keeps for the system
 
 

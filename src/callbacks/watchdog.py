@@ -15,9 +15,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from src.errors import UserError, counted
-
-from .phases import Phases
+from src.callbacks.phase_timer import Phases
+from src.errors import UserError
+from src.units import counted
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import cast
 import lightning.pytorch as pl
 import torch.distributed as dist
 
-from src.checkpoints.durable import INCOMPLETE, remove
 from src.checkpoints.export import OtherRankFailed
+from src.disk.durable import INCOMPLETE, remove
 from src.errors import UserError
 
 from .export_at_end import ExportingStrategy

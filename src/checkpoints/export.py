@@ -20,11 +20,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src.checkpoints.disk_space import check_room
-from src.checkpoints.durable import publish, sync_file
-from src.checkpoints.file_size import parse_size
-from src.checkpoints.hf_reader import INDEX_FILE, HFDirectorySource, has_mtp
-from src.checkpoints.hf_writer import (
+from src.checkpoints.manifest import check_manifest
+from src.checkpoints.model_card import CARD, from_scratch, model_card
+from src.checkpoints.run_files import read_record
+from src.checkpoints.zero_reader import ZeroCheckpointSource
+from src.disk.durable import publish, sync_file
+from src.disk.json_file import read_object
+from src.disk.space import check_room, named_if_full
+from src.errors import UserError
+from src.weights.file_size import parse_size
+from src.weights.hf_reader import INDEX_FILE, HFDirectorySource, has_mtp
+from src.weights.hf_writer import (
     Shard,
     index,
     is_complete,
@@ -33,16 +39,11 @@ from src.checkpoints.hf_writer import (
     write_json,
     write_shard,
 )
-from src.checkpoints.kept import ENOUGH, Kept, by_group, table
-from src.checkpoints.key_map import PerExpert, mtp_layer
-from src.checkpoints.manifest import check_manifest
-from src.checkpoints.model_card import CARD, from_scratch, model_card
-from src.checkpoints.output import Dtype, output_tensors
-from src.checkpoints.run_files import read_record
-from src.checkpoints.side_files import copy_side_files, read_config, write_config
-from src.checkpoints.source import WeightSource
-from src.checkpoints.zero_reader import ZeroCheckpointSource
-from src.errors import UserError, named_if_full, read_object
+from src.weights.kept import ENOUGH, Kept, by_group, table
+from src.weights.key_map import PerExpert, mtp_layer
+from src.weights.output import Dtype, output_tensors
+from src.weights.side_files import copy_side_files, read_config, write_config
+from src.weights.source import WeightSource
 
 log = logging.getLogger(__name__)
 

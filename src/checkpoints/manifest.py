@@ -15,9 +15,11 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from src.checkpoints.durable import checksum
-from src.checkpoints.source import raise_listed
-from src.errors import UserError, counted, read_object
+from src.disk.durable import checksum
+from src.disk.json_file import read_object
+from src.errors import UserError
+from src.units import counted
+from src.weights.source import raise_listed
 
 log = logging.getLogger(__name__)
 

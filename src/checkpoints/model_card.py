@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from src.checkpoints.kept import Kept, table
-from src.checkpoints.output import Dtype
 from src.checkpoints.run_files import RUN_CONFIG, read_record
+from src.weights.kept import Kept, table
+from src.weights.output import Dtype
 
 CARD = "README.md"
 

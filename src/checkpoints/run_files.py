@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from src.checkpoints.safe_load import load_safely
-from src.checkpoints.side_files import copy_side_files
-from src.errors import UserError, read_object
+from src.disk.json_file import read_object
+from src.errors import UserError
+from src.weights.side_files import copy_side_files
 
 RUN_CONFIG = "config.yaml"
 RUN_RECORD = "run.json"

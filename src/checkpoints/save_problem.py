@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.checkpoints.disk_space import Room
+from src.disk.space import Room
 
 log = logging.getLogger(__name__)
 

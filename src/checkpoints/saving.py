@@ -30,13 +30,13 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from src.checkpoints.disk_space import Room
-from src.checkpoints.durable import INCOMPLETE, CheckedFile, make_folder, publish, seal
 from src.checkpoints.host_copy import HostMemory, host_copy, nbytes
 from src.checkpoints.manifest import MANIFEST, FileRecord, dump_manifest
 from src.checkpoints.run_files import write_run_files
 from src.checkpoints.safe_load import load_safely
 from src.checkpoints.save_problem import Problem, failure
+from src.disk.durable import INCOMPLETE, CheckedFile, make_folder, publish, seal
+from src.disk.space import Room
 from src.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -44,8 +44,9 @@ from deepspeed.checkpoint.constants import (
 )
 
 from src.checkpoints.safe_load import load_safely
-from src.checkpoints.source import raise_listed
-from src.errors import UserError, counted
+from src.errors import UserError
+from src.units import counted
+from src.weights.source import raise_listed
 
 Slot = Literal["fp32", "exp_avg", "exp_avg_sq"]
 

@@ -8,11 +8,12 @@ from src.commands.checks import check_data_fits_model, parallel_dims
 from src.commands.config_command import ConfigCommand
 from src.commands.outputs import check_output
 from src.datamodules import SFTDataModule
-from src.datamodules.check import check
-from src.datamodules.check_html import page
-from src.datamodules.check_text import report_lines, verdict
+from src.datamodules.report.collect import check
+from src.datamodules.report.html import page
+from src.datamodules.report.text import report_lines, verdict
 from src.datamodules.tokenizer import load_tokenizer
-from src.errors import UserError, named_if_full
+from src.disk.space import named_if_full
+from src.errors import UserError
 from src.models.deepseek_v3 import load_config
 
 

@@ -7,11 +7,11 @@ import torch
 from jsonargparse import Namespace
 
 from src.callbacks.step_checkpoint import LAST, checkpoint_folder, step_of
-from src.checkpoints.hf_reader import stored_dtypes
 from src.commands.mtp_weight import has_weights
 from src.datamodules import SFTDataModule
 from src.errors import UserError
 from src.strategies.parallel_dims import ParallelDims
+from src.weights.hf_reader import stored_dtypes
 
 
 def parallel_dims(trainer: Namespace) -> ParallelDims | None:

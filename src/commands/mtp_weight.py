@@ -29,7 +29,7 @@ def mtp_loss_weight(model: Namespace, checkpoint: Path | None = None) -> float:
         recorded = yaml.safe_load(record.read_text())["model"] if record.is_file() else {}
         block, base = recorded.get("mtp_loss_weight", 0.1) > 0, str(checkpoint)
     elif block and not model.from_scratch and has_weights(model.pretrained):
-        from src.checkpoints.hf_reader import has_mtp
+        from src.weights.hf_reader import has_mtp
 
         block, base = has_mtp(model.pretrained, fields["num_hidden_layers"]), model.pretrained
     return mtp_loss_weight_of(model.mtp_loss_weight, block, base)

@@ -6,8 +6,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from src.checkpoints.side_files import read_config, transformers_knows
 from src.datamodules.tokenizer import load_tokenizer
+from src.weights.side_files import read_config, transformers_knows
 
 TEXT = "It's 9.11, not 9.2!\n\n\tfor i in range(10):  # 你好，世界 2026年 é ſ —  \n<think>"
 

@@ -12,7 +12,8 @@ from src.commands.early import read
 from src.commands.outputs import PICTURES, check_output
 from src.commands.planned import plan_of
 from src.commands.writable import unwritable
-from src.errors import UserError, named_if_full
+from src.disk.space import named_if_full
+from src.errors import UserError
 from src.planner.cluster import Cluster, read_cluster
 from src.planner.picture import draw, write_trace
 from src.planner.plan import Plan

@@ -12,13 +12,14 @@ from jsonargparse import Namespace
 
 from src.commands.mtp_weight import mtp_loss_weight
 from src.datamodules.files import NoMatch, expand
-from src.errors import UserError, counted
+from src.errors import UserError
 from src.models.deepseek_v3.sizes import read_sizes, trained_part
 from src.planner import account
 from src.planner.cluster import Cluster
 from src.planner.plan import Data, Plan, make_plan
-from src.planner.settings import GIB, Settings
+from src.planner.settings import Settings
 from src.planner.work import Work
+from src.units import GIB, counted
 
 ASSUMED_ROWS = 100_000
 TOKENISED_HERE = 256 << 20  # bytes of data files; larger ones are estimated

@@ -18,16 +18,18 @@ from src.commands.config_command import ConfigCommand
 from src.commands.outputs import check_output
 from src.commands.planned import settings_of
 from src.commands.writable import unwritable
-from src.errors import UserError, counted, named_if_full
+from src.disk.space import named_if_full
+from src.errors import UserError
 from src.models.deepseek_v3.config_json import read_fields
 from src.planner import account
 from src.planner.cluster import Cluster, write_cluster
 from src.planner.settings import Settings
 from src.planner.work import Work
-from src.preflight import files, node, rates
+from src.preflight import files, measure, node
 from src.preflight.ranks import Absent, Ranks, meet
 from src.preflight.verdict import Report, cluster, lines, problems
 from src.strategies.operators import prepare_builds
+from src.units import GIB, counted
 
 _WRITTEN = {"cuda": 1 << 30, "cpu": 16 << 20}  # bytes a rank, to measure the disk
 
@@ -120,7 +122,7 @@ def _look(report: Report, settings: Namespace, cuda: bool) -> None:
         report.values |= {
             "gpu": torch.cuda.get_device_name(0),
             "gpus_per_node": torch.cuda.device_count(),
-            "gpu_memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
+            "gpu_memory_gib": round(torch.cuda.get_device_properties(0).total_memory / GIB, 1),
         }
     broken, ports = _try(report, "NICs", node.nics, ([], {}))
     report.problems += broken
@@ -168,7 +170,7 @@ def _needs(settings: Namespace) -> tuple[float | None, float | None]:
     if (planned := _planned(settings)) is None:
         return None, None
     host = sum(line.nbytes for line in account.host(planned, Work(planned, Cluster())))
-    return host / 2**30, sum(line.nbytes for line in account.disk(planned))
+    return host / GIB, sum(line.nbytes for line in account.disk(planned))
 
 
 def _check_room(report: Report, root: str, needed: float) -> None:
@@ -197,15 +199,15 @@ def _look_together(report: Report, ranks: Ranks, settings: Namespace, cuda: bool
         )
     wants_gpu = settings.trainer.accelerator not in ("cpu", "auto")
     works = cuda or not wants_gpu
-    if cuda and (product := _try(report, f"GPU {ranks.local_rank}", lambda: rates.product(device))) is not None:
+    if cuda and (product := _try(report, f"GPU {ranks.local_rank}", lambda: measure.product(device))) is not None:
         report.rates["matmul_tflops"], report.same["arithmetic"] = product[0], {"product": product[1]}
     elif cuda:
         works = False
     # From here on ranks wait for one another: not for one that has no GPU.
     if _all_agree(works and device.type):
         if cuda:
-            report.rates["pcie_in_gb_s"], report.rates["pcie_out_gb_s"] = rates.copies(device, dist.barrier)
-        report.network = rates.network(ranks, device)
+            report.rates["pcie_in_gb_s"], report.rates["pcie_out_gb_s"] = measure.copies(device, dist.barrier)
+        report.network = measure.network(ranks, device)
     _measure_host_optimizer(report, settings, device)
     size = _WRITTEN[device.type]
     if _all_agree(os.access(root, os.W_OK)):
@@ -220,7 +222,7 @@ def _measure_host_optimizer(report: Report, settings: Namespace, device: torch.d
 
     def build() -> Callable[[], float]:
         prepare_builds()
-        return rates.host_optimizer(device)
+        return measure.host_optimizer(device)
 
     measure: Callable[[], float] | None = None
     if _all_agree(planned is not None and planned.offload_optimizer):

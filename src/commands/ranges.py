@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
-from src.checkpoints.file_size import parse_size
 from src.commands.options import STRATEGY, STRATEGY_CLASS
 from src.errors import UserError
 from src.strategies.zero_limits import check_stage
+from src.weights.file_size import parse_size
 
 LARGEST = 2**53  # beyond it a number is a slip, and no whole number is exact in a float
 

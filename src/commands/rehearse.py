@@ -19,10 +19,11 @@ from src.commands.planned import plan_of, row_lengths
 from src.errors import UserError
 from src.planner.cluster import Cluster, read_cluster
 from src.planner.plan import Plan, make_plan
-from src.planner.settings import GIB, Settings
+from src.planner.settings import Settings
 from src.planner.streams import makespan
 from src.preflight.node import usable_memory
 from src.rehearsal.job import Job, Measured, rehearse
+from src.units import GIB
 
 
 class RehearseCLI(ConfigCommand):

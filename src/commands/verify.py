@@ -9,16 +9,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 from transformers import DeepseekV3ForCausalLM as OracleModel
 
-from src.checkpoints.hf_reader import HFDirectorySource
-from src.checkpoints.key_map import hf_shapes, mtp_layer
-from src.checkpoints.layout import Layout, check_layout
-from src.checkpoints.load import load
-from src.checkpoints.side_files import read_config, transformers_knows
-from src.checkpoints.source import raise_listed
 from src.commands.opening import opening
 from src.errors import UserError
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, load_config
 from src.models.loss import IGNORE_INDEX
+from src.units import GIB
+from src.weights.hf_reader import HFDirectorySource
+from src.weights.key_map import hf_shapes, mtp_layer
+from src.weights.layout import Layout, check_layout
+from src.weights.load import load
+from src.weights.side_files import read_config, transformers_knows
+from src.weights.source import raise_listed
 
 # Norm of the difference over the norm, fp32: the same sums in another order.
 LIMITS = {"logits": 1e-4, "loss": 1e-5, "gradients": 1e-3}
@@ -112,8 +113,8 @@ def _check_memory(config: Any) -> None:
     needed, available = 4 * 4 * parameters, psutil.virtual_memory().available
     if needed > 0.9 * available:
         raise UserError(
-            f"{parameters / 1e9:.1f}e9 parameters need {needed / 2**30:.0f} GiB here (two models in fp32 with "
-            f"gradients), {available / 2**30:.0f} GiB are free. Verify a smaller model of the architecture, or use a "
+            f"{parameters / 1e9:.1f}e9 parameters need {needed / GIB:.0f} GiB here (two models in fp32 with "
+            f"gradients), {available / GIB:.0f} GiB are free. Verify a smaller model of the architecture, or use a "
             "machine with more memory."
         )
 

@@ -6,8 +6,8 @@ from jsonargparse import Namespace
 
 from src.callbacks.step_checkpoint import checkpoint_folder
 from src.callbacks.weights_checkpoint import weights_folder
-from src.checkpoints.disk_space import Room, try_to_write
 from src.datamodules.cache import default_cache_dir
+from src.disk.space import Room, try_to_write
 from src.errors import UserError
 
 

@@ -18,10 +18,11 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerFast
 
-from src.errors import UserError, read_object
+from src.datamodules.collate import Document
+from src.disk.json_file import read_object
+from src.errors import UserError
 
 from .cache_build import BUILDING, FEATURES, SKIPPED, CacheBuild
-from .sequence_shard import Document
 from .tokenization import Report, TokenizeOptions
 
 

@@ -16,7 +16,8 @@ from datasets import Dataset, Features, List, Value
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
-from src.errors import UserError, named_if_full
+from src.disk.space import named_if_full
+from src.errors import UserError
 
 from .files import digest
 from .reader import scan

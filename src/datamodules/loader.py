@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from src.datamodules.collate import Batch, collate, shard
+
 from .cache import TokenCache
 from .packing import PackedRows
 from .sampler import EMPTY_ROW, MicroBatch, MicroBatchSampler
-from .sequence_shard import Batch, collate, shard
 
 
 class PackedDataset(Dataset[Batch]):

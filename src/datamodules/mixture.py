@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from src.errors import UserError, counted
+from src.errors import UserError
+from src.units import counted
 
 from .packing import PackedRows
 

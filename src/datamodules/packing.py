@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from src.errors import UserError, counted
+from src.errors import UserError
+from src.units import counted
 
 IntArray = npt.NDArray[np.integer[Any]]
 

@@ -3,7 +3,8 @@ number that no layout changes."""
 
 from typing import Any
 
-from src.errors import UserError, counted
+from src.errors import UserError
+from src.units import counted
 
 
 def align_progress(

@@ -10,7 +10,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerFast
 
-from src.errors import UserError, counted
+from src.errors import UserError
+from src.units import counted
 
 from .cache import TokenCache, open_built, open_or_build
 from .chat_template import HistoryReasoning

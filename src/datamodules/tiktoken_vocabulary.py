@@ -12,7 +12,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from src.errors import UserError, read_object
+from src.disk.json_file import read_object
+from src.errors import UserError
 
 VOCABULARY = "tiktoken.model"
 SETTINGS = "tokenizer_config.json"

@@ -10,14 +10,15 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from src.errors import UserError, counted
+from src.datamodules.collate import target_counts
+from src.errors import UserError
+from src.units import counted
 
 from .chat_template import ChatTemplate, HistoryReasoning, Sample
 from .control_tokens import ControlTokens
 from .findings import Findings, row_remarks, unread_remark
 from .formats import Conversation, Format, read_row
 from .reader import Span, read_span
-from .sequence_shard import target_counts
 from .turns import Misfit
 
 Overlong = Literal["truncate", "drop", "error"]

@@ -9,7 +9,8 @@ from pathlib import Path
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 
-from src.errors import UserError, read_object
+from src.disk.json_file import read_object
+from src.errors import UserError
 
 from . import tiktoken_vocabulary
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from src.errors import UserError
+from src.models.learning_rate import warmup_cosine
 
 from .deepseek_v3 import DeepseekV3ForCausalLM, Losses, LossWeights, load_config
 from .deepseek_v3.config_json import mtp_loss_weight_of
@@ -23,7 +24,6 @@ from .deepseek_v3.sizes import shard_size
 from .kernels import ATTENTION
 from .loss import IGNORE_INDEX
 from .metrics import MeanByTarget, ValidationMetrics
-from .schedule import warmup_cosine
 from .strategy import ModelStrategy
 
 Batch = dict[str, Any]

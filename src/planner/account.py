@@ -2,12 +2,12 @@
 
 from collections import Counter
 
-from src.errors import counted
 from src.models.deepseek_v3.sizes import small_parameters
 from src.planner.ledger import GRADIENTS, INPUTS, KEPT, LAYER, LOSS, SHARDS, Line
 from src.planner.schedule import Schedule
-from src.planner.settings import GIB, Settings
+from src.planner.settings import Settings
 from src.planner.work import Work
+from src.units import GIB, counted
 
 # Assumed, since nothing here has measured them on many nodes: what the driver takes for a process, NCCL's channels and
 # buffers for the world's group and for the SP group, and the part of what is allocated that lies between blocks.

@@ -13,6 +13,7 @@ import yaml
 
 from src.errors import UserError
 from src.planner.cards import H100, Card, card_of
+from src.units import GIB
 
 # What was measured on H100s: the product of 8192 x 8192 matrices, a device copy read and written; assumed, NCCL's
 # bandwidth over a node's NVLink and over eight NICs of 400G; measured on four, pinned copies while all GPUs copy.
@@ -98,7 +99,7 @@ class Cluster:
     @property
     def host_room(self) -> float:
         """Bytes of a node that a run may take."""
-        return self.host_part * self.host_memory_gib * 2**30
+        return self.host_part * self.host_memory_gib * GIB
 
     @property
     def host_part(self) -> float:

@@ -7,7 +7,7 @@ from src.models.deepseek_v3.flops import packed_flops
 from src.planner import account
 from src.planner.cluster import Cluster
 from src.planner.ledger import Line
-from src.planner.settings import GIB, Settings
+from src.planner.settings import Settings
 from src.planner.timing import (
     StepTime,
     busiest,
@@ -19,6 +19,7 @@ from src.planner.timing import (
     write_seconds,
 )
 from src.planner.work import Work
+from src.units import GIB
 
 # How far off an input may be: what a file of measurements gave, what is assumed, and the kernels' own rates.
 MEASURED, ASSUMED, KERNELS = 0.05, 0.30, 0.05

@@ -3,14 +3,14 @@
 from collections.abc import Iterable
 from typing import Any
 
-from src.errors import counted
 from src.planner.account import checkpoint_bytes
 from src.planner.ledger import Line
 from src.planner.plan import ASSUMED, MEASURED, Plan, optimizer_why, shifted, step_flops
 from src.planner.search import pays_until
-from src.planner.settings import GIB, Settings
+from src.planner.settings import Settings
 from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, HOST, SP, TO_HOST
 from src.planner.timing import export_seconds, load_seconds, network_bytes, save_stall, sp_bytes, write_seconds
+from src.units import GIB, counted
 
 
 def digits(number: float) -> str:

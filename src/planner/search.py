@@ -11,8 +11,9 @@ from itertools import combinations, product
 from src.planner.account import host, states
 from src.planner.cluster import Cluster
 from src.planner.plan import Data, Plan, make_plan
-from src.planner.settings import GIB, Settings
+from src.planner.settings import Settings
 from src.planner.work import Work
+from src.units import GIB
 
 TOKENS = (8192, 16384, 32768, 65536)  # a GPU and micro-step, that --search tries
 

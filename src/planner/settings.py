@@ -3,11 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from src.errors import UserError, counted
+from src.errors import UserError
 from src.models.deepseek_v3.sizes import Sizes
-
-GIB = 2**30
-
+from src.units import counted
 
 _POSITIVE = {  # field: its name in the config
     "sp": "trainer.strategy.init_args.sequence_parallel_size",

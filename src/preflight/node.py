@@ -12,7 +12,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from src.checkpoints.provenance import git_revision, package_versions
-from src.errors import counted
+from src.units import GIB, counted
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
@@ -147,12 +147,12 @@ def usable_memory() -> int:
 def memory(host_gib: float | None, cuda: bool, infiniband: bool = False) -> tuple[list[str], dict[str, Any]]:
     """Problems with the host's memory, `host_gib` of which the run needs; what the cluster file takes."""
     found, limit, problems = psutil.virtual_memory(), memory_limit(), list[str]()
-    available, total = found.available / 2**30, found.total
+    available, total = found.available / GIB, found.total
     if limit is not None and limit < total:
         total = limit
-        if host_gib is not None and limit / 2**30 < host_gib:
+        if host_gib is not None and limit / GIB < host_gib:
             problems.append(
-                f"this job may take {limit / 2**30:.0f} GiB of host memory (its cgroup's limit), the plan needs "
+                f"this job may take {limit / GIB:.0f} GiB of host memory (its cgroup's limit), the plan needs "
                 f"{host_gib:.0f}; ask for the node's whole memory (Slurm: --mem=0; a container's --memory)"
             )
     if host_gib is not None and available < host_gib:
@@ -166,12 +166,12 @@ def memory(host_gib: float | None, cuda: bool, infiniband: bool = False) -> tupl
             f"locked memory is limited to {locked >> 10} KiB, which InfiniBand's buffers exceed; "
             "`ulimit -l unlimited` (LimitMEMLOCK=infinity of slurmd.service)"
         )
-    shared = shutil.disk_usage("/dev/shm").total / 2**30 if Path("/dev/shm").is_dir() else 0
+    shared = shutil.disk_usage("/dev/shm").total / GIB if Path("/dev/shm").is_dir() else 0
     if cuda and shared < 1:
         problems.append(
             f"/dev/shm has {shared:.2f} GiB, NCCL and data workers need more; `--shm-size=16g` in a container"
         )
-    return problems, {"host_memory_gib": round(total / 2**30, 1), "cpu_cores": os.cpu_count() or 1}
+    return problems, {"host_memory_gib": round(total / GIB, 1), "cpu_cores": os.cpu_count() or 1}
 
 
 def one_thread(cuda: bool) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from src.errors import counted
+from src.units import counted
 
 SLOW = 0.8  # of the median, below which a node's rate is a problem: a job runs at the pace of its slowest
 SKEW = 5.0  # seconds

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from torch.utils.data import DataLoader, IterableDataset
 
-from src.datamodules.sequence_shard import Batch, Document, collate, shard
+from src.datamodules.collate import Batch, Document, collate, shard
 
 from .loopback import join
 from .timeline import busy, read

@@ -14,14 +14,14 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from src.checkpoints.kept import Kept
 from src.checkpoints.manifest import MANIFEST, check_manifest
-from src.checkpoints.output import Dtype
 from src.checkpoints.run_files import client_state
 from src.checkpoints.saving import CheckpointSaver
-from src.checkpoints.source import WeightSource
 from src.checkpoints.zero_reader import EXPERT_PARALLEL_SIZE, OPTIMIZER_NAMES, ZeroCheckpointSource
 from src.errors import UserError
+from src.weights.kept import Kept
+from src.weights.output import Dtype
+from src.weights.source import WeightSource
 
 from .fail_together import fail_together
 from .live_partitions import export_live

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from src.checkpoints.hf_reader import HFDirectorySource
-from src.checkpoints.key_map import PerExpert
-from src.checkpoints.load import load
-from src.checkpoints.random_source import RandomSource
-from src.checkpoints.source import WeightSource
 from src.checkpoints.zero_reader import ZeroCheckpointSource
 from src.errors import UserError
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, SequenceParallelGroup, SingleProcess
+from src.weights.hf_reader import HFDirectorySource
+from src.weights.key_map import PerExpert
+from src.weights.load import load
+from src.weights.random_source import RandomSource
+from src.weights.source import WeightSource
 
 from .checkpointing import CheckpointingStrategy
 from .early_ranks import release

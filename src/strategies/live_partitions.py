@@ -21,10 +21,10 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from src.checkpoints.export import Export, OtherRankFailed, partial_of, start_live
-from src.checkpoints.key_map import PerExpert
-from src.checkpoints.load import elsewhere, partition_range, persistent
-from src.checkpoints.output import Dtype
 from src.checkpoints.run_files import write_run_files
+from src.weights.key_map import PerExpert
+from src.weights.load import elsewhere, partition_range, persistent
+from src.weights.output import Dtype
 
 from .zero_parts import part_of
 

@@ -14,7 +14,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.utils import all_gather_dp_groups
 from torch import Tensor, nn
 
-from src.checkpoints.load import halves
+from src.weights.load import halves
 
 from .rounding import FlatRounding, Rounding, place_of
 from .zero_parts import part_of, weights_of
@@ -88,7 +88,7 @@ def round_after_steps(engine: DeepSpeedEngine, model: nn.Module, rounding: Round
 
 @torch.no_grad()
 def complete(engine: DeepSpeedEngine, model: nn.Module, low: dict[str, Tensor], rounding: Rounding) -> None:
-    """Writes the lower halves that `src.checkpoints.load.load` returned into the masters, and lets go of them.
+    """Writes the lower halves that `src.weights.load.load` returned into the masters, and lets go of them.
 
     Args:
         engine: of a training run that has not taken a step, its masters copied from what was loaded.

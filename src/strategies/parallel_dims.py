@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from src.errors import UserError, counted
+from src.errors import UserError
+from src.units import counted
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from src.checkpoints.key_map import PerExpert, StackedExperts
-from src.checkpoints.load import Sink, elsewhere, fill, persistent, sink_of, stacked_view, unfit
-from src.checkpoints.source import raise_listed
 from src.checkpoints.zero_reader import ZeroCheckpointSource
-from src.errors import UserError, counted
+from src.errors import UserError
+from src.units import counted
+from src.weights.key_map import PerExpert, StackedExperts
+from src.weights.load import Sink, elsewhere, fill, persistent, sink_of, stacked_view, unfit
+from src.weights.source import raise_listed
 
 from .fail_together import fail_together
 from .masters import weights_follow
@@ -38,7 +39,7 @@ def restore(
 
     Args:
         engine: of a training run that has not taken a step.
-        model: what the engine trains, with names as in `src.checkpoints.key_map`.
+        model: what the engine trains, with names as in `src.weights.key_map`.
         checkpoint: its fp32 slot.
         rounding: how the model's own weights follow from the masters.
 

@@ -17,7 +17,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from src.checkpoints.key_map import place_in_layer
+from src.weights.key_map import place_in_layer
 
 from .zero_parts import part_of
 
@@ -98,7 +98,7 @@ class FlatRounding:
 
     Args:
         engine: that trains the model, at ZeRO stage 1 to 3.
-        model: with names as in `src.checkpoints.key_map`.
+        model: with names as in `src.weights.key_map`.
     """
 
     def __init__(self, engine: DeepSpeedEngine, model: nn.Module, rounding: Rounding) -> None:

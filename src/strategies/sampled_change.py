@@ -9,9 +9,9 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from src.checkpoints.kept import Kept
-from src.checkpoints.load import stacked_view
-from src.checkpoints.source import WeightSource, raise_listed
+from src.weights.kept import Kept
+from src.weights.load import stacked_view
+from src.weights.source import WeightSource, raise_listed
 
 from .zero_parts import part_of, weights_of
 
@@ -33,7 +33,7 @@ def sample_changes(
 
     Args:
         engine: of a training run.
-        model: with names as in `src.checkpoints.key_map`.
+        model: with names as in `src.weights.key_map`.
         base: what it started from, in Hugging Face names.
         device: where the process group communicates.
 

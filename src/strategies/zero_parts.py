@@ -17,7 +17,7 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from src.checkpoints.load import partition_range
+from src.weights.load import partition_range
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.loggers import RunLogger, log_image, log_texts
-from tests.checkpoints.disk import full_disk
+from tests.disk.full import full_disk
 
 from .test_expert_load import Stub
 from .test_expert_load import train as train_experts

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from src.callbacks import throughput as module
-from src.callbacks.phases import TRAINING
+from src.callbacks.phase_timer import TRAINING
 from src.callbacks.throughput import GIB, Throughput
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, config_from_dict
 from src.models.deepseek_v3.flops import packed_flops, step_flops

@@ -19,9 +19,9 @@ from deepspeed.checkpoint.constants import (
     ZERO_STAGE,
 )
 
-from src.checkpoints.key_map import StackedExperts
-from src.checkpoints.random_source import RandomSource
-from src.checkpoints.side_files import architecture
+from src.weights.key_map import StackedExperts
+from src.weights.random_source import RandomSource
+from src.weights.side_files import architecture
 from tests.checkpoints.tiny import SIDE_FILES, list_files, our_shapes
 
 

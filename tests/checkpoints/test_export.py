@@ -10,17 +10,18 @@ import torch
 from safetensors.torch import load_file
 
 from src.checkpoints import export as module
-from src.checkpoints import output, zero_reader
+from src.checkpoints import zero_reader
 from src.checkpoints.export import export
-from src.checkpoints.fp8 import QUANTIZATION_CONFIG, is_quantised
-from src.checkpoints.hf_reader import HFDirectorySource
-from src.checkpoints.key_map import hf_shapes
 from src.checkpoints.manifest import MANIFEST
-from src.checkpoints.side_files import architecture
 from src.errors import UserError
-from tests.checkpoints.conftest import Checkpoints
-from tests.checkpoints.disk import Disk
+from src.weights import output
+from src.weights.fp8 import QUANTIZATION_CONFIG, is_quantised
+from src.weights.hf_reader import HFDirectorySource
+from src.weights.key_map import hf_shapes
+from src.weights.side_files import architecture
 from tests.checkpoints.tiny import CONFIG, LAYERS, SIDE_FILES, dequantise_whole, list_files, save_mtp, stored
+from tests.checkpoints.workers import Checkpoints
+from tests.disk.full import Disk
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 MTP = f"model.layers.{LAYERS}."

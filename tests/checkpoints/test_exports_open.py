@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
 
-from src.checkpoints import side_files
 from src.checkpoints.export import export
-from src.checkpoints.output import Dtype
 from src.checkpoints.run_files import write_run_files
-from src.checkpoints.side_files import architecture
 from src.commands.verify import verify
 from src.datamodules.tokenizer import load_tokenizer, opening_files
 from src.models.deepseek_v3 import config_from_dict
+from src.weights import side_files
+from src.weights.output import Dtype
+from src.weights.side_files import architecture
 from tests.checkpoints.synthetic import save_checkpoint
 from tests.checkpoints.tiny import SIDE_FILES, list_files
 from tests.datamodules.published import TEMPLATE, write_tokenizer

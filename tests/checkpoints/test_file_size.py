@@ -2,7 +2,7 @@
 
 import pytest
 
-from src.checkpoints.file_size import parse_size
+from src.weights.file_size import parse_size
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from src.checkpoints.export import export
-from src.checkpoints.output import Dtype
-from tests.checkpoints.conftest import Checkpoints
-from tests.checkpoints.workers import DTYPES, SETTINGS, live_export
+from src.weights.output import Dtype
+from tests.checkpoints.workers import DTYPES, SETTINGS, Checkpoints, live_export
 
 
 def contents(directory: Path) -> dict[str, bytes]:

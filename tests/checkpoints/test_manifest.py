@@ -12,8 +12,8 @@ import pytest
 import torch.distributed as dist
 
 from src.checkpoints import manifest
-from src.checkpoints.durable import seal
 from src.checkpoints.manifest import MANIFEST, FileRecord, check_manifest, dump_manifest
+from src.disk.durable import seal
 from src.errors import UserError
 from tests.distributed.spawn import run_distributed
 

@@ -12,8 +12,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
 from src.callbacks.step_checkpoint import StepCheckpoint
-from src.checkpoints.hf_reader import HFDirectorySource
-from src.checkpoints.key_map import mtp_copies
+from src.weights.hf_reader import HFDirectorySource
+from src.weights.key_map import mtp_copies
 from tests.checkpoints.tiny import LAYERS, dequantised, stacked, stored
 from tests.distributed.spawn import run_distributed
 from tests.distributed.training import Layout, Recipe, fit

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 
 from src.callbacks.step_checkpoint import LAST, StepCheckpoint, step_of
-from src.checkpoints import disk_space, durable, saving
-from src.checkpoints.durable import CheckedFile, remove_leftovers
+from src.checkpoints import saving
 from src.checkpoints.manifest import check_manifest
 from src.checkpoints.saving import TAG, CheckpointSaver, SaveFailed
+from src.disk import durable, space
+from src.disk.durable import CheckedFile, remove_leftovers
+from tests.disk.full import Disk, Stop
 from tests.distributed.spawn import server
-
-from .disk import Disk, Stop
 
 FILES = ("optim.pt", "model.pt")
 
@@ -215,7 +215,7 @@ def test_a_full_disk_is_one_error_and_the_next_save_works(
 def test_what_cannot_fit_is_not_begun(saver: CheckpointSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 4000  # the two files hold 4004 bytes
     usage = type("Usage", (), {"free": free})
-    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: usage)
     save(saver, tmp_path, 1, asynchronous=True)
     with pytest.raises(
         SaveFailed,
@@ -235,7 +235,7 @@ def test_a_node_whose_own_disk_is_too_small_is_named(
     """As where the folder is not mounted there: rank 0 sees room enough."""
 
     def gather(found: list[Any], ours: Any) -> None:
-        found[:] = [ours, (None, 1000, disk_space.Room("node7", "/", 5000))]
+        found[:] = [ours, (None, 1000, space.Room("node7", "/", 5000))]
 
     monkeypatch.setattr(saver, "_world_size", 2)
     monkeypatch.setattr(dist, "all_gather_object", gather)

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.checkpoints.key_map import PerExpert
 from src.checkpoints.zero_reader import ZeroCheckpointSource
-from tests.checkpoints.conftest import Checkpoints
+from src.weights.key_map import PerExpert
 from tests.checkpoints.tiny import CONFIG, our_shapes, ranges, stacked, stored
-from tests.checkpoints.workers import EXPERTS_PER_SHARD, FROZEN, SETTINGS
+from tests.checkpoints.workers import EXPERTS_PER_SHARD, FROZEN, SETTINGS, Checkpoints
 
 
 @pytest.mark.parametrize("label", SETTINGS)

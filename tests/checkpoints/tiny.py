@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
-from src.checkpoints.durable import seal
-from src.checkpoints.key_map import hf_shapes
 from src.checkpoints.manifest import MANIFEST, FileRecord, dump_manifest
-from src.checkpoints.side_files import architecture
+from src.disk.durable import seal
+from src.weights.key_map import hf_shapes
+from src.weights.side_files import architecture
 
 # As published, without what transformers derives. Widths leave FP8 blocks at the edges and padding in partitions: of 5
 # elements on four processes the last has none.

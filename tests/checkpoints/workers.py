@@ -6,14 +6,19 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from src.checkpoints.hf_reader import HFDirectorySource
-from src.checkpoints.load import load
-from src.checkpoints.output import Dtype
+from src.weights.hf_reader import HFDirectorySource
+from src.weights.load import load
+from src.weights.output import Dtype
 from tests.checkpoints.tiny import CONFIG, LAYERS, StandIn, dequantised, our_shapes, stacked, stored
 
 FROZEN = ("model.embed_tokens.weight", "model.layers.1.mlp.experts.0.down_proj")
 EXPERTS_PER_SHARD = 2
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+
+
+class Checkpoints(NamedTuple):
+    folder: Path
+    gathered: dict[str, dict[str, Any]]  # label -> our name -> slot -> the whole tensor, from the live engine
 
 
 class Setting(NamedTuple):
@@ -141,8 +146,8 @@ def save_checkpoints(directory: Path, folder: Path, settings: dict[str, Setting]
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    from src.checkpoints import output
     from src.strategies.live_partitions import export_live
+    from src.weights import output
 
     whole = output.chunks
     output.chunks = lambda start, stop, step=5000: whole(start, stop, step)  # several rounds for a tensor

@@ -15,7 +15,7 @@ from src.datamodules.cache import open_or_build, open_or_check
 from src.datamodules.cache_build import CacheBuild
 from src.datamodules.tokenization import TokenizeOptions
 from src.errors import UserError
-from tests.checkpoints.disk import full_disk
+from tests.disk.full import full_disk
 
 from .conftest import question_answer
 

@@ -17,11 +17,11 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor
 
 from src.callbacks.step_checkpoint import StepCheckpoint
-from src.checkpoints import load
-from src.checkpoints.key_map import PerExpert, StackedExperts
-from src.checkpoints.source import chunks
 from src.checkpoints.zero_reader import ZeroCheckpointSource
 from src.strategies.reshard import restore
+from src.weights import load
+from src.weights.key_map import PerExpert, StackedExperts
+from src.weights.source import chunks
 from tests.models.tiny import DEEPSEEK_V3, MtpModel, mtp_oracle, oracle, relative
 
 from .spawn import run_distributed

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from benchmarks.memory import PeakAnonymous
-from src.checkpoints import load
-from src.checkpoints.source import chunks
 from src.checkpoints.zero_reader import ZeroCheckpointSource
 from src.strategies.reshard import restore
-from tests.checkpoints.test_memory import CHUNK, MIB, WIDTHS, config
+from src.weights import load
+from src.weights.source import chunks
 from tests.checkpoints.tiny import StandIn, our_shapes
 from tests.checkpoints.workers import Setting, Wrapper
+from tests.weights.test_memory import CHUNK, MIB, WIDTHS, config
 
 from .spawn import run_distributed
 

@@ -15,10 +15,10 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
 from src.callbacks.step_checkpoint import LAST, StepCheckpoint, step_of
-from src.checkpoints.durable import CheckedFile
 from src.checkpoints.host_copy import nbytes, tensors
 from src.checkpoints.manifest import MANIFEST, check_manifest
 from src.checkpoints.saving import SaveFailed
+from src.disk.durable import CheckedFile
 from src.models.sft_module import Batch, SFTModule
 from tests.checkpoints.equality import differences
 

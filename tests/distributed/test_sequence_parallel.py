@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from src.datamodules.sequence_shard import Document, collate, shard
+from src.datamodules.collate import Document, collate, shard
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, LossWeights, config_from_dict
 from src.strategies.parallelize import apply_activation_checkpointing
 from src.strategies.sequence_parallel import ProcessGroupSP

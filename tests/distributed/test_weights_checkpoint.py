@@ -13,8 +13,8 @@ from src.callbacks.export_at_end import ExportAtEnd
 from src.callbacks.run_record import RunRecord
 from src.callbacks.step_checkpoint import StepCheckpoint
 from src.callbacks.weights_checkpoint import WeightsCheckpoint
-from src.checkpoints import disk_space
 from src.checkpoints.export import export
+from src.disk import space
 
 from .spawn import run_distributed
 from .training import Layout, Recipe, fit
@@ -37,7 +37,7 @@ class SmallDisk(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # before the others'
         if trainer.global_rank == 1 and trainer.global_step == self.step:
             usage: Any = type("Usage", (), {"free": 1000})
-            disk_space.shutil.disk_usage = lambda path: usage
+            space.shutil.disk_usage = lambda path: usage
 
 
 def train(directory: str, root: str, out: str | None, full_from: int, checkpoint: str | None) -> Any:

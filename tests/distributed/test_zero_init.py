@@ -6,9 +6,9 @@ import deepspeed
 import pytest
 import torch
 
-from src.checkpoints.hf_reader import HFDirectorySource
-from src.checkpoints.load import load
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, load_config
+from src.weights.hf_reader import HFDirectorySource
+from src.weights.load import load
 from tests.models.tiny import DEEPSEEK_V3, oracle, packed, samples
 
 from .spawn import run_distributed

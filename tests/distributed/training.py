@@ -17,8 +17,8 @@ from transformers import DeepseekV3ForCausalLM as OracleModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from src.datamodules import SFTDataModule
+from src.datamodules.collate import Document, target_counts
 from src.datamodules.packing import PackedRows, one_sample_a_row, pack
-from src.datamodules.sequence_shard import Document, target_counts
 from src.datamodules.sft import PackedSet
 from src.datamodules.tokenization import Statistics
 from src.models.sft_module import SFTModule

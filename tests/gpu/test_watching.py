@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from src.callbacks.phases import TRAINING
+from src.callbacks.phase_timer import TRAINING
 from src.callbacks.throughput import Throughput
 from tests.callbacks.stub import STEPS, Stub, train
 from tests.callbacks.test_throughput import rows_of

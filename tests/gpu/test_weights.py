@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from src.checkpoints.export import export
-from src.checkpoints.side_files import copy_side_files
+from src.weights.side_files import copy_side_files
 from tests.checkpoints.tiny import oracle, save_mtp, save_oracle
 from tests.checkpoints.workers import DTYPES, SETTINGS, live_export
 

@@ -1,6 +1,6 @@
 import pytest
 
-from src.models.schedule import warmup_cosine
+from src.models.learning_rate import warmup_cosine
 
 
 def test_warm_up_then_a_cosine_to_the_floor() -> None:

@@ -7,8 +7,9 @@ import pytest
 from src.planner.account import allocated, checkpoint_bytes, host, states
 from src.planner.cluster import Cluster
 from src.planner.micro_step import micro_step
-from src.planner.settings import GIB, Settings
+from src.planner.settings import Settings
 from src.planner.work import Work
+from src.units import GIB
 from tests.planner.settings import guide, sizes
 
 

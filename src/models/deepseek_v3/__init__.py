@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from src.models.deepseek_v3.sp_group import SequenceParallelGroup, SingleProcess
+
     from .config import config_from_dict, load_config
     from .expert_parallel import ExpertParallelGroup
     from .experts import Experts, ExpertShard
     from .model import DeepseekV3ForCausalLM, Losses, LossWeights
-    from .sequence_parallel import SequenceParallelGroup, SingleProcess
 
 _HOMES = {
     "DeepseekV3ForCausalLM": "model",
@@ -20,8 +21,8 @@ _HOMES = {
     "Experts": "experts",
     "LossWeights": "model",
     "Losses": "model",
-    "SequenceParallelGroup": "sequence_parallel",
-    "SingleProcess": "sequence_parallel",
+    "SequenceParallelGroup": "sp_group",
+    "SingleProcess": "sp_group",
     "config_from_dict": "config",
     "load_config": "config",
 }

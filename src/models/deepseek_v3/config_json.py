@@ -9,7 +9,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from src.errors import UserError, read_object
+from src.disk.json_file import read_object
+from src.errors import UserError
 
 # Kimi-K2 is DeepSeek-V3 under its own name.
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
@@ -80,9 +81,7 @@ def read_fields(directory: str | Path, option: str = "--model.pretrained") -> di
                 f"{path} does not exist; if {name} is a model of the Hugging Face Hub, download it, "
                 f"`hf download {name} --local-dir {local}`, and give that directory: {option} {local}"
             )
-        raise UserError(
-            f"{path} does not exist; {option} must be a Hugging Face directory of a DeepSeek-V3 model."
-        )
+        raise UserError(f"{path} does not exist; {option} must be a Hugging Face directory of a DeepSeek-V3 model.")
     fields = read_object(path)
     check_fields(fields, str(path))
     return fields

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import DeepseekV3Config
 
+from src.models.deepseek_v3.sp_group import SequenceParallelGroup, SingleProcess
+
 from ..loss import linear_cross_entropy
 from ..offload import HostStack
 from .attention import Attention, RMSNorm, RowGeometry
@@ -27,7 +29,6 @@ from .layers import DecoderLayer, MTPLayer
 from .moe import MoE, Router
 from .recompute import Kept
 from .rope import cos_sin, positions
-from .sequence_parallel import SequenceParallelGroup, SingleProcess
 from .sizes import attention_output_bytes, layer_input_bytes
 
 

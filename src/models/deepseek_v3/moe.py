@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
+from src.models.deepseek_v3.sp_group import SequenceParallelGroup, SingleProcess
+
 from ..kernels import gated_unit, matmul_fp32
 from .attention import RowGeometry
 from .expert_parallel import Journey
@@ -16,7 +18,6 @@ from .experts import Experts
 from .linear import LastLinear, linear
 from .recompute import Kept, recomputing, unhooked
 from .route import Route
-from .sequence_parallel import SequenceParallelGroup, SingleProcess
 from .sizes import shard_size
 
 

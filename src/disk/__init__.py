@@ -1,0 +1,1 @@
+"""What survives a kill, a power cut and a full disk."""

@@ -1,0 +1,26 @@
+"""JSON files that users hand in."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from src.errors import UserError
+
+
+def read_object(file: Path, remedy: str = "; copy it again") -> dict[str, Any]:
+    """The fields of a JSON file.
+
+    Raises:
+        UserError: it is missing or no regular file, cannot be read, is not valid JSON, or holds something else.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is {'no regular file' if file.exists() else 'missing'}{remedy}")
+    try:
+        fields = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}{remedy}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{file} is no JSON object but {str(fields)[:40]!r}{remedy}")
+    return fields

@@ -1,0 +1,36 @@
+"""The log of a run has what the run says; libraries' chatter is gone, their warnings are not."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+
+from src.commands.quiet import LOGGED, silence
+from tests.command import start_afresh
+from tests.commands.test_cli import fit_args
+
+
+def test_a_fit_says_nothing_that_nobody_can_act_on(inputs: Path, tmp_path: Path) -> None:
+    result = start_afresh(*fit_args(inputs, tmp_path, "--trainer.max_steps=1"))
+    said = result.stderr + result.stdout
+    for chatter in ("litlogger", "LeafSpec", "accelerator to CPU", "`weights_only`", "srun", "TPU", "[rank: 1] Seed"):
+        assert chatter not in said, chatter
+    assert "Seed set to 0" in said and "step=1.ckpt" in said
+
+
+def test_other_messages_of_the_same_loggers_pass(caplog: pytest.LogCaptureFixture) -> None:
+    for name in LOGGED:
+        logger = logging.getLogger(name)
+        filters, propagate = list(logger.filters), logger.propagate
+        try:
+            silence()
+            logger.propagate = True
+            logger.warning("something else than %s", "chatter")
+            assert caplog.messages[-1] == "something else than chatter"
+        finally:
+            logger.filters, logger.propagate = filters, propagate
+    with warnings.catch_warnings(record=True) as caught:
+        silence()
+        warnings.warn("a deprecated thing", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["a deprecated thing"]
