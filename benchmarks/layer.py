@@ -19,12 +19,13 @@ from transformers import DeepseekV3Config
 
 from benchmarks.common import BF16, PEAK, arguments, head, median_ms, peak_gib, randomise, relative, table, true_config
 from benchmarks.guide import LoopOverExperts
-from src.models.deepseek_v3.attention import Attention, RowGeometry
+from src.models.deepseek_v3.attention import Attention
 from src.models.deepseek_v3.flops import FORWARD_AND_BACKWARD, attention_flops, layer_weights
 from src.models.deepseek_v3.layers import DecoderLayer
 from src.models.deepseek_v3.moe import MoE
 from src.models.deepseek_v3.recompute import Kept, recompute
 from src.models.deepseek_v3.rope import cos_sin, positions
+from src.models.deepseek_v3.row import RowGeometry
 from src.models.offload import HostStack
 
 MIXES = {

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from benchmarks.common import BF16, PEAK, arguments, head, median_ms, peak_gib, table, true_config
 from benchmarks.layer import build, geometry, our_step, set_kept
-from src.models.deepseek_v3.attention import Attention, RowGeometry
+from src.models.deepseek_v3.attention import Attention
 from src.models.deepseek_v3.flops import FORWARD_AND_BACKWARD, attention_flops, layer_weights
+from src.models.deepseek_v3.row import RowGeometry
 from src.models.offload import HostStack
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from src.commands.early import read
 from src.commands.options import options_of
-from src.commands.places import is_first_process
 from src.commands.quiet import silence
 from src.errors import UserError
+from src.launcher import is_first_process
 from src.strategies.early_ranks import start, wait
 
 # Heavy libraries are imported by the command that needs them, so that --help and what is refused answer at once.

@@ -1,7 +1,7 @@
 """Checkpoints by optimizer step, the newest ones kept, `last.ckpt` a relative link to the newest."""
 
+import re
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,16 +22,16 @@ def checkpoint_folder(root: str | Path) -> Path:
     return Path(root) / FOLDER
 
 
-def step_of(path: Path) -> int:
-    """The optimizer step of `step=N.ckpt`, -1 for any other name."""
-    name = path.name
-    digits = name.removeprefix("step=").removesuffix(".ckpt")
-    return int(digits) if name == f"step={digits}.ckpt" and digits.isdigit() else -1
+def step_of(path: Path, suffix: str = ".ckpt") -> int:
+    """The optimizer step of `step=N` and the suffix, -1 for any other name."""
+    match = re.fullmatch(rf"step=([0-9]+){re.escape(suffix)}", path.name)
+    return int(match[1]) if match else -1
 
 
-def superseded(written: Path, step_of: Callable[[Path], int], keep: int) -> list[Path]:
-    """Which saves beside the one just written, which stays whatever its step is, are more than `keep` with it."""
-    others = sorted((p for p in written.parent.iterdir() if step_of(p) >= 0 and p != written), key=step_of)
+def superseded(written: Path, keep: int, suffix: str = ".ckpt") -> list[Path]:
+    """Which saves next to the one just written, which stays whatever its step is, are more than `keep` with it."""
+    steps = {path: step_of(path, suffix) for path in written.parent.iterdir() if path != written}
+    others = sorted((path for path, step in steps.items() if step >= 0), key=lambda path: steps[path])
     return others[: max(0, len(others) + 1 - keep)]
 
 
@@ -99,5 +99,5 @@ class StepCheckpoint(Checkpoint):
         self.save_seconds = max(self.save_seconds or 0.0, time.monotonic() - began)
         folder = checkpoint.parent
         point(folder / LAST, checkpoint.name)
-        remove(superseded(checkpoint, step_of, self.keep))
+        remove(superseded(checkpoint, self.keep))
         remove_leftovers(folder)

@@ -1,7 +1,6 @@
 """The weights alone, between checkpoints: Hugging Face directories that transformers and vLLM load as they are."""
 
 import logging
-import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -85,7 +84,7 @@ class WeightsCheckpoint(pl.Callback):
             log.error("%s was not saved, training goes on, and the next save tries again: %s", out, "; ".join(found))
         try:
             if not found:
-                remove(superseded(out, step_of, self.keep))
+                remove(superseded(out, self.keep, suffix=""))
             _remove_leftovers(out.parent)
         except OSError as own:
             log.error("older weights in %s were not removed: %s", out.parent, own)
@@ -100,12 +99,6 @@ def _of_all_ranks(trainer: pl.Trainer, error: str | None) -> list[str]:
 
 def weights_folder(root: str | Path) -> Path:
     return Path(root) / FOLDER
-
-
-def step_of(path: Path) -> int:
-    """The optimizer step of a directory `step=N`, -1 for any other name."""
-    found = re.fullmatch(r"step=([0-9]+)", path.name)
-    return int(found[1]) if found else -1
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from src.disk.durable import publish, sync_file
 from src.disk.json_file import read_object
 from src.disk.space import check_room, named_if_full
 from src.errors import UserError
+from src.launcher import processes
 from src.weights.file_size import parse_size
 from src.weights.hf_reader import INDEX_FILE, HFDirectorySource, has_mtp
 from src.weights.hf_writer import (
@@ -84,7 +84,7 @@ def export(
         ValueError: `out` is there already, an interrupted export is and `resume` is not set, or it was one of something
             else; the checkpoint is torn or is not of its config.json's model; `base` has no such block.
     """
-    rank, world_size, run = _processes()
+    rank, world_size, run = processes()
     target = Path(out).absolute()
     check_manifest(ckpt, accept_unlisted=accept_unlisted, rank=rank, world_size=world_size)
     job = Export.plan(Path(ckpt), PerExpert(ZeroCheckpointSource(ckpt)), dtype, max_shard_size, base)
@@ -315,19 +315,6 @@ def _refuse_others(out: Path) -> None:
 def _refuse_present(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already and is not empty: give another directory, or remove it")
-
-
-def _processes() -> tuple[int, int, str]:
-    """Rank, number of processes and what they call this run, from `torchrun` or `srun`; one process otherwise."""
-    environment = os.environ
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        run = [environment.get(key, "") for key in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
-        return int(environment["RANK"]), int(environment["WORLD_SIZE"]), "torchrun " + " ".join(run)
-    # In a batch script without srun SLURM_NTASKS is there too, but no other process is.
-    if "SLURM_STEP_NUM_TASKS" in environment:
-        run = [environment.get(key, "") for key in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
-        return int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"]), "srun " + " ".join(run)
-    return 0, 1, uuid.uuid4().hex
 
 
 def _join(out: Path, plan: dict[str, Any], run: str, resume: bool) -> Path:

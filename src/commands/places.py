@@ -17,12 +17,6 @@ LOCK = "fit.lock"
 _held: list[TextIO] = []  # open as long as the process lives: closing one gives its lock up
 
 
-def is_first_process() -> bool:
-    """Whether the launcher made this process rank 0, by torchrun's variable, or srun's and Lightning's own."""
-    names = ("RANK",) if "RANK" in os.environ else ("SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
-    return not any(int(os.environ.get(name, 0)) for name in names)
-
-
 def lock_run(root: str | Path) -> None:
     """Holds `root` for this process: the kernel gives it up when the process ends, however it does.
 

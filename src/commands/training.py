@@ -45,7 +45,7 @@ from src.commands.config_files import ConfigFile
 from src.commands.instances import errors_as_raised
 from src.commands.mtp_weight import mtp_loss_weight
 from src.commands.parser import Parser
-from src.commands.places import is_first_process, lock_run
+from src.commands.places import lock_run
 from src.commands.planned import host_memory
 from src.commands.ranges import check_ranges
 from src.commands.writable import check_writable, places
@@ -53,6 +53,7 @@ from src.datamodules import SFTDataModule
 from src.datamodules.files import expand
 from src.datamodules.tokenizer import load_tokenizer, opening_files
 from src.errors import UserError
+from src.launcher import is_first_process
 from src.models.sft_module import SFTModule
 from src.preflight.node import usable_memory
 

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from src.callbacks.export_at_end import ExportAtEnd
 from src.callbacks.run_record import RunRecord, run_record
-from src.callbacks.weights_checkpoint import WeightsCheckpoint, step_of
+from src.callbacks.step_checkpoint import step_of
+from src.callbacks.weights_checkpoint import WeightsCheckpoint
 from src.datamodules import SFTDataModule
 
 FACTS = {"train": {"hash": "abc", "rows": 7, "mixture": {"a.jsonl": {"weight": 2.0}}}, "val": {"hash": "def"}}
@@ -92,4 +93,4 @@ def test_settings_of_weights_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="weights.keep is 0; at least the newest"):
         WeightsCheckpoint(5, keep=0)
     names = ("step=12", "step=12.partial", "step=x", "step=3.ckpt")
-    assert [step_of(Path(name)) for name in names] == [12, -1, -1, -1]
+    assert [step_of(Path(name), suffix="") for name in names] == [12, -1, -1, -1]

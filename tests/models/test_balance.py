@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, LossWeights, SingleProcess
-from src.models.deepseek_v3.attention import RowGeometry
 from src.models.deepseek_v3.moe import sequence_balance
+from src.models.deepseek_v3.row import RowGeometry
 from src.strategies.parallelize import apply_activation_checkpointing
 
 from .tiny import (

@@ -8,10 +8,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from src.models.deepseek_v3 import config_from_dict
-from src.models.deepseek_v3.attention import RowGeometry
 from src.models.deepseek_v3.experts import Experts
 from src.models.deepseek_v3.moe import MoE, Router
 from src.models.deepseek_v3.recompute import Kept, recompute
+from src.models.deepseek_v3.row import RowGeometry
 from src.models.kernels import sum_rows
 
 from .tiny import DEEPSEEK_V3

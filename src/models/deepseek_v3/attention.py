@@ -11,7 +11,7 @@ Legend: T tokens of the whole row, H hidden, A heads, Dn = qk_nope_head_dim, Dr 
 Rq = q_lora_rank (H where there is none), Rkv = kv_lora_rank.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,39 +23,13 @@ from src.models.deepseek_v3.sp_group import SequenceParallelGroup, SingleProcess
 
 from ..kernels import AttentionKernel, Packing, assemble_heads, resolve_attention
 from .linear import KeptLinear
+from .norm import RMSNorm
 from .recompute import Kept, unhooked
 from .rope import softmax_scale
+from .row import RowGeometry
 
 # DeepSeek's q_a and kv_a norms keep this default whatever config.json's rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
-
-
-class RowGeometry(NamedTuple):
-    """Where the tokens of one packed row stand; but for `documents` the same on every rank of an SP group.
-
-    cu_seqlens: int32 [D+1], the documents' bounds in the whole row, padding as the last one.
-    max_seqlen: the longest document.
-    cos, sin: fp32 [T, Dr/2], the rotary angles of each token's place in its document.
-    documents: fp32 [D, T/SP], one where this rank's token belongs to the document; padding belongs to none.
-    lengths: fp32 [D], the documents' tokens.
-    """
-
-    cu_seqlens: Tensor
-    max_seqlen: int
-    cos: Tensor
-    sin: Tensor
-    documents: Tensor
-    lengths: Tensor
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 class HeadsLinear(nn.Linear):

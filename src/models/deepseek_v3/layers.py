@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
-from .attention import Attention, RMSNorm, RowGeometry
+from .attention import Attention
 from .moe import MLP, MoE
+from .norm import RMSNorm
+from .row import RowGeometry
 
 
 class DecoderLayer(nn.Module):

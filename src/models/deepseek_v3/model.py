@@ -21,14 +21,16 @@ from src.models.deepseek_v3.sp_group import SequenceParallelGroup, SingleProcess
 
 from ..loss import linear_cross_entropy
 from ..offload import HostStack
-from .attention import Attention, RMSNorm, RowGeometry
+from .attention import Attention
 from .expert_parallel import ExpertParallelGroup
 from .experts import Experts, ExpertShard
 from .flops import packed_flops
 from .layers import DecoderLayer, MTPLayer
 from .moe import MoE, Router
+from .norm import RMSNorm
 from .recompute import Kept
 from .rope import cos_sin, positions
+from .row import RowGeometry
 from .sizes import attention_output_bytes, layer_input_bytes
 
 

@@ -12,12 +12,12 @@ from transformers import DeepseekV3Config
 from src.models.deepseek_v3.sp_group import SequenceParallelGroup, SingleProcess
 
 from ..kernels import gated_unit, matmul_fp32
-from .attention import RowGeometry
 from .expert_parallel import Journey
 from .experts import Experts
 from .linear import LastLinear, linear
 from .recompute import Kept, recomputing, unhooked
 from .route import Route
+from .row import RowGeometry
 from .sizes import shard_size
 
 
