@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 from transformers import DeepseekV3Config
+from typing_extensions import override
 
 from src.errors import UserError
 
@@ -57,9 +58,11 @@ class ExpertLoad(pl.Callback):
         self.heat_map_every_n_steps = heat_map_every_n_steps
         self._step = 0
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

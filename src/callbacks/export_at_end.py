@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
+from typing_extensions import override
 
 from src.checkpoints.export import check_target
 from src.weights.output import Dtype
@@ -43,12 +44,14 @@ class ExportAtEnd(pl.Callback):
         self.out = Path(out).absolute() if out else None
         self.dtype, self.max_shard_size = dtype, max_shard_size
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.out is not None and stage == "fit":
             with getattr(trainer.strategy, "fail_together", nullcontext)():  # each node has its own view of `out`
                 check_target(self.out, self.max_shard_size)
             run_record(trainer, self)
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.out is not None:
             run_files = run_record(trainer, self).side_files(trainer)

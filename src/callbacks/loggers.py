@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from typing_extensions import override
 
 from src.disk.space import Room, try_to_write
 
@@ -52,6 +53,7 @@ class RunLogger(TensorBoardLogger):
         threading.excepthook = _quiet_about_writers(threading.excepthook)
 
     @property
+    @override
     def experiment(self) -> Any:
         if not self._lost:
             return super().experiment
@@ -74,18 +76,22 @@ class RunLogger(TensorBoardLogger):
             )
         self._lost, self._experiment = True, None
 
+    @override
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         with spare_the_run(self._folder, self):
             super().log_metrics(metrics, step)
 
+    @override
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         with spare_the_run(self._folder, self):
             super().log_hyperparams(*args, **kwargs)
 
+    @override
     def save(self) -> None:
         with spare_the_run(self._folder, self):
             super().save()
 
+    @override
     def finalize(self, status: str) -> None:
         with spare_the_run(self._folder, self):
             super().finalize(status)

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import lightning.pytorch as pl
+from typing_extensions import override
 
 log = logging.getLogger(__name__)
 
@@ -20,14 +21,17 @@ class LossSpike(pl.Callback):
         self.deviations, self.memory = deviations, memory
         self._mean, self._variance, self._seen, self._step = 0.0, 0.0, 0, 0
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._look(trainer)  # at the step before: its loss is logged after the callbacks' own batch end
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._look(trainer)
 

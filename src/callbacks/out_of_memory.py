@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import psutil  # type: ignore[import-untyped]
 import torch
+from typing_extensions import override
 
 from src.callbacks.phase_timer import Phases
 from src.units import GIB
@@ -94,9 +95,11 @@ class OutOfMemory(pl.Callback):
     def __init__(self, arguments: list[str] | None = None) -> None:
         self._arguments = sys.argv[2:] if arguments is None else arguments
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         Phases.of(trainer)
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, torch.OutOfMemoryError):
             return

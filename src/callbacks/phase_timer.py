@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.profilers import Profiler
+from typing_extensions import override
 
 OTHER = "other"
 # By the last part of what Lightning calls an action, e.g. [Strategy]DeepSpeedSPStrategy.backward.
@@ -79,12 +80,14 @@ class Phases(Profiler):
         """The phase in which the exception was raised."""
         return getattr(exception, "phase", self.phase)
 
+    @override
     def start(self, action_name: str) -> None:
         self._inner.start(action_name)
         if (phase := _phase(action_name)) is not None:
             self._stack.append(phase)
             self._enter(phase)
 
+    @override
     def stop(self, action_name: str) -> None:
         if _phase(action_name) is not None and self._stack:
             self._stack.pop()
@@ -92,6 +95,7 @@ class Phases(Profiler):
         self._inner.stop(action_name)
 
     @contextmanager
+    @override
     def profile(self, action_name: str) -> Generator[str, None, None]:
         self.start(action_name)
         try:
@@ -121,16 +125,20 @@ class Phases(Profiler):
 
     # -- the inner profiler's own ---------------------------------------------------------------------------------
 
+    @override
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
         super().setup(stage, local_rank, log_dir)
         self._inner._lightning_module = getattr(self, "_lightning_module", None)  # type: ignore[attr-defined]
         self._inner.setup(stage, local_rank, log_dir)
 
+    @override
     def summary(self) -> str:
         return self._inner.summary()
 
+    @override
     def describe(self) -> None:
         self._inner.describe()
 
+    @override
     def teardown(self, stage: str | None) -> None:
         self._inner.teardown(stage)

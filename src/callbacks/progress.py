@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
+from typing_extensions import override
 
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining}{postfix}"
 
@@ -39,12 +40,15 @@ class Progress(ProgressBar):
         self._first = self._step = 0
         self._started = 0.0
 
+    @override
     def disable(self) -> None:
         self._enabled = False
 
+    @override
     def enable(self) -> None:
         self._enabled = True
 
+    @override
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
         if self._enabled:
             tqdm.write(sep.join(map(str, args)), file=sys.stderr)
@@ -55,6 +59,7 @@ class Progress(ProgressBar):
 
     # -- training -------------------------------------------------------------------------------------------------
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._first = self._step = trainer.global_step
         self._started = time.monotonic()
@@ -68,15 +73,18 @@ class Progress(ProgressBar):
             )
 
     # A step's loss is logged after the callbacks' own batch end: these hooks are the first to see it.
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._show(trainer)
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._show(trainer)
         self._close()
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close()  # so that the error stands on a line of its own
 
@@ -102,6 +110,7 @@ class Progress(ProgressBar):
 
     # -- validation -----------------------------------------------------------------------------------------------
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
@@ -112,10 +121,12 @@ class Progress(ProgressBar):
                 total=total, desc="validation", bar_format=BAR, dynamic_ncols=True, position=1, leave=False
             )
 
+    @override
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if self._validation_bar is not None:
             self._validation_bar.update()
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._validation_bar is not None:
             self._validation_bar.close()

@@ -6,6 +6,7 @@ from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 from transformers import DeepseekV3Config
+from typing_extensions import override
 
 from src.errors import UserError
 from src.weights.hf_reader import HFDirectorySource
@@ -54,6 +55,7 @@ class RoundingKept(pl.Callback):
         self._compare: Callable[[], Kept] | None = None
         self._step = 0
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
         if not self.every_n_steps or not hasattr(trainer.strategy, "sample_changes"):
@@ -75,6 +77,7 @@ class RoundingKept(pl.Callback):
         elif error is not None:
             log.warning("rounding/kept is not logged: the base in %s cannot be read: %s", module.pretrained, error)
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if self._compare is None or step == self._step or step % self.every_n_steps:

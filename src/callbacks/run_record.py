@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
+from typing_extensions import override
 
 from src.checkpoints.provenance import git_revision, package_versions
 from src.errors import UserError
@@ -77,12 +78,14 @@ class RunRecord(pl.Callback):
             "tokenizer_directory": self.tokenizer_directory,
         }
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:  # the data is set up, and no logger has written its own yet
             for logger in trainer.loggers:
                 with spare_the_run(Path(logger.save_dir or "."), logger):
                     logger.log_hyperparams({**self._facts(trainer), "config": yaml.safe_load(self.config)})
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
         if trainer.is_global_zero:
@@ -93,6 +96,7 @@ class RunRecord(pl.Callback):
                     if add_text is not None:
                         add_text("run", f"```yaml\n{text}```", global_step=trainer.global_step)
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -101,14 +105,17 @@ class RunRecord(pl.Callback):
             self._tokens += int(batch["step_tokens"])
 
     # A step's training loss is logged after the callbacks' own batch end: these hooks are the first to see it.
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._note(trainer, "train/loss")
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._note(trainer, "train/loss")
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._note(trainer, "train/loss")
         for name in sorted(trainer.callback_metrics):  # of each named set too
@@ -120,12 +127,15 @@ class RunRecord(pl.Callback):
         if name in trainer.callback_metrics and not trainer.sanity_checking and noted != trainer.global_step:
             self._losses[name] = {"value": float(trainer.callback_metrics[name]), "step": trainer.global_step}
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {"tokens": self._tokens, "losses": self._losses}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._tokens, self._losses = state_dict["tokens"], state_dict["losses"]
 
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from src.callbacks.phase_timer import Phases
 from src.errors import UserError
@@ -65,6 +66,7 @@ class Samples(pl.Callback):
         self.temperature, self.seed = temperature, seed
         self._step = 0
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not self.every_n_steps or stage != "fit":
             return
@@ -92,9 +94,11 @@ class Samples(pl.Callback):
         ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids  # the template writes BOS itself
         return ids
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

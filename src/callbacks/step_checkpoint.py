@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from typing_extensions import override
 
 from src.checkpoints.saving import SaveFailed
 from src.disk.durable import point, remove, remove_leftovers
@@ -62,11 +63,13 @@ class StepCheckpoint(Checkpoint):
         self._saved_step = 0
         self.save_seconds: float | None = None  # on rank 0: the longest save so far, from its begin to its last byte
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step  # a resumed run stands where its checkpoint does
         if trainer.is_global_zero:
             remove_leftovers(checkpoint_folder(trainer.default_root_dir))
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -74,6 +77,7 @@ class StepCheckpoint(Checkpoint):
             with suppress(SaveFailed):  # rank 0 has logged it, and the next save tries again
                 self._save(trainer)
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.save_and_wait(trainer)
 

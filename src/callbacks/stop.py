@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import psutil  # type: ignore[import-untyped]
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
 
 from src.errors import UserError
 
@@ -67,6 +68,7 @@ class Stop(pl.Callback):
 
     # -- signals --------------------------------------------------------------------------------------------------
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
@@ -77,12 +79,14 @@ class Stop(pl.Callback):
         self._speaks = trainer.is_global_zero
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for number in SIGNALS:  # again: Lightning's handler of SIGTERM, registered since, broadcasts
             signal.signal(number, self._note)
         self._first_step, self._step = trainer.global_step, -1
         self._fit_lead(is_rank_zero=trainer.is_global_zero)
 
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -99,6 +103,7 @@ class Stop(pl.Callback):
 
     # -- where a run can stop -------------------------------------------------------------------------------------
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -111,10 +116,12 @@ class Stop(pl.Callback):
         self._boundary = now
         self._stop_if_asked(trainer)
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._stop_if_asked(trainer)
 
+    @override
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self.on_validation_start(trainer, pl_module)
 

@@ -7,6 +7,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from typing_extensions import override
 
 from src.callbacks.phase_timer import PHASES, TRAINING, Phases
 from src.planner.cards import card_of
@@ -50,14 +51,17 @@ class Throughput(pl.Callback):
         self._squares: Tensor | None = None  # sum of this step's squared document lengths, of this rank's rows
         self._peak: float | None = None
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._phases = Phases.of(trainer)
         self._peak = peak_flops(trainer.strategy.root_device)
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step, self._squares = trainer.global_step, None
         self._phases.take()
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -70,12 +74,15 @@ class Throughput(pl.Callback):
                 torch.cuda.reset_peak_memory_stats(squares.device)
         self._squares += squares
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._phases.start("validation")
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._phases.stop("validation")
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from typing_extensions import override
 
 from src.callbacks.phase_timer import Phases
 from src.errors import UserError
@@ -62,9 +63,11 @@ class Watchdog(pl.Callback):
         """What collectives must wait at least, or they would fail before the watchdog finds out why."""
         return self.minutes * PATIENCE + MARGIN
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         Phases.of(trainer)
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.minutes:
             return
@@ -78,9 +81,11 @@ class Watchdog(pl.Callback):
         self._thread.start()
 
     # The last checkpoint and an export come after it, which take what they take.
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._end()
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._end()
 

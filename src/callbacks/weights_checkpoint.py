@@ -8,6 +8,7 @@ from typing import cast
 
 import lightning.pytorch as pl
 import torch.distributed as dist
+from typing_extensions import override
 
 from src.checkpoints.export import OtherRankFailed
 from src.disk.durable import INCOMPLETE, remove
@@ -43,15 +44,18 @@ class WeightsCheckpoint(pl.Callback):
         self.keep = keep
         self._saved_step = 0
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.every_n_train_steps and stage == "fit":
             run_record(trainer, self)
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step  # nothing is trained since
         if self.every_n_train_steps and trainer.is_global_zero:
             _remove_leftovers(weights_folder(trainer.default_root_dir))
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         step = trainer.global_step
         # The same step comes again within accumulation.

@@ -6,6 +6,7 @@ from typing import ClassVar
 import lightning.pytorch as pl
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
 
 from src.commands.options import add_own
 from src.commands.training import TrainingCLI
@@ -19,14 +20,17 @@ class ConfigCommand(TrainingCLI):
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(args, run=False, parser_kwargs={"prog": f"python -m src.cli {self.name}"})
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_method_arguments(pl.Trainer, "fit", skip=LightningCLI.subcommands()["fit"])
         add_own(parser, self.name)
 
+    @override
     def before_instantiate_classes(self) -> None:
         """`fit`'s checks, of weights and of checkpoints, are not for a machine that only reads its config."""
 
+    @override
     def instantiate_classes(self) -> None:
         self.run_command()
 

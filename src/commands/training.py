@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
 
 from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.export_at_end import ExportAtEnd
@@ -91,6 +92,7 @@ class TrainingCLI(LightningCLI):
             **kwargs,
         )
 
+    @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
         parser: LightningArgumentParser = self.parser_class(**kwargs)
@@ -99,9 +101,11 @@ class TrainingCLI(LightningCLI):
         return parser
 
     @staticmethod
+    @override
     def subcommands() -> dict[str, set[str]]:
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--accept_unlisted",
@@ -117,6 +121,7 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(RoundingKept, "rounding")
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
             self.config = parser.parse_args(args)
@@ -124,6 +129,7 @@ class TrainingCLI(LightningCLI):
         except UserError as error:
             parser.error(str(error))
 
+    @override
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]
         _name_enums(settings)
@@ -166,10 +172,12 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit" and settings.trainer.accelerator != "cpu" and torch.cuda.is_available():
             say_host_memory(settings)
 
+    @override
     def instantiate_classes(self) -> None:
         with errors_as_raised(self.parser):
             super().instantiate_classes()
 
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         self.datamodule.tokenizer = load_tokenizer(self.datamodule.tokenizer_spec)
         self.datamodule.check_command = shlex.join(["python", "-m", "src.cli", "check-data", *self._arguments])
@@ -201,6 +209,7 @@ class TrainingCLI(LightningCLI):
         trainer.callbacks.sort(key=lambda callback: isinstance(callback, (ExportAtEnd, Stop)))  # type: ignore[attr-defined]
         return trainer
 
+    @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # Set on the trainer, so that the module knows while it builds the model; as an argument it would not.
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

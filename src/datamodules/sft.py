@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerFast
+from typing_extensions import override
 
 from src.errors import UserError
 from src.units import counted
@@ -121,6 +122,7 @@ class SFTDataModule(LightningDataModule):
 
     # Data -------------------------------------------------------------------------------------------------------
 
+    @override
     def prepare_data(self) -> None:
         """Tokenises what is not cached, in one process of each node: the cache may be on a disk of the node's own."""
         validating = self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
@@ -139,6 +141,7 @@ class SFTDataModule(LightningDataModule):
         """Tokens of the longest batch that can come, before it is padded to a multiple of SP."""
         return self.options.max_length * self.batch_size
 
+    @override
     def setup(self, stage: str) -> None:
         """Opens the caches and packs, the same on every rank. Needs no trainer."""
         opened: dict[str, PackedSet] = {}
@@ -242,6 +245,7 @@ class SFTDataModule(LightningDataModule):
 
     # Batches ----------------------------------------------------------------------------------------------------
 
+    @override
     def train_dataloader(self) -> PackedDataLoader:
         assert self.train_set is not None and self.trainer is not None
         if self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]  # set by the Trainer's constructor
@@ -256,6 +260,7 @@ class SFTDataModule(LightningDataModule):
         self._train_sampler = sampler
         return self._loader(self.train_set, sampler)
 
+    @override
     def val_dataloader(self) -> list[PackedDataLoader]:
         """A loader a set; its batches carry the name of their set as `val_set`, those of val_files None."""
         sets: dict[str | None, PackedSet] = {} if self.val_set is None else {None: self.val_set}
@@ -310,6 +315,7 @@ class SFTDataModule(LightningDataModule):
 
     # Resume -----------------------------------------------------------------------------------------------------
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Where the data stands, in optimizer steps, and what must be the same for it to continue there."""
         if self.train_set is None or self.trainer is None:
@@ -317,6 +323,7 @@ class SFTDataModule(LightningDataModule):
         epoch, step = divmod(self.trainer.global_step, self.steps_per_epoch)
         return {"epoch": epoch, "step": step, **self._identity()}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues with the very next rows, on any layout with the same number of rows an optimizer step."""
         assert self.trainer is not None

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
 
 from src.errors import UserError
 from src.models.learning_rate import warmup_cosine
@@ -147,6 +148,7 @@ class SFTModule(pl.LightningModule):
         """seed_everything's."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
+    @override
     def configure_model(self) -> None:
         if self.model is not None:
             return
@@ -185,6 +187,7 @@ class SFTModule(pl.LightningModule):
         for name in frozen(parameters, self.freeze_patterns, model.experts_per_shard):
             parameters[name].requires_grad_(False)
 
+    @override
     def configure_optimizers(self) -> Any:
         assert self.model is not None
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -208,6 +211,7 @@ class SFTModule(pl.LightningModule):
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self._forward(
             batch,
@@ -225,11 +229,13 @@ class SFTModule(pl.LightningModule):
         # This micro-batch's share of the step's means; Lightning divides by the accumulation, which is in them already.
         return losses.loss * self.trainer.accumulate_grad_batches
 
+    @override
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         losses = self._forward(batch, LossWeights())
         targets = _targets(batch["labels"])
         self.validation.update(batch.get("val_set"), losses.cross_entropy, losses.correct, targets)
 
+    @override
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Logits, as `DeepseekV3ForCausalLM.logits` has them; under ZeRO-3 for all ranks to call together."""
         assert self.model is not None
@@ -240,6 +246,7 @@ class SFTModule(pl.LightningModule):
         names = ("input_ids", "labels", "cu_seqlens", "max_seqlen", "document_ids", "mtp_input_ids", "mtp_labels")
         return self.model(**{name: batch[name] for name in names}, weights=weights)
 
+    @override
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self._ends_step(batch_idx):  # here, before any callback saves a checkpoint
@@ -270,6 +277,7 @@ class SFTModule(pl.LightningModule):
             "these rows; resume from the last checkpoint with a lower learning rate, or train its export without them."
         )
 
+    @override
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if not self._strategy.guards_gradient:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
@@ -300,6 +308,7 @@ class SFTModule(pl.LightningModule):
             router.load.zero_()
         self.expert_load = load
 
+    @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if not self._ends_step(batch_idx):
             return
@@ -317,10 +326,12 @@ class SFTModule(pl.LightningModule):
         if gradient_norm is not None:
             self.log("train/grad_norm", gradient_norm)
 
+    @override
     def on_validation_epoch_end(self) -> None:
         for name, value in self.validation.compute().items():
             self.log(name, value, prog_bar=name == "val/loss", sync_dist=True)
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # The only hook that sees a checkpoint before the trainer's loops do.
         restore_progress = getattr(self.trainer.datamodule, "restore_progress", None)  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from torch.utils.data import DataLoader, IterableDataset
+from typing_extensions import override
 
 from src.datamodules.collate import Batch, Document, collate, shard
 
@@ -119,6 +120,7 @@ class _Record(pl.Callback):
         self._steps = list[list[float]]()
         self._profile: torch.profiler.profile | None = None
 
+    @override
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
             if self._steps:  # the module logs a step's loss after this callback's turn at its end
@@ -138,6 +140,7 @@ class _Record(pl.Callback):
         last_step = trainer.global_step == trainer.max_steps - 1
         return last_step and trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 1
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         seconds = self._now() - self._began
         if self._profile is None:
@@ -151,6 +154,7 @@ class _Record(pl.Callback):
             measured.allocated = max(measured.allocated, torch.cuda.max_memory_allocated())
             measured.reserved = max(measured.reserved, torch.cuda.max_memory_reserved())
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.measured.micro_steps = self._steps[1:]
         self._read_loss(trainer)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from typing_extensions import override
 
 from src.checkpoints.manifest import MANIFEST, check_manifest
 from src.checkpoints.run_files import client_state
@@ -62,6 +63,7 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         model = cast(nn.Module, self.lightning_module.model)
         return sample_changes(self.deepspeed_engine, model, base, self.root_device)
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """A directory that appears whole or not at all (`src.checkpoints.saving`).
 
@@ -98,6 +100,7 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         profiler: Any = self.lightning_module.trainer.profiler  # type: ignore[attr-defined]
         return cast(AbstractContextManager[str], profiler.profile("save_checkpoint"))
 
+    @override
     def teardown(self) -> None:
         if self._saver is not None:
             self._saver.close()
@@ -137,6 +140,7 @@ class CheckpointingStrategy(DeepSpeedStrategy):
                 "Check that its folder is mounted on every node."
             )
 
+    @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """What Lightning saved; it then has the data checked, and calls `load_model_state_dict`.
 
@@ -156,6 +160,7 @@ class CheckpointingStrategy(DeepSpeedStrategy):
             checkpoint, accept_unlisted=self.accept_unlisted, rank=self.global_rank, world_size=self.world_size
         )
 
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Goes on with a run on whatever layout: weights, optimizer, learning rate, counters, random state.
 

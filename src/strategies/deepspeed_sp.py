@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import override
 
 from src.checkpoints.zero_reader import ZeroCheckpointSource
 from src.errors import UserError
@@ -60,6 +61,7 @@ warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecat
 class _ModulePrecision(DeepSpeedPrecision):
     """Lightning would cast the whole module, the routers' fp32 bias included; the model is built in its dtype."""
 
+    @override
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module
 
@@ -67,6 +69,7 @@ class _ModulePrecision(DeepSpeedPrecision):
 class _Launcher(_SubprocessScriptLauncher):
     """Lightning's, which takes the processes that wait already, if there are any."""
 
+    @override
     def _call_children_scripts(self) -> None:
         cluster = self.cluster_environment
         shared = {"MASTER_ADDR": cluster.main_address, "MASTER_PORT": str(cluster.main_port)}
@@ -133,12 +136,14 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         self._rounding = NEAREST
         self._lower_halves: dict[str, Tensor] = {}  # of what was loaded, for the masters that are not there yet
 
+    @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     # -- ranks ----------------------------------------------------------------------------------------------------
 
+    @override
     def setup_environment(self) -> None:
         check_stage(self._zero["stage"], self.precision_plugin.precision)
         # Past DeepSpeedStrategy's own, which refuses every accelerator but CUDA.
@@ -149,6 +154,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         set up. A longer `timeout` stays."""
         self._timeout = max(self._timeout or timedelta(), timedelta(minutes=minutes))
 
+    @override
     def setup_distributed(self) -> None:
         device = "cpu" if self.root_device.type == "cpu" else "cuda"
         if get_accelerator().device_name() != device:
@@ -201,6 +207,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         return "offload_optimizer" in self._zero
 
     @property
+    @override
     def distributed_sampler_kwargs(self) -> dict[str, int]:
         assert self.dims is not None
         return {"num_replicas": self.dims.dp, "rank": self.dims.dp_rank}
@@ -208,6 +215,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
     # -- the model ------------------------------------------------------------------------------------------------
 
     @contextmanager
+    @override
     def model_sharded_context(self) -> Generator[None, None, None]:
         """Nothing: the model is built on the meta device and gets its memory in `parallelize`."""
         self._init_config_if_needed()
@@ -254,6 +262,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
 
     # -- the engine -----------------------------------------------------------------------------------------------
 
+    @override
     def _format_config(self) -> None:
         assert isinstance(self.config, dict)
         # DeepSpeed reads it for its throughput log alone; Lightning would build the dataloader early to find it.
@@ -265,6 +274,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         # Our optimizer() decides; on CPU tests and on CUDA without CPU Adam the plain one is meant.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
 
+    @override
     def setup(self, trainer: pl.Trainer) -> None:
         self.precision_plugin = _ModulePrecision(self.precision_plugin.precision)  # type: ignore[arg-type]
         self.model_to_device()  # the metrics; the weights are there, and partitions stay where they are offloaded
@@ -287,6 +297,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
             return HostAdamW(groups, **settings)
         return torch.optim.AdamW(groups, fused=self.root_device.type == "cuda", **settings)
 
+    @override
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRScheduler | None = None
     ) -> tuple[deepspeed.DeepSpeedEngine, Optimizer]:
@@ -310,6 +321,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         self._save_through(engine)
         return engine, deepspeed_optimizer
 
+    @override
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         # As Lightning's, but for device_rank, and with every setting of the model's memory kept.
         assert isinstance(self.config, dict)
@@ -326,6 +338,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
             dist_init_required=False,
         )
 
+    @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Back-propagates a loss that is this rank's part of a sum over the world and the accumulated micro-steps.
 
