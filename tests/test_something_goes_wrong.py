@@ -1,4 +1,4 @@
-"""The README's table "When something goes wrong" quotes what is printed: each quotation, caused."""
+"""docs/troubleshooting.md quotes what is printed: each quotation, caused."""
 
 import errno
 import logging
@@ -146,17 +146,17 @@ CAUSES: dict[str, Callable[[Given], str]] = {
     "the loss is not finite": loss,
     "was not saved": save,
     "there are no TensorBoard events": curves,
-    "bad files": damage,
-    "another fit trains there": second_fit,
+    "bad file": damage,
+    "another fit is training there": second_fit,
     "holds checkpoints of an earlier run": earlier_run,
     "but the checkpoint's took": other_rows,
 }
 
 
 def quoted() -> list[str]:
-    table = Path("README.md").read_text().partition("## When something goes wrong")[2].partition("\n## ")[0]
-    seen = [row.split("|")[1] for row in table.splitlines() if row.startswith("| ")][2:]
-    return [text for cell in seen for text in re.findall("`([^`]+)`", cell) if text != "val/loss"]
+    page = Path("docs/troubleshooting.md").read_text(encoding="utf-8")
+    seen = [row.split("|")[1] for row in page.splitlines() if row.startswith("| ")][2:]
+    return [text for cell in seen for text in re.findall("`([^`]+)`", cell) if text not in ("val/loss", "plan")]
 
 
 def test_every_quotation_has_its_cause() -> None:

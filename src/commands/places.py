@@ -33,7 +33,7 @@ def lock_run(root: str | Path) -> None:
             return
         file.seek(0)
         raise UserError(
-            f"trainer.default_root_dir {root}: another fit trains there ({file.read().strip() or 'unknown'}). "
+            f"trainer.default_root_dir {root}: another fit is training there ({file.read().strip() or 'unknown'}). "
             "Wait for its end, stop it, or give another folder."
         ) from error
     file.truncate(0)

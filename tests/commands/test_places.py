@@ -48,12 +48,14 @@ def test_who_is_first(variables: dict[str, str], first: bool, monkeypatch: pytes
 
 def test_a_second_fit_in_a_folder_is_refused_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
     first = holder(tmp_path)
-    message = f"another fit trains there .process {first.pid} on .* since 20.*Wait for its end, stop it, or give"
+    message = f"another fit is training there .process {first.pid} on .* since 20.*Wait for its end, stop it, or give"
     try:
         with pytest.raises(ValueError, match=message):
             lock_run(tmp_path)
         result = run("fit", "--config", "configs/tiny_cpu.yaml", f"--trainer.default_root_dir={tmp_path}", check=False)
-        assert result.returncode != 0 and f"trainer.default_root_dir {tmp_path}: another fit trains" in result.stderr
+        assert (
+            result.returncode != 0 and f"trainer.default_root_dir {tmp_path}: another fit is training" in result.stderr
+        )
     finally:
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
