@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def measure(checkpoint: Path, out: Path, dtype: Dtype) -> tuple[int, float]:
-    from src.checkpoints.export import export
+    from src.commands.export import export
 
     began = time.perf_counter()
     with PeakAnonymous() as peak:

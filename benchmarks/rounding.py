@@ -28,7 +28,7 @@ import lightning.pytorch as pl
 import torch
 
 from benchmarks.common import head, table
-from src.checkpoints.export import export
+from src.commands.export import export
 from src.datamodules import SFTDataModule
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, LossWeights, load_config
 from src.strategies.partition import materialise

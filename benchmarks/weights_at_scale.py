@@ -274,7 +274,7 @@ def train(base: Path, root: Path, out: Path) -> dict[str, Part]:
 
 
 def export_share(checkpoint: Path, out: Path, dtype: Dtype) -> dict[str, Part]:
-    from src.checkpoints import export as module
+    from src.commands import export as module
 
     check, parts = module.check_manifest, {}
 

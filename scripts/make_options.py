@@ -12,8 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from src.checkpoints.export import export
 from src.commands.config_command import ConfigCommand
+from src.commands.export import export
 from src.commands.help_text import grouped
 from src.commands.options import OWN, STRATEGY, STRATEGY_CLASS, Option
 from src.commands.training import TrainingCLI

@@ -39,7 +39,7 @@ COMMANDS = {
     "check-data": "src.commands.check_data.CheckDataCLI",
     "preflight": "src.commands.preflight.PreflightCLI",
     "rehearse": "src.commands.rehearse.RehearseCLI",
-    "export": "src.checkpoints.export.export",
+    "export": "src.commands.export.export",
     "verify": "src.commands.verify.verify",
 }
 FUNCTIONS = ("export", "verify")

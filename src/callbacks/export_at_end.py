@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from src.checkpoints.export import check_target
+from src.checkpoints.export_folder import check_target
 from src.weights.output import Dtype
 
 from .run_record import run_record

@@ -1,17 +1,15 @@
-"""From a checkpoint to a Hugging Face directory, streamed: `python -m src.cli export --ckpt CKPT --out DIR`.
+"""From ZeRO's partitions to a Hugging Face directory, streamed.
 
 A chunk of one tensor is in memory at a time, whatever the model's size. The files are planned beforehand, so several
 processes share them out without talking to one another, and a crash costs the files that were being written. All is
 written in `OUT.partial`, which whoever finishes the last file renames to OUT.
 
-`Export` is what this command shares with the one at the end of `fit` (src/strategies/live_partitions.py): the same
-weights give the same bytes, whether they are read from a checkpoint or from the running job.
+The command `export` and the export at the end of `fit` (src/strategies/live_partitions.py) share it: the same weights
+give the same bytes, whether they are read from a checkpoint or from the running job.
 """
 
 import logging
 import os
-import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src.checkpoints.manifest import check_manifest
+from src.checkpoints.export_folder import PLAN, partial_of
 from src.checkpoints.model_card import CARD, from_scratch, model_card
 from src.checkpoints.run_files import read_record
-from src.checkpoints.zero_reader import ZeroCheckpointSource
 from src.disk.durable import publish, sync_file
-from src.disk.json_file import read_object
 from src.disk.space import check_room, named_if_full
-from src.errors import UserError
-from src.launcher import processes
 from src.weights.file_size import parse_size
 from src.weights.hf_reader import INDEX_FILE, HFDirectorySource, has_mtp
 from src.weights.hf_writer import (
@@ -40,72 +34,16 @@ from src.weights.hf_writer import (
     write_shard,
 )
 from src.weights.kept import ENOUGH, Kept, by_group, table
-from src.weights.key_map import PerExpert, mtp_layer
+from src.weights.key_map import mtp_layer
 from src.weights.output import Dtype, output_tensors
 from src.weights.side_files import copy_side_files, read_config, write_config
 from src.weights.source import WeightSource
 
 log = logging.getLogger(__name__)
 
-_PLAN = ".export.json"
-_LIVE = "the end of fit"  # the run in the plan of an export that is no command's
-_PATIENCE = 120  # seconds for which a process waits for the plan of the one that made the directory
-
 
 class OtherRankFailed(RuntimeError):
     """Another rank's part of a collective work failed; its own error is on that rank."""
-
-
-def export(
-    ckpt: str,
-    out: str,
-    dtype: Dtype = "bf16",
-    max_shard_size: str = "5GB",
-    resume: bool = False,
-    base: str | None = None,
-    accept_unlisted: bool = False,
-) -> None:
-    """Writes a checkpoint's weights, with config, tokenizer and chat template, as a Hugging Face directory.
-
-    Under `srun` or `torchrun` each process checks its share of the checkpoint's files and writes its share of these.
-
-    Args:
-        ckpt: checkpoint directory, with the Hugging Face files beside the weights in `ckpt`/hf.
-        out: directory that appears when the export is complete.
-        dtype: bf16; fp8, DeepSeek's 128 x 128 blocks; or fp32, the masters as they are.
-        max_shard_size: most bytes of tensors in a file.
-        resume: go on with an export of the same checkpoint and settings that was interrupted.
-        base: Hugging Face directory from which the multi-token-prediction block comes where it was not trained, and
-            beside which it is measured how much of the training `dtype` keeps; by default the one that training started
-            from, which the checkpoint records.
-        accept_unlisted: take files that the checkpoint's manifest does not list, or all where it has none, unchecked.
-
-    Raises:
-        ValueError: `out` is there already, an interrupted export is and `resume` is not set, or it was one of something
-            else; the checkpoint is torn or is not of its config.json's model; `base` has no such block.
-    """
-    rank, world_size, run = processes()
-    target = Path(out).absolute()
-    check_manifest(ckpt, accept_unlisted=accept_unlisted, rank=rank, world_size=world_size)
-    job = Export.plan(Path(ckpt), PerExpert(ZeroCheckpointSource(ckpt)), dtype, max_shard_size, base)
-    if resume and not job.missing(target):
-        log.info("%s is complete already", target)
-        return
-    if rank >= len(job.shards):  # more processes than files
-        return
-    job.check_room(target)
-    plan = {
-        "ckpt": str(Path(ckpt).resolve()),
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "base": job.base,
-        "beside": job.beside,
-    }
-    partial = _join(target, plan, run, resume)
-    if rank == 0 and not (partial / "config.json").is_file():
-        job.write_side_files(partial)
-    job.write_shards(partial, rank, world_size)
-    job.finish(partial, target)
 
 
 @dataclass(frozen=True)
@@ -240,7 +178,7 @@ class Export:
         for left in partial.glob(".model*.safetensors.*"):  # written aside by a process that was killed
             left.unlink(missing_ok=True)
         try:
-            (partial / _PLAN).unlink(missing_ok=True)
+            (partial / PLAN).unlink(missing_ok=True)
             publish(partial, out)
         except FileNotFoundError:  # another process saw the last file at the same moment
             return
@@ -269,72 +207,3 @@ def _recorded_base(record: Path, layers: int) -> str | None:
     """Where training started from, if that has weights, and among them a multi-token-prediction block."""
     base = read_record(record).get("base")
     return base if base is not None and has_mtp(base, layers) else None
-
-
-def partial_of(out: Path) -> Path:
-    """Where an export to `out` is written until it is complete."""
-    return out.with_name(out.name + ".partial")
-
-
-def check_target(out: Path, max_shard_size: str) -> None:
-    """Refuses beforehand, before training say, what an export at the end of it could not do.
-
-    Raises:
-        ValueError: `out` holds something, an interrupted export to it by the command is there, or the size is none.
-    """
-    parse_size(max_shard_size)
-    _refuse_others(out)
-
-
-def start_live(out: Path) -> None:
-    """Makes the directory that an export at the end of training writes in, anew: it does not go on with another's.
-
-    Raises:
-        ValueError: as `check_target`.
-    """
-    _refuse_others(out)
-    partial = partial_of(out)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    write_json(partial / _PLAN, {"run": _LIVE, "plan": {"out": str(out)}})
-
-
-def _found_plan(partial: Path) -> dict[str, Any]:
-    plan = partial / _PLAN
-    return read_object(plan) if plan.is_file() else {}
-
-
-def _refuse_others(out: Path) -> None:
-    _refuse_present(out)
-    partial = partial_of(out)
-    if partial.exists() and _found_plan(partial).get("run") != _LIVE:
-        raise UserError(f"{partial} is left of an interrupted export: remove it, or give another directory")
-
-
-def _refuse_present(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already and is not empty: give another directory, or remove it")
-
-
-def _join(out: Path, plan: dict[str, Any], run: str, resume: bool) -> Path:
-    """The directory to write in: made by whichever process of this run comes first, or left by an interrupted run."""
-    _refuse_present(out)
-    partial = partial_of(out)
-    plan_file = partial / _PLAN
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        partial.mkdir()
-    except FileExistsError:
-        waited = time.monotonic() + _PATIENCE
-        while not plan_file.is_file() and time.monotonic() < waited and not resume:
-            time.sleep(0.1)
-        found = _found_plan(partial) or {"plan": plan}
-        if found.get("run") != run and not resume:
-            raise UserError(f"{partial} is left of an interrupted export: go on with --resume, or remove it") from None
-        if found["plan"] != plan:
-            raise UserError(f"{partial} is an export of {found['plan']}, not of {plan}: remove it") from None
-        if found.get("run") == run:
-            return partial
-    write_json(plan_file, {"run": run, "plan": plan})
-    return partial

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from src.checkpoints.export import Export, OtherRankFailed, partial_of, start_live
+from src.checkpoints.export import Export, OtherRankFailed
+from src.checkpoints.export_folder import partial_of, start_live
 from src.checkpoints.run_files import write_run_files
 from src.weights.key_map import PerExpert
 from src.weights.load import elsewhere, partition_range, persistent

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from src.checkpoints import export as module
 from src.checkpoints import zero_reader
-from src.checkpoints.export import export
 from src.checkpoints.manifest import MANIFEST
+from src.commands.export import export
 from src.errors import UserError
 from src.weights import output
 from src.weights.fp8 import QUANTIZATION_CONFIG, is_quantised

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
 
-from src.checkpoints.export import export
 from src.checkpoints.run_files import write_run_files
+from src.commands.export import export
 from src.commands.verify import verify
 from src.datamodules.tokenizer import load_tokenizer, opening_files
 from src.models.deepseek_v3 import config_from_dict

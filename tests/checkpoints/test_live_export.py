@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from src.checkpoints.export import export
+from src.commands.export import export
 from src.weights.output import Dtype
 from tests.checkpoints.workers import DTYPES, SETTINGS, Checkpoints, live_export
 

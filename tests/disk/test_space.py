@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from src.checkpoints.export import export
+from src.commands.export import export
 from src.disk import space
 from src.disk.space import Room, check_room
 from src.errors import UserError

@@ -28,7 +28,7 @@ PRELOAD = [
     "transformers.models.deepseek_v3.modeling_deepseek_v3",
     "torch.utils.tensorboard",
     *(f"src.commands.{name}" for name in ("training", "plan", "check_data", "preflight", "rehearse", "verify")),
-    "src.checkpoints.export",
+    "src.commands.export",
     "tests.distributed.training",
     "tests.distributed.preload",
 ]

@@ -9,7 +9,8 @@ import torch
 from src.callbacks.export_at_end import ExportAtEnd
 from src.callbacks.run_record import RunRecord
 from src.callbacks.step_checkpoint import StepCheckpoint
-from src.checkpoints.export import check_target, export, start_live
+from src.checkpoints.export_folder import check_target, start_live
+from src.commands.export import export
 from src.weights.output import Dtype
 from tests.models.tiny import DEEPSEEK_V3, mtp_oracle, needs_mtp_oracle, oracle
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from src.callbacks.run_record import RunRecord
 from src.callbacks.step_checkpoint import StepCheckpoint
-from src.checkpoints.export import export
+from src.commands.export import export
 from tests.models.tiny import DEEPSEEK_V3, hf_state_dict, mtp_oracle, needs_mtp_oracle, oracle
 
 from .spawn import run_distributed

@@ -18,7 +18,7 @@ from src.callbacks.samples import FILE, Samples
 from src.callbacks.step_checkpoint import StepCheckpoint
 from src.callbacks.throughput import Throughput
 from src.callbacks.watchdog import FOLDER, Watchdog
-from src.checkpoints.export import export
+from src.commands.export import export
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM
 from tests.models.tiny import DEEPSEEK_V3, MtpModel, OracleModel, mtp_oracle, oracle
 

@@ -13,7 +13,7 @@ from src.callbacks.export_at_end import ExportAtEnd
 from src.callbacks.run_record import RunRecord
 from src.callbacks.step_checkpoint import StepCheckpoint
 from src.callbacks.weights_checkpoint import WeightsCheckpoint
-from src.checkpoints.export import export
+from src.commands.export import export
 from src.disk import space
 
 from .spawn import run_distributed

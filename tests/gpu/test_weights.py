@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.checkpoints.export import export
+from src.commands.export import export
 from src.weights.side_files import copy_side_files
 from tests.checkpoints.tiny import oracle, save_mtp, save_oracle
 from tests.checkpoints.workers import DTYPES, SETTINGS, live_export

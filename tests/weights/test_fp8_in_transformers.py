@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.checkpoints.export import export
+from src.commands.export import export
 from tests.checkpoints.synthetic import save_checkpoint
 from tests.checkpoints.tiny import CONFIG, dequantised, stored
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from src.callbacks.export_at_end import ExportAtEnd
 from src.callbacks.run_record import RunRecord
 from src.callbacks.step_checkpoint import StepCheckpoint
-from src.checkpoints.export import export
+from src.commands.export import export
 from src.weights import output
 from src.weights.fp8 import is_quantised, quantise, quantise_change
 from tests.checkpoints.test_export import masters

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from src.checkpoints.export import export
+from src.commands.export import export
 from src.commands.verify import verify
 from src.weights.hf_writer import OutputTensor, index, plan_shards, write_json
 from src.weights.layout import check_layout, published_tensors

@@ -41,7 +41,7 @@ def smaller_chunks() -> None:
 
 
 def export_growth(checkpoint: Path, out: Path, dtype: Dtype) -> int:
-    from src.checkpoints.export import export
+    from src.commands.export import export
 
     smaller_chunks()
     with PeakAnonymous() as peak:

@@ -1,0 +1,84 @@
+"""The directory in which an export is written until it is complete, and who may write there."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from src.disk.json_file import read_object
+from src.errors import UserError
+from src.weights.file_size import parse_size
+from src.weights.hf_writer import write_json
+
+PLAN = ".export.json"
+_LIVE = "the end of fit"  # the run in the plan of an export that is no command's
+_PATIENCE = 120  # seconds for which a process waits for the plan of the one that made the directory
+
+
+def partial_of(out: Path) -> Path:
+    """Where an export to `out` is written until it is complete."""
+    return out.with_name(out.name + ".partial")
+
+
+def check_target(out: Path, max_shard_size: str) -> None:
+    """Refuses beforehand, before training say, what an export at the end of it could not do.
+
+    Raises:
+        ValueError: `out` holds something, an interrupted export to it by the command is there, or the size is none.
+    """
+    parse_size(max_shard_size)
+    _refuse_others(out)
+
+
+def start_live(out: Path) -> None:
+    """Makes the directory that an export at the end of training writes in, anew: it does not go on with another's.
+
+    Raises:
+        ValueError: as `check_target`.
+    """
+    _refuse_others(out)
+    partial = partial_of(out)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    write_json(partial / PLAN, {"run": _LIVE, "plan": {"out": str(out)}})
+
+
+def _found_plan(partial: Path) -> dict[str, Any]:
+    plan = partial / PLAN
+    return read_object(plan) if plan.is_file() else {}
+
+
+def _refuse_others(out: Path) -> None:
+    _refuse_present(out)
+    partial = partial_of(out)
+    if partial.exists() and _found_plan(partial).get("run") != _LIVE:
+        raise UserError(f"{partial} is left of an interrupted export: remove it, or give another directory")
+
+
+def _refuse_present(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already and is not empty: give another directory, or remove it")
+
+
+def join(out: Path, plan: dict[str, Any], run: str, resume: bool) -> Path:
+    """The directory to write in: made by whichever process of this run comes first, or left by an interrupted run."""
+    _refuse_present(out)
+    partial = partial_of(out)
+    plan_file = partial / PLAN
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        waited = time.monotonic() + _PATIENCE
+        while not plan_file.is_file() and time.monotonic() < waited and not resume:
+            time.sleep(0.1)
+        found = _found_plan(partial) or {"plan": plan}
+        if found.get("run") != run and not resume:
+            raise UserError(f"{partial} is left of an interrupted export: go on with --resume, or remove it") from None
+        if found["plan"] != plan:
+            raise UserError(f"{partial} is an export of {found['plan']}, not of {plan}: remove it") from None
+        if found.get("run") == run:
+            return partial
+    write_json(plan_file, {"run": run, "plan": plan})
+    return partial
