@@ -80,9 +80,7 @@ def read_fields(directory: str | Path, option: str = "--model.pretrained") -> di
                 f"{path} does not exist; if {name} is a model of the Hugging Face Hub, download it, "
                 f"`hf download {name} --local-dir {local}`, and give that directory: {option} {local}"
             )
-        raise UserError(
-            f"{path} does not exist; {option} must be a Hugging Face directory of a DeepSeek-V3 model."
-        )
+        raise UserError(f"{path} does not exist; {option} must be a Hugging Face directory of a DeepSeek-V3 model.")
     fields = read_object(path)
     check_fields(fields, str(path))
     return fields
