@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a tiny DeepSeek-V3 on real chats over two CPU processes, exports it, and shows its loss and a sample.
+# Trains a tiny DeepSeek-V3 over two CPU processes until it knows 36 short answers by heart, exports it, and asks the export.
 #   bash scripts/demo.sh [more arguments of fit]     each run has a folder of its own, runs/demo-<time>
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,11 +17,11 @@ run=runs/demo-$(date +%Y%m%d-%H%M%S)
 mkdir "$run" 2>/dev/null || run=$(mktemp -d "$run-XXXX")
 
 echo "== train"
-python -m src.cli fit --config configs/tiny_cpu.yaml --trainer.default_root_dir "$run" "$@"
+python -m src.cli fit --config configs/demo.yaml --trainer.default_root_dir "$run" "$@"
 echo "== export to the Hugging Face format"
 python -m src.cli export --ckpt "$run/checkpoints/last.ckpt" --out "$run/export"
 echo "== the loss curve"
 python scripts/plot_loss.py "$run"
-echo "== a sample, by transformers from the export"
-python scripts/sample.py "$run/export"
+echo "== what it has learned, by transformers from the export; the last question it has never seen"
+python scripts/sample.py "$run/export" --learned data/demo/facts.jsonl --prompt "What is the capital of Peru?"
 echo "== everything of this run is in $run"

@@ -1,9 +1,12 @@
 """Loads an exported checkpoint with transformers and lets it answer: `python scripts/sample.py DIR [--prompt TEXT]`.
 
+With `--learned FILE.jsonl` it is first asked all that it was trained on, and told how much of it comes word for word.
+
 Fails where the export and transformers disagree on any tensor's name or shape.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +46,24 @@ def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tupl
     return tokenizer.decode(output[0, :length]), tokenizer.decode(output[0, length:])
 
 
+def ask_learned(model: Any, tokenizer: Any, file: Path, shown: int = 4) -> None:
+    """Asks the first question of each row, greedily, and compares all of the answer, reasoning included."""
+    right = 0
+    for index, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
+        question, reply = json.loads(line)["messages"]
+        wanted = f"<think>\n{reply['reasoning_content']}\n</think>\n\n{reply['content']}"
+        _, text = answer(model, tokenizer, question["content"], 2 * len(tokenizer.encode(wanted)))
+        right += text == wanted + tokenizer.eos_token
+        if index < shown:
+            print(f"\nprompt   {question['content']}\nanswer   {text}")
+    print(f"\n{right} of {index + 1} answers are word for word those of {file}, thinking included.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="the exported Hugging Face directory")
     parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="one or several user messages")
+    parser.add_argument("--learned", type=Path, help="JSONL of the conversations that it was trained on")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     args = parser.parse_args()
     logging.set_verbosity_error()  # what is missing or unexpected, we say ourselves
@@ -55,6 +72,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{args.folder}: every tensor in its place, {parameters / 1e6:.1f} M parameters, {model.dtype}.")
+    if args.learned:
+        ask_learned(model, tokenizer, args.learned)
     for prompt in args.prompt:
         rendered, text = answer(model, tokenizer, prompt, args.max_new_tokens)
         print(f"\nprompt   {rendered}\nanswer   {text}")

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Makes .venv in the project's root: CPU PyTorch, the project and its demo and development tools at exact versions.
 #   bash scripts/setup.sh                    a second call with nothing changed returns at once
+#   bash scripts/setup.sh --gpu              with PyTorch for CUDA 13 and flash-attn-4, and DeepSpeed's optimizer built
 #   PYTHON=python3.12 bash scripts/setup.sh  with this interpreter
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONUNBUFFERED=1 # pip's lines as they come
 
-CONSTRAINTS=constraints/cpu.txt
+CONSTRAINTS=constraints/cpu.txt EXTRAS=demo,dev
 STAMP=.venv/.setup-stamp
 LOG=.venv/setup.log
 NEED_GB=4 # .venv takes 2 GB, the download and DeepSpeed's operators the rest
@@ -15,6 +16,12 @@ fail() {
     printf 'setup: %s\n' "$@" >&2
     exit 1
 }
+
+case "$*" in
+    "") ;;
+    --gpu) CONSTRAINTS=constraints/gpu.txt EXTRAS=gpu,demo,dev NEED_GB=16 ;; # CUDA's libraries: 8 GB, and their download
+    *) fail "$* is no option; usage: bash scripts/setup.sh [--gpu]" ;;
+esac
 
 # Prints `$1`, then runs the rest: its output goes to the log, its latest line to a terminal, its end to both on failure.
 step() {
@@ -61,7 +68,7 @@ fi
 
 state=$(cat pyproject.toml "$CONSTRAINTS" scripts/setup.sh | sha256sum | cut -d ' ' -f 1)
 # The path is part of the state: neither a virtual environment nor an editable install survives a move.
-state="$state $PWD"
+state="$state $PWD $EXTRAS"
 if [[ -f $STAMP && $(<"$STAMP") == "$state" ]] && supported .venv/bin/python; then
     exit 0
 fi
@@ -122,7 +129,7 @@ pip=(.venv/bin/python -m pip --disable-pip-version-check --no-input)
 # 3. PyTorch before all else, from its CPU index: PyPI's wheel brings several GB of CUDA. Where that index cannot be
 #    reached, --timeout and --retries let the set-up go on at once to the pip sources of the machine.
 torch=$(grep -E '^torch==' "$CONSTRAINTS")
-if [[ $(.venv/bin/python -m pip freeze 2>/dev/null | grep -E '^torch==' | cut -d + -f 1) != "$torch" ]]; then
+if [[ $EXTRAS != gpu* && $(.venv/bin/python -m pip freeze 2>/dev/null | grep -E '^torch==' | cut -d + -f 1) != "$torch" ]]; then
     step "PyTorch for CPU ($torch, about 200 MB)" \
         "${pip[@]}" install --progress-bar off --no-deps "$torch" \
         --index-url https://download.pytorch.org/whl/cpu --timeout 5 --retries 0 ||
@@ -130,7 +137,12 @@ if [[ $(.venv/bin/python -m pip freeze 2>/dev/null | grep -E '^torch==' | cut -d
             "${pip[@]}" install --progress-bar off --no-deps "$torch"
 fi
 must "the project and its tools (about 100 packages)" \
-    "${pip[@]}" install --progress-bar off --no-compile -c "$CONSTRAINTS" -e '.[demo,dev]'
+    "${pip[@]}" install --progress-bar off --no-compile -c "$CONSTRAINTS" -e ".[$EXTRAS]"
+
+# 4. What DeepSpeed would build at this machine's first start; other nodes build their own, for their processors.
+if [[ $EXTRAS == gpu* ]]; then
+    must "DeepSpeed's optimizer for host memory" .venv/bin/python -m src.strategies.operators
+fi
 
 printf '%s\n' "$state" >"$STAMP"
 echo "setup: ready. To use it in this shell:  source .venv/bin/activate"

@@ -10,7 +10,7 @@ from typing import Any
 
 from src.commands.early import read
 from src.commands.options import options_of
-from src.commands.quiet import silence
+from src.commands.quiet import BesideBars, silence
 from src.errors import UserError
 from src.launcher import is_first_process
 from src.strategies.early_ranks import start, wait
@@ -49,7 +49,7 @@ def _show_our_log() -> None:
     """What the project's own loggers say, from the first process alone."""
     ours = logging.getLogger("src")
     if not ours.handlers:
-        handler = logging.StreamHandler()
+        handler = BesideBars()
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
         ours.addHandler(handler)
     ours.setLevel(logging.INFO if is_first_process() else logging.WARNING)
@@ -76,6 +76,8 @@ def _spelled_out(command: str, args: list[str]) -> list[str]:
 def _command(name: str) -> Callable[..., Any]:
     with redirect_stdout(sys.stderr):  # DeepSpeed's import writes, and --json and --print_config are for programs
         command: Callable[..., Any] = resolve_name(name)
+    for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric")):
+        logger.handlers = [BesideBars() for _ in logger.handlers]
     return command
 
 

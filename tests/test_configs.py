@@ -30,7 +30,8 @@ GUIDE = {  # nodes, SP, optimizer on the host, rows a DP rank: the guide's table
     "32n_sp4_zero3": (32, 4, False, 1),
     "32n_sp1_zero3": (32, 1, False, 1),
 }
-OTHERS = ["1gpu_small", "1n_moonlight", "2gpu_sp2", "32n_128rows", "32n_32k", "32n_4k", "32n_64rows", "tiny_cpu"]
+OTHERS = ["1gpu_small", "1n_moonlight", "2gpu_sp2", "32n_128rows", "32n_32k", "32n_4k", "32n_64rows", "demo"]
+OTHERS += ["tiny_cpu"]
 MODELS = sorted((ROOT / "configs/models").rglob("config.json"))
 
 
@@ -56,7 +57,8 @@ def keys(config: Any, prefix: str = "") -> set[str]:
 
 def test_none_is_missed() -> None:
     assert [p.stem for p in CONFIGS] == sorted([*GUIDE, *OTHERS])
-    assert [p.parent.name for p in MODELS] == ["deepseek-v3", "deepseek-v3-slim", "moonlight-16b", "small", "tiny"]
+    models = ["deepseek-v3", "deepseek-v3-slim", "demo", "moonlight-16b", "small", "tiny"]
+    assert [p.parent.name for p in MODELS] == models
 
 
 def test_fit_takes_a_file_and_prints_all_of_it() -> None:

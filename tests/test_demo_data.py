@@ -40,7 +40,7 @@ def bold(answer: str) -> list[str]:
 
 def test_the_committed_files_are_what_the_generator_writes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, ROOT / "scripts" / "make_demo_data.py", "--out", tmp_path], check=True)
-    for name in ("train.jsonl", "val.jsonl"):
+    for name in ("train.jsonl", "val.jsonl", "facts.jsonl"):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), f"{name}: run scripts/make_demo_data.py"
 
 

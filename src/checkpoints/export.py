@@ -146,7 +146,7 @@ class Export:
         """Writes this process's files of weights, those that are not there yet; a bar on rank 0."""
         shards = self.shards[rank::world_size]
         total = sum(shard.nbytes for shard in shards)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="Exporting", disable=rank != 0) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="Exporting", disable=rank != 0 or None) as bar:
             update: Callable[[int], object] = bar.update
             for shard in shards:
                 if is_complete(directory, shard):

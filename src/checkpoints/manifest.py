@@ -130,7 +130,9 @@ def _problems(directory: Path, files: dict[str, FileRecord], checksums: bool, ra
     total = sum(record.bytes for record in share.values()) if checksums else 0
     with (
         ThreadPoolExecutor(THREADS) as pool,
-        tqdm(total=total, unit="B", unit_scale=True, desc="Checking files", delay=PATIENCE, disable=rank != 0) as bar,
+        tqdm(
+            total=total, unit="B", unit_scale=True, desc="Checking files", delay=PATIENCE, disable=rank != 0 or None
+        ) as bar,
     ):
 
         def wrong(name: str) -> str | None:

@@ -82,7 +82,7 @@ FIT = (
     Option('trainer.log_every_n_steps', int | None, 1, 'How often to log within steps.'),
     Option('trainer.enable_checkpointing', bool | None, None, 'If `True`, enable checkpointing. It will configure a default ModelCheckpoint callback if there is no user-defined ModelCheckpoint in callbacks.'),
     Option('trainer.enable_progress_bar', bool | None, None, 'Whether to enable to progress bar by default.'),
-    Option('trainer.enable_model_summary', bool | None, None, 'Whether to enable model summarization by default.'),
+    Option('trainer.enable_model_summary', bool | None, False, 'Whether to enable model summarization by default.'),
     Option('trainer.accumulate_grad_batches', int, 1, 'micro-batches per optimizer step'),
     Option('trainer.gradient_clip_val', int | float | None, 1.0, 'the largest norm of a gradient; null or 0 clips none'),
     Option('trainer.gradient_clip_algorithm', str | None, None, 'The gradient clipping algorithm to use. Pass `gradient_clip_algorithm="value"` to clip by value, and `gradient_clip_algorithm="norm"` to clip by norm. By default it will be set to `"norm"`.'),

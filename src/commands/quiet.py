@@ -3,6 +3,9 @@
 import logging
 import re
 import warnings
+from typing import TextIO
+
+from tqdm import tqdm
 
 # By the logger that says it: a filter of a logger sees no other logger's records.
 LOGGED = {
@@ -18,6 +21,14 @@ WARNED = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"When saving the DeepSpeed Stage 3 checkpoint, each worker will save a shard",  # `export` needs no conversion
 )
+
+
+class BesideBars(logging.StreamHandler[TextIO]):
+    """On lines of their own, above a bar that is on the screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 class _Without(logging.Filter):

@@ -67,6 +67,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 1,
     "num_sanity_val_steps": 0,
+    "enable_model_summary": False,  # of one module; config.json and `plan` tell more
 }
 
 

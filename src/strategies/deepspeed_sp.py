@@ -1,10 +1,11 @@
 """DeepSpeed ZeRO with sequence parallelism as a Lightning strategy, on CUDA (NCCL) and on CPU (gloo)."""
 
 import argparse
+import io
 import os
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -174,7 +175,8 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
             self.expert_parallel_size,
             self.num_processes,
         )
-        self._init_deepspeed_distributed()
+        with redirect_stdout(io.StringIO()):  # each rank would print that an operator is built
+            self._init_deepspeed_distributed()
         if self.dims.sp > 1:
             group, _ = dist.new_subgroups_by_enumeration(self.dims.sp_groups, timeout=self._timeout)
             assert group is not None

@@ -118,3 +118,10 @@ def _find_tools() -> None:
     beside, path = str(Path(sys.executable).parent), os.environ.get("PATH", "").split(os.pathsep)
     if path[0] != beside:
         os.environ["PATH"] = os.pathsep.join([beside, *path])
+
+
+if __name__ == "__main__":  # by scripts/setup.sh --gpu
+    prepare_builds()
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    CPUAdamBuilder().load()

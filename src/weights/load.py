@@ -131,7 +131,7 @@ def fill(sinks: list[Sink], what: str, threads: int = THREADS, progress: bool = 
         return sink.take(begin, end)
 
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not progress or rank != 0) as bar,
+        tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not progress or rank != 0 or None) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
         for nbytes in pool.map(copy, _jobs(sinks)):
