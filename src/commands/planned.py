@@ -30,11 +30,6 @@ BYTES_A_TOKEN = 4.2  # of JSON with English text: gsm8k's files have 4.1
 def plan_of(config: Namespace, cluster: Cluster) -> Plan:
     """The plan of parsed arguments. Raises ValueError where they contradict each other or a file is not there."""
     settings = settings_of(config, cluster)
-    if (size := _strategy_options(config).get("expert_parallel_size", 1)) > 1:
-        raise UserError(
-            f"trainer.strategy.init_args.expert_parallel_size is {size}: plan and rehearse know no expert parallelism "
-            "yet; plan with 1, whose host memory and states on a GPU are the same."
-        )
     data, document = data_of(config, settings)
     if getattr(config, "document_length", None) is not None:
         document = config.document_length
@@ -45,7 +40,8 @@ def settings_of(config: Namespace, cluster: Cluster) -> Settings:
     trainer, model, data = config.trainer, config.model, config.data
     if not isinstance(trainer.strategy, Namespace):
         raise UserError(f"trainer.strategy is {trainer.strategy!r}; plan knows src.strategies.DeepSpeedSPStrategy.")
-    options = _strategy_options(config)
+    options: dict[str, Any] = trainer.strategy.get("init_args", Namespace()).as_dict()
+    options |= trainer.strategy.get("dict_kwargs", {}) or {}
     for name, known in (("config", None), ("offload_optimizer_device", "cpu"), ("offload_params_device", "cpu")):
         if options.get(name, known) != known:
             raise UserError(
@@ -54,7 +50,8 @@ def settings_of(config: Namespace, cluster: Cluster) -> Settings:
             )
     gpus = _devices(trainer.devices, cluster)
     experts = None if model.experts_per_shard == "auto" else model.experts_per_shard
-    sizes = read_sizes(model.pretrained, experts, mtp=model.mtp_loss_weight != 0)
+    ep = options.get("expert_parallel_size", 1)
+    sizes = read_sizes(model.pretrained, experts, model.mtp_loss_weight != 0, ep)
     if sizes.mtp or model.mtp_loss_weight:
         sizes = replace(sizes, mtp=mtp_loss_weight(model) > 0)
     kernel = {"auto": "flash_attn_4"}.get(model.attention_kernel, model.attention_kernel)
@@ -85,13 +82,8 @@ def settings_of(config: Namespace, cluster: Cluster) -> Settings:
         export=config.export.out is not None,
         uncounted=_uncounted(config),
         cpu=trainer.accelerator == "cpu",
+        ep=ep,
     )
-
-
-def _strategy_options(config: Namespace) -> dict[str, Any]:
-    strategy = config.trainer.strategy
-    options: dict[str, Any] = strategy.get("init_args", Namespace()).as_dict()
-    return options | (strategy.get("dict_kwargs", {}) or {})
 
 
 def host_memory(config: Namespace, available: int) -> tuple[str, bool]:

@@ -42,6 +42,11 @@ class RehearseCLI(ConfigCommand):
             plan = plan_of(config, read_cluster(config.cluster) if config.cluster else Cluster())
         except UserError as error:
             self.parser.error(str(error))
+        if plan.settings.ep > 1:
+            self.parser.error(
+                f"trainer.strategy.init_args.expert_parallel_size is {plan.settings.ep}: the ranks that a rehearsal "
+                "makes up choose no experts; rehearse with 1"
+            )
         s, needed = plan.settings, alone(plan).host_total / plan.settings.gpus
         margin = (1 - Cluster().host_part) * psutil.virtual_memory().total  # the machine's own
         available = usable_memory() - margin

@@ -84,8 +84,10 @@ def overhead(settings: Settings, nbytes: float) -> list[Line]:
         Line("CUDA context", CONTEXT, "assumed"),
     ]
     if settings.world > 1:
-        nccl = NCCL_WORLD + (NCCL_SP if settings.sp > 1 else 0)
-        lines.append(Line("NCCL", nccl, f"assumed: {NCCL_WORLD / GIB} GiB the world's group, {NCCL_SP / GIB} GiB SP's"))
+        others = (settings.sp > 1) + 2 * (settings.ep > 1)
+        shared = ", as much each of the two of shared experts" if settings.ep > 1 else ""
+        why = f"assumed: {NCCL_WORLD / GIB} GiB the world's group, {NCCL_SP / GIB} GiB SP's{shared}"
+        lines.append(Line("NCCL", NCCL_WORLD + others * NCCL_SP, why))
     return lines
 
 

@@ -54,6 +54,9 @@ HOST_PARAMETER_ALONE = 0.4e-3  # of one rank, which gathers nothing: assumed
 
 SKEW = 0.01  # "Four GPUs of one host": of a layer's time, what its six SP exchanges wait for the slowest rank
 
+# Where ranks share the experts: the busiest rank's rows over the mean, assumed; the others wait for it.
+IMBALANCE = 1.15
+
 # Latency of a collective, assumed: seconds, and for each node and each rank of its group.
 COLLECTIVE, COLLECTIVE_NODE, COLLECTIVE_RANK = 20e-6, 5e-6, 1e-6
 

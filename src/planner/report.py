@@ -8,8 +8,17 @@ from src.planner.ledger import Line
 from src.planner.plan import ASSUMED, MEASURED, Plan, optimizer_why, shifted, step_flops
 from src.planner.search import pays_until
 from src.planner.settings import Settings
-from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, HOST, SP, TO_HOST
-from src.planner.timing import export_seconds, load_seconds, network_bytes, save_stall, sp_bytes, write_seconds
+from src.planner.streams import CAST, COMPUTE, EP, FROM_HOST, GATHER, HOST, SP, TO_HOST
+from src.planner.timing import (
+    ep_bytes,
+    export_seconds,
+    load_seconds,
+    network_bytes,
+    save_stall,
+    sp_bytes,
+    write_seconds,
+)
+from src.planner.work import Work
 from src.units import GIB, counted
 
 
@@ -45,18 +54,34 @@ def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
     bus, bandwidth = ("inter", c.nccl_inter_node_gb_s) if s.nodes > 1 else ("intra", c.nccl_intra_node_gb_s)
     sent = f"{t.schedule.gathered / 1e9:.0f}e9 weights x {s.param_bytes} bytes + {t.schedule.reduced / 1e9:.0f}e9 "
     sent += f"gradients x 4 bytes, x {s.world - 1}/{s.world} = {network_bytes(s, t) / 1e12:.2f} TB"
+    if s.ep > 1:
+        done, part = t.schedule, f"x {s.world - 1}/{s.world}"
+        sent = (
+            f"{network_bytes(s, t) / 1e12:.2f} TB: {part} of {done.gathered / 1e9:.0f}e9 weights x "
+            f"{s.param_bytes} bytes + {done.reduced / 1e9:.0f}e9 gradients x 4 bytes; x {s.holders - 1}/{s.holders} of "
+            f"{done.shared_gathered / 1e9:.0f}e9 and {done.shared_reduced / 1e9:.0f}e9 of shared experts, at "
+            f"1/{min(s.ep, s.gpus)} of the rate between nodes"
+        )
     add("  ZeRO's network", t.streams[GATHER], f"{sent} / {bandwidth:g} GB/s ({bus}-node)")
     if s.sp > 1:
         outputs = s.sizes.num_attention_heads * s.sizes.v_head_dim
         a_token = f"({s.sizes.latents:,} x {s.sp - 1} + {outputs:,} x {s.sp - 1}/{s.sp}) x {s.param_bytes} bytes"
         passes = f"{sp_bytes(s) / 1e9:.0f} GB; forward, again, backward: {s.tokens:,} tokens"
         add("  SP exchanges", t.streams[SP], f"{passes} x {a_token} a layer")
+    if s.ep > 1:
+        work = Work(s, c)
+        a_token = f"{work.reach:.2f} GPUs x {s.sizes.hidden_size:,} x {s.param_bytes} bytes x {s.ep - 1}/{s.ep}"
+        why = f"{ep_bytes(s, work) / 1e9:.0f} GB; 2 forward, 3 backward: {s.tokens:,} tokens x {a_token} a layer, "
+        add(
+            "  tokens to shared experts", t.streams[EP], f"{why}{work.imbalance} times as much at the busiest (assumed)"
+        )
     add("  copies to the host", t.streams[TO_HOST], f"at {c.pcie_out_gb_s:g} GB/s")
     add("  copies from the host", t.streams[FROM_HOST], f"at {c.pcie_in_gb_s:g} GB/s")
     add("  gradients cast and summed", t.streams[CAST], "beside the computation")
     hold = "while ZeRO's collectives run, which hold multiprocessors; those take longer too"
     add("  compute is slowed", t.slowed, hold)
-    hidden = f"{t.micro:.2f} - {t.streams[COMPUTE]:.2f} - {t.slowed:.2f} - {t.streams[SP]:.2f}"
+    exchanges = t.streams[SP] + t.streams[EP]
+    hidden = f"{t.micro:.2f} - {t.streams[COMPUTE]:.2f} - {t.slowed:.2f} - {exchanges:.2f}"
     add("  compute waits", t.exposed, f"{hidden}: what is not hidden")
     add("    for the host", t.host, f"whose hooks and launches take {t.streams[HOST]:.2f} s, most of them ahead")
     add("optimizer", t.optimizer, optimizer_why(plan))
@@ -106,6 +131,7 @@ def text(plan: Plan, explain: bool = False) -> str:
     place = "process" if s.cpu else "GPU"
     many = counted(s.world, "process", "processes") if s.cpu else counted(s.world, "GPU")
     head = f"{_count(s.sizes.parameters)} parameters on {many} ({s.nodes} x {s.gpus}): DP {s.dp} x SP {s.sp}, "
+    head += f"experts shared by {s.ep}, " if s.ep > 1 else ""
     out += [head + f"{counted(s.rows_per_step, 'row')} of {s.max_length:,} per step", f"data: {plan.data.source}", ""]
 
     def section(title: str, lines: Iterable[Line], room: float | None, unit: float, name: str) -> None:
@@ -175,7 +201,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "wall_s": plan.wall(),
             "formulas": {what.strip(): why for what, _, why in time_lines(plan)},
         },
-        "network_bytes": {"zero": round(network_bytes(s, t)), "sp": round(sp_bytes(s))},
+        "network_bytes": {
+            "zero": round(network_bytes(s, t)),
+            "sp": round(sp_bytes(s)),
+            "ep": round(ep_bytes(s, Work(s, plan.cluster))),
+        },
         "tokens_per_s_per_gpu": plan.rate(),
         "tokens_per_s_per_gpu_range": [plan.rate(plan.slowest), plan.rate(plan.fastest)],
         "mfu": plan.mfu(),

@@ -33,7 +33,8 @@ def _possible(settings: Settings, **changes: object) -> Settings | None:
     except ValueError:
         return None
     if isinstance(experts, int):
-        if not 1 <= experts <= settings.sizes.n_routed_experts or settings.sizes.n_routed_experts % experts:
+        here = settings.sizes.n_routed_experts // changed.ep
+        if not 1 <= experts <= here or here % experts:
             return None
         changed = _with_shard(changed, experts)
     if changed.offload_parameters and changed.stage != 3:

@@ -9,6 +9,7 @@ from src.units import counted
 
 _POSITIVE = {  # field: its name in the config
     "sp": "trainer.strategy.init_args.sequence_parallel_size",
+    "ep": "trainer.strategy.init_args.expert_parallel_size",
     "batch_size": "data.batch_size",
     "accumulate": "trainer.accumulate_grad_batches",
     "nodes": "trainer.num_nodes",
@@ -58,6 +59,7 @@ class Settings:
     export: bool = False
     uncounted: tuple[str, ...] = ()
     cpu: bool = False
+    ep: int = 1
 
     def __post_init__(self) -> None:
         for field, option in _POSITIVE.items():
@@ -67,6 +69,12 @@ class Settings:
                 raise UserError(f"{option} is {value!r}; a number from 1 on is wanted.")
         if self.world % self.sp:
             raise UserError(f"{self.world} processes are no multiple of sequence_parallel_size {self.sp}.")
+        experts, node = self.sizes.n_routed_experts, self.gpus
+        if self.world % self.ep or experts % self.ep or (node % self.ep and self.ep % node):
+            raise UserError(
+                f"expert_parallel_size {self.ep} must divide {self.world} processes, {experts} experts and the {node} "
+                "GPUs of a node, or be whole nodes."
+            )
         heads = self.sizes.num_attention_heads
         if heads % self.sp:
             raise UserError(f"num_attention_heads {heads} is no multiple of sequence_parallel_size {self.sp}.")
@@ -78,6 +86,11 @@ class Settings:
     @property
     def dp(self) -> int:
         return self.world // self.sp
+
+    @property
+    def holders(self) -> int:
+        """Ranks that have the same experts, over which ZeRO-3 partitions these."""
+        return self.world // self.ep
 
     @property
     def row_tokens(self) -> int:

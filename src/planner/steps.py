@@ -20,7 +20,7 @@ from src.planner.rates import (
     PRODUCTS_BESIDE,
 )
 from src.planner.settings import Settings
-from src.planner.streams import COMPUTE, SP
+from src.planner.streams import COMPUTE, EP, SP
 from src.planner.work import Work
 
 
@@ -37,9 +37,9 @@ class Part(NamedTuple):
 class Visit:
     """One call of a module, or of its backward. Memory is by name, with the line of the account that it belongs to.
 
-    params: the weights that it uses, and their elements. parts: its work, one after the other.
-    backward: its weights' gradients come out. syncs: the host waits for its end. host: seconds that the host needs
-    besides those of its weights.
+    params: the weights that it uses, and their elements; shared: of experts that ranks share. parts: its work, one
+    after the other. backward: its weights' gradients come out. syncs: the host waits for its end. host: seconds that
+    the host needs besides those of its weights.
     takes: allocated before its weights are fetched. during: there until gradients come out; beside: until all are.
     gives: freed behind it; leaves: allocated behind it; stows: copied to the host behind it, in bytes.
     fetches: fetched from the host behind it; awaits: fetched before it, and used here.
@@ -59,6 +59,7 @@ class Visit:
     stows: Mapping[str, float] = field(default_factory=dict)
     fetches: Mapping[str, Line] = field(default_factory=dict)
     awaits: tuple[str, ...] = ()
+    shared: bool = False
 
 
 def visits(settings: Settings, work: Work) -> Iterator[Visit]:
@@ -101,7 +102,7 @@ class _Layer:
         self._host = 0.0 if self.dense else HOST_ROUTE
         self.shards = [
             {f"{self.name} shard {shard} {name}": size for name, size in s.shard.items()}
-            for shard in range(0 if self.dense else s.shards)
+            for shard in range(0 if self.dense else s.shards // settings.ep)
         ]
 
     def _own(self, line: str, **sizes: tuple[float, str]) -> dict[str, Line]:
@@ -139,8 +140,12 @@ class _Layer:
     def _mlp_part(self, weights: int, elementwise: float) -> tuple[Part, ...]:
         return (Part(COMPUTE, self.work.products(weights) + self._elementwise(elementwise)),)
 
-    def _shard_part(self, backward: bool) -> tuple[Part, ...]:
-        return (Part(COMPUTE, self.work.experts(backward) / len(self.shards), beside=EXPERTS_BESIDE),)
+    def _shard_parts(self, shard: int, backward: bool) -> tuple[Part, ...]:
+        """Before the first that runs tokens come, in the backward beside gradients; behind the last they return."""
+        work, runs = self.work, list(range(len(self.shards)))[:: -1 if backward else 1]
+        come = Part(EP, work.travel(2 if backward else 1) if shard == runs[0] else 0.0, "tokens come")
+        leave = Part(EP, work.travel(1) if shard == runs[-1] else 0.0, "sums return")
+        return (come, Part(COMPUTE, work.experts(backward) / len(self.shards), beside=EXPERTS_BESIDE), leave)
 
     # -- visits -------------------------------------------------------------------------------------------------------
 
@@ -172,7 +177,8 @@ class _Layer:
             )
         ]
         for shard, params in enumerate(self.shards):
-            calls.append(Visit(f"{self.name} shard {shard}", params, self._shard_part(False), host=HOST_SHARD))
+            parts = self._shard_parts(shard, False)
+            calls.append(Visit(f"{self.name} shard {shard}", params, parts, host=HOST_SHARD, shared=s.ep > 1))
         leaving = {f"{self.name} input": self.inputs.nbytes} if self.again and s.layer_input == "offload" else {}
         calls[-1] = replace(calls[-1], gives=("MLP", *leaving), stows=leaving)
         yield from calls
@@ -187,7 +193,7 @@ class _Layer:
     def backward(self, ahead: Mapping[str, Line]) -> Iterator[Visit]:
         """ahead: what is fetched from the host for the layer whose backward comes next."""
         work = self.work
-        used = Line(LAYER, *(work.backward_dense() if self.dense else work.layer_input()))
+        used = Line(LAYER, *(work.backward_dense() if self.dense else work.backward_experts()))
         if self.again:
             yield from self._recomputation(ahead)
         calls = []
@@ -196,12 +202,13 @@ class _Layer:
                 Visit(
                     f"{self.name} shard {shard} backward",
                     params,
-                    self._shard_part(True),
+                    self._shard_parts(shard, True),
                     backward=True,
                     host=HOST_SHARD,
                     during=Line(LAYER, *work.shard_activations()),
                     beside=Line(LAYER, *work.shard_backward()),
                     leaves={f"rows {shard}": Line(LAYER, *work.shard_gradient())},
+                    shared=self.settings.ep > 1,
                 )
             )
         calls.append(

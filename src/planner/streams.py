@@ -9,15 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 HOST, COMPUTE = "the host", "compute"
-GATHER, REDUCE, SP, TO_HOST, FROM_HOST, CAST = (
+GATHER, REDUCE, SP, EP, TO_HOST, FROM_HOST, CAST = (
     "ZeRO network: gathers and reductions",
     "ZeRO network: gathers and reductions",  # one communicator, so one stream
     "SP exchange",
+    "tokens to shared experts and back",
     "copies to the host",
     "copies from the host",
     "gradients: cast and sum",
 )
-STREAMS = (HOST, COMPUTE, GATHER, SP, TO_HOST, FROM_HOST, CAST)
+STREAMS = (HOST, COMPUTE, GATHER, SP, EP, TO_HOST, FROM_HOST, CAST)
 
 
 @dataclass(frozen=True)

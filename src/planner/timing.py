@@ -8,7 +8,8 @@ from src.planner.cluster import Cluster
 from src.planner.micro_step import micro_step
 from src.planner.schedule import Schedule
 from src.planner.settings import Settings
-from src.planner.streams import CAST, COMPUTE, FROM_HOST, GATHER, HOST, SP, TO_HOST, Op, Span, busy, makespan, play
+from src.planner.streams import CAST, COMPUTE, EP, FROM_HOST, GATHER, HOST, SP, TO_HOST, Op, Span, busy, makespan, play
+from src.planner.work import Work
 
 # A parameter: fused AdamW on fp32 states 28, flattened gradient 8, its norm in fp64 20, clipping 8, cast to bf16 6; and
 # what comes after a step whatever its size: callbacks and logging (measured: 70 to 92 ms at 2.1e9 to 2.8e9 parameters).
@@ -67,9 +68,9 @@ def step_time(settings: Settings, cluster: Cluster, quick: bool = False) -> Step
     total = (n - 1) * makespan(others) + makespan(spans)
     streams = busy(last.ops)
     optimizer, _ = optimizer_seconds(settings, cluster)
-    forward = makespan(span for span in spans[: last.forward_ops] if span.op.stream in (COMPUTE, SP))
+    forward = makespan(span for span in spans[: last.forward_ops] if span.op.stream in (COMPUTE, SP, EP))
     slowed = ((n - 1) * _slowed(others) + _slowed(spans)) / n
-    exposed = total / n - streams[COMPUTE] - slowed - streams[SP]
+    exposed = total / n - streams[COMPUTE] - slowed - streams[SP] - streams[EP]
     host = 0.0 if quick else makespan(spans) - makespan(play(_scaled(last.ops, {HOST: 0.0})))
     return StepTime(
         total / n, forward, exposed, max(0.0, host), slowed, optimizer, total + optimizer, streams, last, spans
@@ -89,7 +90,8 @@ def step_seconds(settings: Settings, cluster: Cluster, time: StepTime, other: Cl
     """A step's seconds on a cluster of other rates, kernels `kernels` times as slow: the same schedule played again."""
     network = "nccl_inter_node_gb_s" if settings.nodes > 1 else "nccl_intra_node_gb_s"
     exchange = "nccl_inter_node_gb_s" if settings.sp > settings.gpus else "nccl_intra_node_gb_s"
-    rates = {GATHER: network, SP: exchange, TO_HOST: "pcie_out_gb_s", FROM_HOST: "pcie_in_gb_s"}
+    travel = "nccl_inter_node_gb_s" if settings.ep > settings.gpus else "nccl_intra_node_gb_s"
+    rates = {GATHER: network, SP: exchange, EP: travel, TO_HOST: "pcie_out_gb_s", FROM_HOST: "pcie_in_gb_s"}
     factors = {stream: getattr(cluster, name) / getattr(other, name) for stream, name in rates.items()}
     factors |= {COMPUTE: kernels, CAST: kernels}
     ratio = makespan(play(_scaled(time.schedule.ops, factors))) / makespan(time.spans)
@@ -127,10 +129,19 @@ def sp_bytes(settings: Settings) -> float:
     return times * sizes.layers * s.tokens * a_token * s.param_bytes
 
 
+def ep_bytes(settings: Settings, work: Work) -> float:
+    """That the busiest rank receives of tokens, sums and gradients in a micro-step: twice forward, thrice backward."""
+    s, sizes = settings, settings.sizes
+    moe = sizes.layers - min(sizes.layers, sizes.first_k_dense_replace)
+    rows = s.tokens * work.reach * work.imbalance * (s.ep - 1) / s.ep
+    return 5 * moe * rows * sizes.hidden_size * s.param_bytes
+
+
 def network_bytes(settings: Settings, time: StepTime) -> float:
     """Of ZeRO, a micro-step: what a rank receives and sends."""
-    shares = (settings.world - 1) / settings.world
-    return shares * (settings.param_bytes * time.schedule.gathered + 4 * time.schedule.reduced)
+    done, b = time.schedule, settings.param_bytes
+    whole = (settings.world - 1) / settings.world * (b * done.gathered + 4 * done.reduced)
+    return whole + (settings.holders - 1) / settings.holders * (b * done.shared_gathered + 4 * done.shared_reduced)
 
 
 def busiest(time: StepTime) -> str:
@@ -139,6 +150,6 @@ def busiest(time: StepTime) -> str:
         return "compute"
     if time.host > time.exposed / 2:
         return HOST
-    others = {name: seconds for name, seconds in time.streams.items() if name not in (COMPUTE, SP, HOST)}
+    others = {name: seconds for name, seconds in time.streams.items() if name not in (COMPUTE, SP, EP, HOST)}
     name = max(others, key=lambda stream: others[stream])
     return "ZeRO's network" if name == GATHER else name

@@ -4,6 +4,7 @@ A micro-step has T tokens a rank; under SP a rank computes heads / SP over SP x 
 those of src/models/deepseek_v3: attention.py, moe.py, experts.py and src/models/loss.py; each says which tensors.
 """
 
+from math import comb
 from typing import NamedTuple
 
 from src.models.deepseek_v3.sizes import attention_output_bytes, attention_weights, layer_input_bytes, mlp_weights
@@ -73,12 +74,40 @@ class Work:
         return self.cluster.elementwise * (rates.ELEMENTWISE * self.tokens * self.hidden + rates.LAUNCH)
 
     def experts(self, backward: bool) -> float:
-        """All of a layer's, dispatch and combine included."""
+        """All of a layer's that are here, dispatch and combine included; of the busiest rank."""
         rows = self.tokens * self.sizes.num_experts_per_tok
         table = rates.EXPERTS_BACKWARD if backward else rates.EXPERTS_FORWARD
-        rate = interpolate(table, rows / self.sizes.n_routed_experts)
-        flops = 2 * rows * 3 * self.hidden * self.inner
+        rate = interpolate(table, self.settings.ep * rows / self.sizes.n_routed_experts)
+        flops = 2 * rows * self.imbalance * 3 * self.hidden * self.inner
         return self.cluster.kernels * flops * (2 if backward else 1) / (rate * 1e12)
+
+    @property
+    def imbalance(self) -> float:
+        return rates.IMBALANCE if self.settings.ep > 1 else 1.0
+
+    @property
+    def reach(self) -> float:
+        """Ranks of a group that have one of a token's experts, the mean of even choices; 0 without such groups."""
+        s, ep = self.sizes, self.settings.ep
+        if ep == 1:
+            return 0.0
+        groups = max(1, s.n_group // ep)  # of experts, with a part on a rank
+        part, chosen = s.n_routed_experts // max(ep, s.n_group), s.n_routed_experts * s.topk_group // s.n_group
+        missed = 0.0
+        for n in range(min(groups, s.topk_group) + 1):  # of a rank's groups among the chosen
+            likely = comb(groups, n) * comb(s.n_group - groups, s.topk_group - n) / comb(s.n_group, s.topk_group)
+            missed += likely * comb(chosen - n * part, s.num_experts_per_tok) / comb(chosen, s.num_experts_per_tok)
+        return ep * (1 - missed)
+
+    def travel(self, rows: int) -> float:
+        """An exchange in an EP group: so many rows of the hidden width for each token and rank that it reaches."""
+        s = self.settings
+        if s.ep == 1:
+            return 0.0
+        elements = rows * self.tokens * self.reach * self.imbalance * self.hidden * (s.ep - 1) / s.ep
+        bandwidth = self.cluster.nccl_intra_node_gb_s if s.ep <= s.gpus else self.cluster.nccl_inter_node_gb_s
+        latency = rates.COLLECTIVE + rates.COLLECTIVE_RANK * s.ep
+        return elements * s.param_bytes / (bandwidth * 1e9) + latency
 
     def head(self) -> float:
         """Projection, loss and both gradients, all in the forward pass."""
@@ -144,7 +173,11 @@ class Work:
 
     def route(self) -> Bytes:
         """Chosen experts, order, tokens, slots and shards of each row, int64, kept over the recomputation."""
-        a_token = 5 * 8 * self.sizes.num_experts_per_tok
+        top_k, ep = self.sizes.num_experts_per_tok, self.settings.ep
+        a_token = 5 * 8 * top_k
+        if ep > 1:  # as src/models/deepseek_v3/expert_parallel.py: of what is received, and of what is sent
+            received = 20 * top_k * self.reach + 16 * top_k * self.imbalance
+            a_token = round(received + 8 * self.reach + 16 * ep + 16 * top_k)
         return Bytes(self.tokens * a_token, f"{self.tokens:,} tokens x {a_token} bytes: a layer's route")
 
     def forward_attention(self) -> Bytes:
@@ -154,12 +187,27 @@ class Work:
         )
 
     def forward_experts(self) -> Bytes:
-        rows = self.sizes.num_experts_per_tok * self.hidden + self._shard_rows(self.hidden + 3 * self.inner)
-        return self._bytes(3 * self.hidden + rows, "all shards' rows out, residual and normed input, one shard's rows")
+        rows = self.imbalance * self.sizes.num_experts_per_tok * self.hidden
+        rows += self._shard_rows(self.hidden + 3 * self.inner) + 2 * self._received
+        also = ", tokens received and sums to return" if self.settings.ep > 1 else ""
+        why = f"all shards' rows out, residual and normed input, one shard's rows{also}"
+        return self._bytes(3 * self.hidden + rows, why)
+
+    @property
+    def _received(self) -> float:
+        """Elements a token of what a rank receives of all ranks' tokens."""
+        return self.imbalance * self.reach * self.hidden
+
+    def backward_experts(self) -> Bytes:
+        """There all the while: the output's gradient, and where ranks share the experts what they have received."""
+        if self.settings.ep == 1:
+            return self.layer_input()
+        elements = self.hidden + 2 * self._received
+        return self._bytes(elements, "the output's gradient, tokens and gradients received")
 
     def _shard_rows(self, width: float) -> float:
-        """Elements a token: a shard's rows are tokens x top_k / shards."""
-        return self.sizes.num_experts_per_tok / self.sizes.shards * width
+        """Elements a token: a shard's rows are tokens x top_k / shards, of those that are here."""
+        return self.imbalance * self.sizes.num_experts_per_tok * self.settings.ep / self.sizes.shards * width
 
     def forward_dense(self) -> Bytes:
         elements = 3 * self.hidden + 3 * self.sizes.intermediate_size

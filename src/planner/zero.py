@@ -23,14 +23,20 @@ EVENTS = 2  # gathers, and reductions, that may be unfinished when the host come
 NORM_ELEMENTS = 250_000_000  # whose norm is taken at once (`_constant_buffered_norm2`)
 
 
-def collective_seconds(settings: Settings, cluster: Cluster, nbytes: float) -> float:
-    """A gather or reduce-scatter over all ranks: bytes x (N - 1) / N over the bus bandwidth, and a ring's latency."""
-    world = settings.world
-    if world == 1:
+def collective_seconds(settings: Settings, cluster: Cluster, nbytes: float, shared: bool = False) -> float:
+    """A gather or reduce-scatter: bytes x (N - 1) / N over the bus bandwidth, and a ring's latency.
+
+    shared: over the ranks that have the same experts. The groups of a node's ranks do so at once, over the same NICs.
+    """
+    s = settings
+    ranks, nodes, groups = (
+        (s.holders, s.nodes // max(1, s.ep // s.gpus), min(s.ep, s.gpus)) if shared else (s.world, s.nodes, 1)
+    )
+    if ranks == 1:
         return 0.0
-    bandwidth = cluster.nccl_inter_node_gb_s if settings.nodes > 1 else cluster.nccl_intra_node_gb_s
-    latency = rates.COLLECTIVE + rates.COLLECTIVE_NODE * settings.nodes + rates.COLLECTIVE_RANK * world
-    return nbytes * (world - 1) / world / (bandwidth * 1e9) + latency
+    bandwidth = cluster.nccl_inter_node_gb_s / groups if nodes > 1 else cluster.nccl_intra_node_gb_s
+    latency = rates.COLLECTIVE + rates.COLLECTIVE_NODE * nodes + rates.COLLECTIVE_RANK * ranks
+    return nbytes * (ranks - 1) / ranks / (bandwidth * 1e9) + latency
 
 
 @dataclass
@@ -65,6 +71,7 @@ class Zero:
         self._prefetch_size = limits["stage3_prefetch_bucket_size"]
         self._max_live = limits["stage3_max_live_parameters"]
         self._alone = settings.world == 1
+        self._shared = {name for visit in order if visit.shared for name in visit.params}
         self._aliased = (self._alone and not settings.offload_parameters) or settings.stage < 3
         self._queue = deque((name, size, i) for i, visit in enumerate(order) for name, size in visit.params.items())
         self._step = 0
@@ -99,6 +106,21 @@ class Zero:
         self._step += 1
         return (*waits, self.schedule.host)
 
+    def _ranks(self, name: str) -> int:
+        """Over which a parameter is partitioned."""
+        return self.settings.holders if name in self._shared else self.settings.world
+
+    def _in_place(self, name: str) -> bool:
+        """Whether a parameter is used where it lies: an expert that no other rank has."""
+        return self._ranks(name) == 1 and not self._alone and not self.settings.offload_parameters
+
+    def _collective(self, params: Mapping[str, int], each: int) -> float:
+        """Seconds of one collective per group, `each` bytes an element."""
+        sizes = {False: 0, True: 0}
+        for name, n in params.items():
+            sizes[name in self._shared] += n
+        return sum(collective_seconds(self.settings, self.cluster, each * n, of) for of, n in sizes.items() if n)
+
     def _back_pressure(self, events: list[int]) -> None:
         if len(events) > EVENTS:
             self.schedule.host_works(0.0, events[-1 - EVENTS])
@@ -119,8 +141,9 @@ class Zero:
         add, settings = self.schedule.add, self.settings
         # The stream that gathers waits for the computation that used the last memory to be released.
         after: tuple[int, ...] = (self.schedule.host, *self._released)
-        size = settings.param_bytes * sum(params.values())
-        small = {name: n for name, n in params.items() if n * settings.param_bytes < OWN_MEMORY}
+        small = {
+            name: n for name, n in params.items() if n * settings.param_bytes < OWN_MEMORY and not self._in_place(name)
+        }
         flat = None
         if not self._alone and len(small) > 1:
             self._copies += 1
@@ -134,17 +157,22 @@ class Zero:
             if name not in small:
                 self._take(name, n)
         if settings.offload_parameters:
-            rate = self.cluster.pcie_in_gb_s * 1e9
-            after = (add(FROM_HOST, size / settings.world / rate, f"partitions of {what}", *after),)
+            size = settings.param_bytes * sum(n / self._ranks(name) for name, n in params.items())
+            after = (add(FROM_HOST, size / (self.cluster.pcie_in_gb_s * 1e9), f"partitions of {what}", *after),)
         if not self._alone:
-            after = (add(GATHER, collective_seconds(settings, self.cluster, size), f"gather {what}", *after),)
+            after = (add(GATHER, self._collective(params, settings.param_bytes), f"gather {what}", *after),)
         group = _Group(after[0], flat, set(small))
         self._available |= params
         self._groups |= dict.fromkeys(params, group)
-        self.schedule.gathered += sum(params.values())
+        for name, n in params.items():
+            if name in self._shared:
+                self.schedule.shared_gathered += n
+            else:
+                self.schedule.gathered += n
 
     def _take(self, name: str, n: int) -> None:
-        self.ledger.take(name, Line(SHARDS, n * self.settings.param_bytes, f"{n / 1e6:.0f}e6 elements of {name}"))
+        nbytes = 0 if self._in_place(name) else n * self.settings.param_bytes
+        self.ledger.take(name, Line(SHARDS, nbytes, f"{n / 1e6:.0f}e6 elements of {name}"))
 
     def _arrive(self, name: str) -> int:
         """Waits for a parameter's gather. The first of a group has the small ones copied out of the flat buffer."""
@@ -184,7 +212,8 @@ class Zero:
             self.ledger.passing(visit.beside)
         for name, n in made.items():
             filled = sum(m for _, m, _ in self._bucket)
-            if self._bucket and filled + n > self.settings.reduce_bucket:
+            mixed = bool(self._bucket) and self._ranks(self._bucket[0][0]) != self._ranks(name)
+            if self._bucket and (mixed or filled + n > self.settings.reduce_bucket):
                 self._reduce()
                 filled = 0
             self._bucket.append((name, n, made_by))
@@ -201,14 +230,15 @@ class Zero:
         self.ledger.passing(self._copies_of_a_bucket(n, first))
         # Cast, reduction and sum of one bucket end before the next one's begin: they share a stream.
         made = (*{op for _, _, op in self._bucket}, *self._reductions[-1:], self.schedule.host)
-        own = 4 * n / settings.world
+        ranks = self._ranks(first)
+        own = 4 * n / ranks
         # Cast, division and layout by rank in one pass; of a gradient in pieces all but the first beside the reduction.
         cast = (settings.param_bytes + 4) / cluster.copy
         begun = min(n, PIECE) if self._in_pieces(n) else n
         last = add(CAST, cast * begun, f"cast gradient of {first}", *made)
         self.schedule.stolen += cast * n + (0 if settings.offload_optimizer else 3 * own / cluster.copy)
-        if settings.world > 1:
-            last = add(REDUCE, collective_seconds(settings, cluster, 4 * n), f"reduce gradient of {first}", last)
+        if ranks > 1:
+            last = add(REDUCE, self._collective({first: n}, 4), f"reduce gradient of {first}", last)
         accumulated = f"accumulated gradient of {first}"
         if settings.offload_optimizer:
             # The accumulated gradient is in host memory: fetched, added to and put back, and once more at the end.
@@ -221,10 +251,13 @@ class Zero:
             self.ledger.give(f"d {name}")
         self._reductions.append(last)
         self._bucket = []
-        self.schedule.reduced += n
+        if first in self._shared:
+            self.schedule.shared_reduced += n
+        else:
+            self.schedule.reduced += n
 
     def _in_pieces(self, n: int) -> bool:
-        return len(self._bucket) == 1 and reduced_in_pieces(n, self.settings.world)
+        return len(self._bucket) == 1 and reduced_in_pieces(n, self._ranks(self._bucket[0][0]))
 
     def _copies_of_a_bucket(self, n: int, first: str) -> Line:
         """What its reduction allocates: its elements in fp32, or two pieces of them and this rank's part."""
@@ -233,10 +266,10 @@ class Zero:
         nbytes = 0.0 if alone else 4.0 * n
         why = f"fp32 copy of the gradient of {first}, {n / 1e6:.0f}e6 elements x 4 bytes"
         if self._in_pieces(n):
-            nbytes = 4.0 * (2 * PIECE + n / settings.world)
+            nbytes = 4.0 * (2 * PIECE + n / self._ranks(first))
             why = f"fp32 copies of the gradient of {first}: two pieces of {PIECE / 1e6:.0f}e6 elements x 4 bytes"
         if settings.offload_optimizer:  # the accumulated gradient comes to the device, and its norm is taken in fp64
-            largest = max(m for _, m, _ in self._bucket) / settings.world
+            largest = max(m for _, m, _ in self._bucket) / self._ranks(first)
             nbytes += 4 * largest + 8 * min(largest, NORM_ELEMENTS)
             why += f", and {largest / 1e6:.0f}e6 accumulated x 4 bytes with their norm's fp64 copy"
         return Line(GRADIENTS, nbytes, why)

@@ -42,6 +42,8 @@ class Sizes:
     experts_per_shard: int
     mtp: bool
     attention_bias: bool = False
+    n_group: int = 1
+    topk_group: int = 1
 
     @property
     def shards(self) -> int:
@@ -175,19 +177,20 @@ def shard_size(
     return size
 
 
-def read_sizes(directory: str | Path, experts_per_shard: int | None, mtp: bool) -> Sizes:
+def read_sizes(directory: str | Path, experts_per_shard: int | None, mtp: bool, expert_parallel_size: int = 1) -> Sizes:
     """Of the config.json in `directory`; experts_per_shard as in `shard_size`; mtp asks for the block.
 
     Raises:
         ValueError: as `read_fields` and `shard_size`.
     """
-    return sizes_of(read_fields(directory), experts_per_shard, mtp)
+    return sizes_of(read_fields(directory), experts_per_shard, mtp, expert_parallel_size)
 
 
-def sizes_of(fields: Mapping[str, Any], experts_per_shard: int | None, mtp: bool) -> Sizes:
+def sizes_of(
+    fields: Mapping[str, Any], experts_per_shard: int | None, mtp: bool, expert_parallel_size: int = 1
+) -> Sizes:
     given = {name: fields[name] for name in Sizes.__dataclass_fields__ if name in fields}
-    given["experts_per_shard"] = shard_size(
-        fields["n_routed_experts"], fields["hidden_size"], fields["moe_intermediate_size"], experts_per_shard
-    )
+    experts, hidden, width = (fields[name] for name in ("n_routed_experts", "hidden_size", "moe_intermediate_size"))
+    given["experts_per_shard"] = shard_size(experts, hidden, width, experts_per_shard, expert_parallel_size)
     given["mtp"] = mtp and bool(fields.get("num_nextn_predict_layers"))
     return Sizes(**given)
