@@ -80,7 +80,7 @@ def guide_table() -> list[str]:
     return lines
 
 
-# Published figures at 4k tokens: Megatron Core and NeMo, DeepSeek-V3 on H100, tokens/s/GPU (docs/planning.md).
+# Published figures at 4k tokens: Megatron Core and NeMo, DeepSeek-V3 on H100, tokens/s per GPU (docs/planning.md).
 AT_4K = [(32, 1, 4), (32, 1, 8), (32, 1, 16), (128, 1, 4), (128, 1, 8), (128, 1, 16)]
 
 

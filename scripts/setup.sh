@@ -20,7 +20,7 @@ fail() {
 case "$*" in
     "") ;;
     --gpu) CONSTRAINTS=constraints/gpu.txt EXTRAS=gpu,demo,dev NEED_GB=16 ;; # CUDA's libraries: 8 GB, and their download
-    *) fail "$* is no option; usage: bash scripts/setup.sh [--gpu]" ;;
+    *) fail "$* is not an option; usage: bash scripts/setup.sh [--gpu]" ;;
 esac
 
 # Prints `$1`, then runs the rest: its output goes to the log, its latest line to a terminal, its end to both on failure.

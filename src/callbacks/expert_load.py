@@ -90,7 +90,7 @@ def scalars(load: FloatArray, first_layer: int, ranks: int = 1) -> dict[str, flo
     terms = share * np.log(share, out=np.zeros_like(share), where=share > 0)  # 0 log 0 = 0
     max_over_mean = load.max(1) / load.mean(1)
     entropy = -terms.sum(1) / np.log(load.shape[1])
-    found = {
+    values = {
         "expert_load/max_over_mean": max_over_mean.mean(),
         "expert_load/max_over_mean_worst": max_over_mean.max(),
         "expert_load/entropy": entropy.mean(),
@@ -99,15 +99,15 @@ def scalars(load: FloatArray, first_layer: int, ranks: int = 1) -> dict[str, flo
     of_ranks = load.reshape(len(load), ranks, -1).sum(2)
     ranks_max_over_mean = of_ranks.max(1) / of_ranks.mean(1)
     if ranks > 1:
-        found["expert_load/ranks_max_over_mean"] = ranks_max_over_mean.mean()
-        found["expert_load/ranks_max_over_mean_worst"] = ranks_max_over_mean.max()
+        values["expert_load/ranks_max_over_mean"] = ranks_max_over_mean.mean()
+        values["expert_load/ranks_max_over_mean_worst"] = ranks_max_over_mean.max()
     for index in range(len(load)):
         layer = f"layer_{first_layer + index:02d}"
-        found[f"expert_load/max_over_mean/{layer}"] = max_over_mean[index]
-        found[f"expert_load/entropy/{layer}"] = entropy[index]
+        values[f"expert_load/max_over_mean/{layer}"] = max_over_mean[index]
+        values[f"expert_load/entropy/{layer}"] = entropy[index]
         if ranks > 1:
-            found[f"expert_load/ranks_max_over_mean/{layer}"] = ranks_max_over_mean[index]
-    return {name: float(value) for name, value in found.items()}
+            values[f"expert_load/ranks_max_over_mean/{layer}"] = ranks_max_over_mean[index]
+    return {name: float(value) for name, value in values.items()}
 
 
 def heat_map(load: FloatArray) -> npt.NDArray[np.uint8]:

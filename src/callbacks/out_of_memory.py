@@ -29,16 +29,16 @@ class Setting:
 def remedies(trainer: pl.Trainer, pl_module: Any) -> list[Setting]:
     """What of this run's settings would change it, the cheapest first."""
     strategy, data = trainer.strategy, getattr(trainer, "datamodule", None)
-    found = []
+    changes = []
     if not getattr(pl_module, "activation_checkpointing", True):
-        found.append(Setting("--model.activation_checkpointing", "false", "true", "a third more computation"))
+        changes.append(Setting("--model.activation_checkpointing", "false", "true", "a third more computation"))
     kept = getattr(getattr(pl_module, "model", None), "kept_bytes", {})  # of src.models.deepseek_v3's
     for name in ("layer_input", "attention_output"):
         if getattr(pl_module, name, None) == "keep":
             size = f"{kept[name] / 1024:.0f} KiB per token and layer " if name in kept else ""
-            found.append(Setting(f"--model.{name}", "keep", "offload", f"{size}to host memory"))
+            changes.append(Setting(f"--model.{name}", "keep", "offload", f"{size}to host memory"))
     if not getattr(strategy, "offloads_optimizer", True):
-        found.append(
+        changes.append(
             Setting(f"{STRATEGY}offload_optimizer", "false", "true", "states to host memory, a slower optimizer step")
         )
     sp = getattr(strategy, "sequence_parallel_size", 0)
@@ -47,16 +47,16 @@ def remedies(trainer: pl.Trainer, pl_module: Any) -> list[Setting]:
     if sp and larger:
         more = f"{larger[0] / sp:g}"
         cost = f"1/{more} of the tokens a GPU and micro-step, so {more} x accumulate_grad_batches for the same rows"
-        found.append(Setting(f"{STRATEGY}sequence_parallel_size", sp, larger[0], cost))
+        changes.append(Setting(f"{STRATEGY}sequence_parallel_size", sp, larger[0], cost))
     batch_size = getattr(data, "batch_size", 1)
     if batch_size > 1:
         cost = "half the tokens for the same exchange of weights"
-        found.append(Setting("--data.batch_size", batch_size, batch_size // 2, cost))
+        changes.append(Setting("--data.batch_size", batch_size, batch_size // 2, cost))
     shard = _experts_per_shard(pl_module)
     if shard > 1:
         smaller = max(n for n in range(1, shard) if shard % n == 0)
-        found.append(Setting("--model.experts_per_shard", shard, smaller, "smaller products and exchanges"))
-    return found
+        changes.append(Setting("--model.experts_per_shard", shard, smaller, "smaller products and exchanges"))
+    return changes
 
 
 def _experts_per_shard(pl_module: Any) -> int:
@@ -103,14 +103,14 @@ class OutOfMemory(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, torch.OutOfMemoryError):
             return
-        found = remedies(trainer, pl_module)
+        changes = remedies(trainer, pl_module)
         lines = [
             f"Rank {trainer.global_rank} ran out of GPU memory in step {trainer.global_step + 1}, phase "
             f"{Phases.of(trainer).failed_in(exception)}: {memory_figures()}.",
             "What would change it, the cheapest first:",
-            *(f"  {change.option}={change.less}  (now {change.now}): {change.cost}" for change in found),
+            *(f"  {change.option}={change.less}  (now {change.now}): {change.cost}" for change in changes),
             "  a lower --data.max_length, or more nodes",
             "The first of them as a plan, without a GPU:",
-            f"  {plan_command(self._arguments, found[:1])}",
+            f"  {plan_command(self._arguments, changes[:1])}",
         ]
         exception.add_note("\n".join(lines))

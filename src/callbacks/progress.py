@@ -22,7 +22,7 @@ def figures(metrics: Mapping[str, Any]) -> list[str]:
         "train/mfu": lambda x: f"MFU {x:.1%}",
         "memory/peak_gib": lambda x: f"{x:.1f} GiB",
     }
-    return [told(float(metrics[name])) for name, told in formats.items() if name in metrics]
+    return [as_text(float(metrics[name])) for name, as_text in formats.items() if name in metrics]
 
 
 class Progress(ProgressBar):
@@ -99,14 +99,14 @@ class Progress(ProgressBar):
         if step == self._step or not self._enabled:
             return
         self._step = step
-        told = figures(trainer.callback_metrics)
+        shown = figures(trainer.callback_metrics)
         if self._bar is not None:
-            self._bar.set_postfix_str("  ".join(told), refresh=False)
+            self._bar.set_postfix_str("  ".join(shown), refresh=False)
             self._bar.update(step - self._bar.n)
         elif step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             total = int(trainer.estimated_stepping_batches)
             seconds = (time.monotonic() - self._started) / (step - self._first) * (total - step)
-            self.print("  ".join([f"step {step}/{total}", *told, f"left {timedelta(seconds=round(seconds))}"]))
+            self.print("  ".join([f"step {step}/{total}", *shown, f"left {timedelta(seconds=round(seconds))}"]))
 
     # -- validation -----------------------------------------------------------------------------------------------
 

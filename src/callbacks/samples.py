@@ -113,17 +113,17 @@ class Samples(pl.Callback):
         if not trainer.is_global_zero:
             return
         texts = [self._tokenizer.decode([i for i in ids if i not in self._ends]) for ids in answers]
-        told = dict(zip(self.prompts, texts, strict=True))
+        by_prompt = dict(zip(self.prompts, texts, strict=True))
         root = Path(trainer.default_root_dir)
         rows = [
             {"step": step, "prompt": prompt, "text": text, "tokens": len(ids)}
-            for (prompt, text), ids in zip(told.items(), answers, strict=True)
+            for (prompt, text), ids in zip(by_prompt.items(), answers, strict=True)
         ]
         with spare_the_run(root / FILE):
             root.mkdir(parents=True, exist_ok=True)
             with open(root / FILE, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        log_texts(trainer, "samples", told, step)
+        log_texts(trainer, "samples", by_prompt, step)
 
     def _answers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[list[int]]:
         """Each prompt's new tokens, with the one that ends it; the same on all ranks."""
@@ -170,12 +170,12 @@ class Samples(pl.Callback):
         local = (len(row) + padding) // sp.size  # T/SP
         ids = torch.tensor(row + [0] * padding)[sp.rank * local :][:local].to(device)
         logits = model(ids, cu_seqlens.to(device), int(lengths.max()))  # [T/SP, V]
-        found = torch.zeros(len(documents), dtype=torch.int64)
+        next_ids = torch.zeros(len(documents), dtype=torch.int64)
         for number, (end, index) in enumerate(zip(cu_seqlens[1:].tolist(), prompts, strict=False)):
             owner, place = divmod(end - 1, local)
             if owner == sp.rank:
-                found[number] = self._pick(logits[place], index, position=len(documents[number]))
-        tokens: list[int] = sp.all_reduce(found.to(device)).tolist() if documents else []
+                next_ids[number] = self._pick(logits[place], index, position=len(documents[number]))
+        tokens: list[int] = sp.all_reduce(next_ids.to(device)).tolist() if documents else []
         return tokens
 
     def _pick(self, logits: Tensor, index: int, position: int) -> int:

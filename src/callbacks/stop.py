@@ -135,7 +135,7 @@ class Stop(pl.Callback):
         why, step = why or "signal to another rank", trainer.global_step
         if step == self._first_step:
             if trainer.is_global_zero:
-                log.error("%s: stopped before the first step was trained; there is nothing to save or to continue", why)
+                log.error("%s: stopped before the first step was trained; there is nothing to save", why)
             raise SystemExit(1)
         checkpoint.save_and_wait(trainer)
         out_of_time = trainer.strategy.reduce_boolean_decision(is_late, all=False)
@@ -145,13 +145,13 @@ class Stop(pl.Callback):
         if out_of_time and step - self._first_step < WORTHWHILE:
             if trainer.is_global_zero:
                 log.error(
-                    "%s: only %d steps fitted into the time, and are saved; not continued by itself. Give more time "
+                    "%s: only %d steps fit into the time and are saved; the job is not requeued. Give more time "
                     "(sbatch --time), then --ckpt_path last",
                     *(why, step - self._first_step),
                 )
             raise SystemExit(1)
         if trainer.is_global_zero:
-            log.info("%s: stopped after step %d, which is saved; --ckpt_path last continues from it", why, step)
+            log.info("%s: stopped after step %d, which is saved; continue with --ckpt_path last", why, step)
             if self.marker is not None:
                 self.marker.parent.mkdir(parents=True, exist_ok=True)
                 self.marker.write_text(json.dumps({"step": step, "why": why}) + "\n")
@@ -177,7 +177,7 @@ class Stop(pl.Callback):
         if self.lead > left / 4:
             if is_rank_zero:
                 log.warning(
-                    "stop.lead %.0f s is more than a quarter of the %.0f s that are left: %.0f s until it is measured",
+                    "stop.lead %.0f s is more than a quarter of the remaining %.0f s: %.0f s until it is measured",
                     *(self.lead, left, left / 4),
                 )
             self.lead = left / 4
@@ -206,6 +206,6 @@ def _duration(text: str) -> float:
     """Seconds of days:hours:minutes:seconds, as the Trainer's max_time has them."""
     parts = text.split(":")
     if len(parts) != 4 or not all(part.isdecimal() for part in parts):
-        raise UserError(f"stop.time_limit is {text!r}; days:hours:minutes:seconds is wanted, e.g. 00:23:30:00.")
+        raise UserError(f"stop.time_limit is {text!r}; it must be days:hours:minutes:seconds, e.g. 00:23:30:00.")
     days, hours, minutes, seconds = map(int, parts)
     return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()

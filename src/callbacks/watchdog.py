@@ -169,12 +169,12 @@ class Watchdog(pl.Callback):
         return " and ".join(sorted(places))
 
     def _reports(self) -> Mapping[int, Report]:
-        found = {}
+        reports = {}
         for path in self._folder.glob("rank-*.txt"):
             with open(path) as file:
                 state = json.loads(file.readline())
-            found[state["rank"]] = state
-        return found
+            reports[state["rank"]] = state
+        return reports
 
 
 def describe(reports: Mapping[int, Report], world_size: int) -> str:

@@ -72,8 +72,8 @@ class WeightsCheckpoint(pl.Callback):
             run_files = run_record(trainer, self).side_files(trainer)
         except Exception as own:
             error = str(own)
-        found = _of_all_ranks(trainer, error)
-        if not found:
+        errors = _of_all_ranks(trainer, error)
+        if not errors:
             try:
                 # Unmeasured: training waits, and `train/kept` tells it.
                 cast(ExportingStrategy, trainer.strategy).export(run_files, out, "bf16", MAX_SHARD_SIZE, measure=False)
@@ -81,13 +81,13 @@ class WeightsCheckpoint(pl.Callback):
                 pass
             except Exception as own:  # every rank has one of the two, so none is left waiting for the others
                 error = str(own)
-            found = _of_all_ranks(trainer, error)
+            errors = _of_all_ranks(trainer, error)
         if not trainer.is_global_zero:
             return
-        if found:
-            log.error("%s was not saved, training goes on, and the next save tries again: %s", out, "; ".join(found))
+        if errors:
+            log.error("%s was not saved; training continues, and the next save tries again: %s", out, "; ".join(errors))
         try:
-            if not found:
+            if not errors:
                 remove(superseded(out, self.keep, suffix=""))
             _remove_leftovers(out.parent)
         except OSError as own:

@@ -53,12 +53,12 @@ def _refuse_others(out: Path) -> None:
     _refuse_present(out)
     partial = partial_of(out)
     if partial.exists() and _found_plan(partial).get("run") != _LIVE:
-        raise UserError(f"{partial} is left of an interrupted export: remove it, or give another directory")
+        raise UserError(f"{partial} is left over from an interrupted export: remove it, or give another directory")
 
 
 def _refuse_present(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already and is not empty: give another directory, or remove it")
+        raise UserError(f"{out} already exists and is not empty: give another directory, or remove it")
 
 
 def join(out: Path, plan: dict[str, Any], run: str, resume: bool) -> Path:
@@ -73,12 +73,14 @@ def join(out: Path, plan: dict[str, Any], run: str, resume: bool) -> Path:
         waited = time.monotonic() + _PATIENCE
         while not plan_file.is_file() and time.monotonic() < waited and not resume:
             time.sleep(0.1)
-        found = _found_plan(partial) or {"plan": plan}
-        if found.get("run") != run and not resume:
-            raise UserError(f"{partial} is left of an interrupted export: go on with --resume, or remove it") from None
-        if found["plan"] != plan:
-            raise UserError(f"{partial} is an export of {found['plan']}, not of {plan}: remove it") from None
-        if found.get("run") == run:
+        existing = _found_plan(partial) or {"plan": plan}
+        if existing.get("run") != run and not resume:
+            raise UserError(
+                f"{partial} is left over from an interrupted export: continue with --resume, or remove it"
+            ) from None
+        if existing["plan"] != plan:
+            raise UserError(f"{partial} is an export of {existing['plan']}, not of {plan}: remove it") from None
+        if existing.get("run") == run:
             return partial
     write_json(plan_file, {"run": run, "plan": plan})
     return partial

@@ -105,10 +105,10 @@ def check_manifest(
         log.warning("%s, taken as it is: %s", path, "; ".join(unlisted))
         unlisted = []
     if collective:
-        found: list[tuple[list[str], list[str]]] = [([], [])] * world_size
-        dist.all_gather_object(found, (problems, unlisted))
-        problems = sorted({problem for part, _ in found for problem in part})
-        unlisted = found[0][1]
+        reports: list[tuple[list[str], list[str]]] = [([], [])] * world_size
+        dist.all_gather_object(reports, (problems, unlisted))
+        problems = sorted({problem for part, _ in reports for problem in part})
+        unlisted = reports[0][1]
     if problems or unlisted:
         trusted = "" if problems else "if you trust it, --accept_unlisted true; else "
         count = counted(len(problems) + len(unlisted), "bad file")
@@ -138,10 +138,10 @@ def _problems(directory: Path, files: dict[str, FileRecord], checksums: bool, ra
         def wrong(name: str) -> str | None:
             read = bar.update if checksums or share[name].bytes <= SMALL else None
             try:
-                found = _difference(directory / name, share[name], read)
+                difference = _difference(directory / name, share[name], read)
             except OSError as error:
-                found = f"cannot be read, {error}"
-            return None if found is None else f"{name}: {found}"
+                difference = f"cannot be read, {error}"
+            return None if difference is None else f"{name}: {difference}"
 
         return [problem for problem in pool.map(wrong, share) if problem]
 

@@ -86,8 +86,8 @@ def _header(facts: dict[str, Any], settings: dict[str, Any]) -> str:
 
 def _repository(base: str) -> str | None:
     """The Hugging Face repository of a directory in the hub's cache, models--OWNER--NAME/snapshots/REVISION."""
-    found = _HUB_CACHE.search(base)
-    return f"{found[1]}/{found[2]}" if found else None
+    match = _HUB_CACHE.search(base)
+    return f"{match[1]}/{match[2]}" if match else None
 
 
 def _from_scratch(settings: dict[str, Any]) -> bool:

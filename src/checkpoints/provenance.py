@@ -24,10 +24,10 @@ def git_revision() -> str | None:
 
 def package_versions() -> dict[str, str]:
     """Python's, and those of PACKAGES that are installed."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -51,5 +51,7 @@ def client_state(directory: str | Path) -> dict[str, Any]:
     folder = path / latest.read_text().strip() if latest.is_file() else path
     files = sorted(folder.glob("*mp_rank_00_model_states.pt"))
     if not files:
-        raise UserError(f"{path} is no checkpoint: it has no model_states file; give a directory such as step=100.ckpt")
+        raise UserError(
+            f"{path} is not a checkpoint: it has no model_states file; give a directory such as step=100.ckpt"
+        )
     return load_safely(files[0])

@@ -25,10 +25,10 @@ def load_safely(file: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         with torch.serialization.safe_globals(ALLOWED):
             content: dict[str, Any] = torch.load(file, map_location=map_location, mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        found = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise UserError(
             f"{file} holds an object that is not loaded for safety; if you trust the file, allow its class with "
-            f"torch.serialization.add_safe_globals: {found}"
+            f"torch.serialization.add_safe_globals: {reason}"
         ) from error
     except Exception as error:  # PyTorch has one for each place at which a file may be damaged
         raise UserError(

@@ -252,7 +252,7 @@ class CheckpointSaver(CheckpointEngine):
             return self._fail(save, [Problem.of(self._rank, save.aside, error)])
         size, seconds = sum(record.bytes for record in files.values()), time.monotonic() - save.begun
         held_up = save.held_up or seconds
-        log.info("%s: %.3g GB in %.1f s, training stood still for %.2f s", save.final, size / 1e9, seconds, held_up)
+        log.info("%s: %.3g GB in %.1f s, save stall %.2f s", save.final, size / 1e9, seconds, held_up)
         self._error = None
         if save.then is not None:
             try:

@@ -93,7 +93,7 @@ class ZeroCheckpointSource:
         latest = self.path / "latest"
         if not latest.is_file():
             raise UserError(
-                f"{self.path} is no checkpoint: it has no file `latest`; give a directory such as step=100.ckpt"
+                f"{self.path} is not a checkpoint: it has no file `latest`; give a directory such as step=100.ckpt"
             )
         self._folder = self.path / latest.read_text().strip()
         self._optim_files = self._list_optim_files()
@@ -151,15 +151,15 @@ class ZeroCheckpointSource:
 
     def _list_optim_files(self) -> list[Path]:
         """Every rank's optimizer file, whether it is there or not; none for stage 0."""
-        found = [match for file in self._folder.glob("*") if (match := _OPTIM.fullmatch(file.name))]
-        sound = [match for match in found if zipfile.is_zipfile(self._folder / match[0])]
-        if not found:
+        matches = [match for file in self._folder.glob("*") if (match := _OPTIM.fullmatch(file.name))]
+        sound = [match for match in matches if zipfile.is_zipfile(self._folder / match[0])]
+        if not matches:
             return []
         if not sound:
-            raise_listed(f"{self._folder}: torn files; use another checkpoint:", sorted(match[0] for match in found))
+            raise_listed(f"{self._folder}: torn files; use another checkpoint:", sorted(match[0] for match in matches))
         count = self._optim(self._folder / sound[0][0])[PARTITION_COUNT]
         world_size = max(count) if isinstance(count, list) else int(count)
-        return [self._folder / f"{found[0][1]}{rank}{found[0][3]}" for rank in range(world_size)]
+        return [self._folder / f"{matches[0][1]}{rank}{matches[0][3]}" for rank in range(world_size)]
 
     def _stage(self) -> int:
         sound = [file for file in self._optim_files if file.is_file() and zipfile.is_zipfile(file)]
@@ -215,8 +215,8 @@ class ZeroCheckpointSource:
             state = self._optim(self._optim_files[rank])[
                 OPTIMIZER_STATE_DICT if self.stage == 3 else BASE_OPTIMIZER_STATE
             ]
-        found: dict[int, dict[str, Any]] = state["state"]
-        return found
+        states: dict[int, dict[str, Any]] = state["state"]
+        return states
 
     def _find_places(self) -> dict[str, _Place]:
         if self.stage == 0:

@@ -51,13 +51,13 @@ def check_data_fits_model(data: SFTDataModule, config: Any, pretrained: str) -> 
 
 def find_checkpoint(path: str, root: str) -> Path:
     # A run killed right after a checkpoint appeared has left the link at the one before.
-    found = (newest_checkpoint(root) or checkpoint_folder(root) / LAST) if path == "last" else Path(path)
-    if not found.is_dir():
+    checkpoint = (newest_checkpoint(root) or checkpoint_folder(root) / LAST) if path == "last" else Path(path)
+    if not checkpoint.is_dir():
         raise UserError(
-            f"--ckpt_path {path}: there is no checkpoint {found}. "
+            f"--ckpt_path {path}: there is no checkpoint {checkpoint}. "
             "Leave --ckpt_path out to start a new run, or set trainer.default_root_dir to the run's folder."
         )
-    return found.resolve()
+    return checkpoint.resolve()
 
 
 def check_weights(directory: str) -> None:
@@ -87,13 +87,13 @@ def refuse_older(checkpoint: Path, root: str) -> None:
         return
     if checkpoint.parent != newest.parent.resolve():
         raise UserError(
-            f"--ckpt_path {checkpoint} is of another run, and {newest.parent} holds checkpoints already, the newest "
-            f"{newest.name}. Give another --trainer.default_root_dir, or --ckpt_path last to continue the run that is "
-            "there."
+            f"--ckpt_path {checkpoint} belongs to another run, and {newest.parent} already holds checkpoints, the "
+            f"newest {newest.name}. Give another --trainer.default_root_dir, or --ckpt_path last to continue the "
+            "existing run."
         )
     if step_of(checkpoint) < step_of(newest):
         raise UserError(
-            f"--ckpt_path {checkpoint} is older than {newest.name} beside it, which the run would come to write again. "
+            f"--ckpt_path {checkpoint} is older than {newest.name} beside it, which the run would overwrite. "
             "Move the newer ones away, or give --ckpt_path last."
         )
 

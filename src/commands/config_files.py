@@ -59,7 +59,7 @@ def read_config(
         by = f"{readers[-1]} names it, and its paths are relative to its folder" if readers else "give another path"
         raise UserError(f"the config {path} cannot be read, {error.strerror or error}; {by}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"the config {path} is no YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"the config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"the config {path} holds {type(content).__name__}; it must be a mapping, `model: ...`.")
     named = content.pop("config", None)
@@ -114,9 +114,9 @@ def _another_class(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
 
 def _classes(cfg: Namespace) -> Tree:
     """The class_path of each class among the settings."""
-    found = {key: _classes(value) for key, value in vars(cfg).items() if isinstance(value, Namespace)}
+    by_key = {key: _classes(value) for key, value in vars(cfg).items() if isinstance(value, Namespace)}
     named = {"class_path": cfg.class_path} if "class_path" in cfg else {}
-    return named | {key: classes for key, classes in found.items() if classes}
+    return named | {key: classes for key, classes in by_key.items() if classes}
 
 
 def _forget_other_classes(cfg: Namespace, settings: Tree, prefix: str = "") -> None:

@@ -49,10 +49,10 @@ def help_text(command: str, word: str | None = None) -> str:
         lines += ["", f"{len(options)} options: `--help all` lists them, `--help WORD` those with WORD in their name;"]
         lines += ["configs/full.yaml shows them as a config. --trainer.callbacks.help CLASS lists a class's own."]
         return "\n".join(lines)
-    found = [option for option in options if word == "all" or word in option.name]
-    if not found:
+    matching = [option for option in options if word == "all" or word in option.name]
+    if not matching:
         return "\n".join([*lines, f"no option of {command} has {word!r} in its name; --help all lists them."])
-    return "\n".join([*lines, *_blocks(found)])
+    return "\n".join([*lines, *_blocks(matching)])
 
 
 def _blocks(options: Sequence[Option]) -> list[str]:

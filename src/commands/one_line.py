@@ -23,7 +23,7 @@ TYPES = {
 }
 UNKNOWN = re.compile(r"(?:Group '([^']+)' does not accept|Subcommand '[^']+' does not accept) option '([^']+)'")
 UNKNOWN_TOO = re.compile(r"Option '([^']+)' is not accepted")
-OURS = re.compile(r"(\S+) is no option")
+OURS = re.compile(r"(\S+) is not an option")
 
 
 class OneLineParser(ArgumentParser):
@@ -45,11 +45,11 @@ class OneLineParser(ArgumentParser):
         try:
             super().validate(namespace, *args, **kwargs)
         except KeyError as error:
-            found = UNKNOWN.search(str(error)) or UNKNOWN_TOO.search(str(error))
-            if found is None:
+            match = UNKNOWN.search(str(error)) or UNKNOWN_TOO.search(str(error))
+            if match is None:
                 raise
             # Of a class among the settings only its own parser knows the names.
-            raise type(error)(self._unknown(".".join(filter(None, found.groups())))) from None
+            raise type(error)(self._unknown(".".join(filter(None, match.groups())))) from None
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         self.exit(2, f"error: {self._plain(message)}\n")
@@ -66,26 +66,26 @@ class OneLineParser(ArgumentParser):
         meant = f"did you mean {' or '.join(dashes + known for known in near)}?" if near else "--help lists them all."
         if not near and self is not OneLineParser.outer:
             meant = f"its class takes {', '.join(names)}."
-        return f"{dashes}{key} is no option; {meant}"
+        return f"{dashes}{key} is not an option; {meant}"
 
     def _plain(self, message: str) -> str:
-        if found := OURS.search(message):
-            key, meant = found[1], " ".join(message[found.start() :].splitlines()[0].split())
+        if match := OURS.search(message):
+            key, meant = match[1], " ".join(message[match.start() :].splitlines()[0].split())
             where, full = self._place(key)
             option = full.removesuffix(key)  # where it stands, before the name that its class does not know
             return f"{where}{option}{meant.replace('did you mean ', f'did you mean {option}')}"
         if message.startswith("unrecognized arguments: "):
             word = message.removeprefix("unrecognized arguments: ").split()[0]
             if not word.startswith("--"):
-                return f"{word} is no option; options are written --NAME=VALUE."
+                return f"{word} is not an option; options are written --NAME=VALUE."
             return self._unknown(word.removeprefix("--").partition("=")[0], "--")
-        if found := re.fullmatch(r"the following arguments are required: (.*)", message):
-            names = [name.removeprefix(f"{self.prog.split()[-1]}.") for name in found[1].split(", ")]
+        if match := re.fullmatch(r"the following arguments are required: (.*)", message):
+            names = [name.removeprefix(f"{self.prog.split()[-1]}.") for name in match[1].split(", ")]
             return f"{', '.join(names)} must be given, with --{names[0]}=VALUE or in a config file."
-        if found := re.fullmatch(r"argument (\S+): expected (\w+) arguments?", message):
-            return f"{found[1].split('/')[-1]} needs a value."
-        if found := re.match(r'Parser key "([^"]+)":(.*)', message, re.DOTALL):
-            return self._wrong(found[1], found[2])
+        if match := re.fullmatch(r"argument (\S+): expected (\w+) arguments?", message):
+            return f"{match[1].split('/')[-1]} needs a value."
+        if match := re.match(r'Parser key "([^"]+)":(.*)', message, re.DOTALL):
+            return self._wrong(match[1], match[2])
         return " ".join(message.split())
 
     def _wrong(self, key: str, reason: str) -> str:
@@ -119,12 +119,12 @@ class OneLineParser(ArgumentParser):
 
 def _wanted(line: str) -> str:
     """One line of jsonargparse's about a type, in a user's words; nothing where it is about something else."""
-    if found := re.search(r"Expected a <class '([\w.]+)'>", line):
-        return TYPES.get(found[1], f"a {found[1].rpartition('.')[2]} by its class_path")
-    if found := re.search(r"Expected a typing\.Literal\[(.*?)\]", line):
-        return f"one of {found[1].replace(chr(39), '')}"
-    if found := re.search(r"Expected a tuple with (\d+) elements", line):
-        return f"a list of {found[1]}"
+    if match := re.search(r"Expected a <class '([\w.]+)'>", line):
+        return TYPES.get(match[1], f"a {match[1].rpartition('.')[2]} by its class_path")
+    if match := re.search(r"Expected a typing\.Literal\[(.*?)\]", line):
+        return f"one of {match[1].replace(chr(39), '')}"
+    if match := re.search(r"Expected a tuple with (\d+) elements", line):
+        return f"a list of {match[1]}"
     if "Not of type timedelta" in line:
         return "hours:minutes:seconds"
     if "Expected a dot import path" in line:

@@ -16,4 +16,4 @@ def check_output(option: str, path: str | None, suffixes: tuple[str, ...] = ()) 
     if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
         raise UserError(f"{option} {path} cannot be written; give a file in a folder that is there and writable.")
     if suffixes and Path(path).suffix.lower() not in suffixes:
-        raise UserError(f"{option} {path} has no suffix of a picture; one of {', '.join(suffixes)} is wanted.")
+        raise UserError(f"{option} {path} has no picture suffix; use one of {', '.join(suffixes)}.")

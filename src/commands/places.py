@@ -29,12 +29,12 @@ def lock_run(root: str | Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-            log.warning("%s: no lock can be had (%s); a second fit there would not be noticed", file.name, error)
+            log.warning("%s: it cannot be locked (%s); a second fit there would go unnoticed", file.name, error)
             return
         file.seek(0)
         raise UserError(
             f"trainer.default_root_dir {root}: another fit is training there ({file.read().strip() or 'unknown'}). "
-            "Wait for its end, stop it, or give another folder."
+            "Wait until it ends, stop it, or give another folder."
         ) from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")

@@ -52,7 +52,7 @@ class PlanCLI:
 
     def _answer(self, config: Namespace, cluster: Cluster) -> None:
         settings, data = self.plan.settings, self.plan.data
-        found = nearest(settings, cluster, data) if not self.plan.fits else None
+        change = nearest(settings, cluster, data) if not self.plan.fits else None
         best = (
             search(
                 settings,
@@ -67,8 +67,8 @@ class PlanCLI:
         sizes = scale(settings, cluster, data) if config.scale else None
         if config.json:
             answer = as_json(self.plan) | {"unwritable": unwritable(config)}
-            if found:
-                answer["nearest"] = {"change": found[0], "verdict": found[1].verdict}
+            if change:
+                answer["nearest"] = {"change": change[0], "verdict": change[1].verdict}
             for key, plans in (("search", best), ("scale", sizes)):
                 if plans is not None:
                     answer[key] = [
@@ -80,11 +80,12 @@ class PlanCLI:
             print(text(self.plan, config.explain))
             for problem in unwritable(config):
                 print(f"from here: {problem}")
-            if found:
-                print(f"The nearest that fits: {found[0]}\n  {found[1].verdict}")
+            if change:
+                print(f"The nearest that fits: {change[0]}\n  {change[1].verdict}")
             elif not self.plan.fits:
                 print(
-                    "No three changes of offload, batch, SP, shards, saves or up to four times the nodes make it fit."
+                    "No combination of up to three changes of offload, batch, SP, shards, saves and nodes (up to four "
+                    "times as many) fits."
                 )
             for answered in (best is not None and search_text(best, settings), sizes is not None and scale_text(sizes)):
                 if answered:

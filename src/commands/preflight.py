@@ -72,18 +72,18 @@ class PreflightCLI(ConfigCommand):
             raise SystemExit(1) from error
         reports: list[Any] = [None] * ranks.world_size
         dist.all_gather_object(reports, report)
-        found = problems(reports, cuda)
+        by_node = problems(reports, cuda)
         if ranks.rank == 0:
             names = list(dict.fromkeys(report.node for report in reports))
             measured = cluster(reports, cuda)
             print(_summary(ranks, reports, measured) + _experts_across_nodes(settings.trainer))
-            print("\n".join(lines(found, names, "SLURM_JOB_ID" in os.environ)), flush=True)
+            print("\n".join(lines(by_node, names, "SLURM_JOB_ID" in os.environ)), flush=True)
             if write:
                 with named_if_full(Path(write)):
                     write_cluster(write, measured)
         dist.barrier()
         dist.destroy_process_group()
-        if found:
+        if by_node:
             raise SystemExit(1)
 
 
@@ -234,9 +234,9 @@ def _measure_host_optimizer(report: Report, settings: Namespace, device: torch.d
 
 def _all_agree(here: str | bool) -> bool:
     """Whether every rank says the same, and none says False; the same answer on all."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, here)
-    return found[0] is not False and all(value == found[0] for value in found)
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, here)
+    return values[0] is not False and all(value == values[0] for value in values)
 
 
 def _check_shared(report: Report, ranks: Ranks, root: str) -> None:
@@ -259,8 +259,8 @@ def _check_shared(report: Report, ranks: Ranks, root: str) -> None:
 def _summary(ranks: Ranks, reports: list[Report], measured: dict[str, Any]) -> str:
     order = [f.name for f in fields(Cluster) if f.name in measured]
     each = counted(ranks.ranks_per_node, "rank")
-    told = [f"{counted(ranks.nodes, 'node')} x {each}"] if ranks.world_size > 1 else ["this machine alone"]
+    parts = [f"{counted(ranks.nodes, 'node')} x {each}"] if ranks.world_size > 1 else ["this machine alone"]
     code = reports[0].same.get("code", {})
-    told.append(f"revision {code.get('revision')}, torch {reports[0].same.get('packages', {}).get('torch')}")
+    parts.append(f"revision {code.get('revision')}, torch {reports[0].same.get('packages', {}).get('torch')}")
     worst = ", ".join(f"{name} {measured[name]}" for name in order)
-    return f"preflight: {'; '.join(told)}\nthe weakest node: {worst}"
+    return f"preflight: {'; '.join(parts)}\nthe weakest node: {worst}"

@@ -169,30 +169,30 @@ def _given(config: Namespace, table: dict[str, Any]) -> Iterator[tuple[str, list
 
 def _check_duration(key: str, value: Any) -> None:
     """days:hours:minutes:seconds, or its parts by name, as Lightning's Timer reads them."""
-    found: timedelta | None = None
+    duration: timedelta | None = None
     if isinstance(value, str):
         parts = value.split(":")
         if len(parts) == len(DURATION) and all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
-            found = timedelta(**{name: int(part) for name, part in zip(DURATION, parts, strict=True)})
+            duration = timedelta(**{name: int(part) for name, part in zip(DURATION, parts, strict=True)})
     elif isinstance(value, dict):
         with suppress(TypeError, OverflowError):
-            found = timedelta(**value)
+            duration = timedelta(**value)
     elif isinstance(value, timedelta):
-        found = value
+        duration = value
     else:
         return
-    if found is None or found <= timedelta():
+    if duration is None or duration <= timedelta():
         raise UserError(f"{key} is {value!r}; it must be {':'.join(DURATION)} above zero, 00:23:30:00 for example.")
 
 
 def _check_devices(devices: Any) -> None:
     if devices in ("auto", -1, "-1"):
         return
-    found = devices
+    parsed = devices
     if isinstance(devices, str) and re.fullmatch(r"\d+(,\d+)*,?", devices):
-        found = [int(part) for part in devices.strip(",").split(",")] if "," in devices else int(devices)
-    number = isinstance(found, int) and 1 <= found <= 1024
-    several = isinstance(found, list) and found and len(set(found)) == len(found) and min(found) >= 0
+        parsed = [int(part) for part in devices.strip(",").split(",")] if "," in devices else int(devices)
+    number = isinstance(parsed, int) and 1 <= parsed <= 1024
+    several = isinstance(parsed, list) and parsed and len(set(parsed)) == len(parsed) and min(parsed) >= 0
     if not (number or several):
         raise UserError(
             f"trainer.devices is {devices!r}; it must be the processes of a node, 1 to 1024, a list of different GPUs "

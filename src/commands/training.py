@@ -168,8 +168,8 @@ class TrainingCLI(LightningCLI):
         asked, checkpoint = settings.model.mtp_loss_weight, settings.ckpt_path and Path(settings.ckpt_path)
         settings.model.mtp_loss_weight = mtp_loss_weight(settings.model, checkpoint)
         if asked is None:
-            found = "the model has its block" if settings.model.mtp_loss_weight else "there is no block to train"
-            rank_zero_info(f"multi-token prediction: mtp_loss_weight {settings.model.mtp_loss_weight}, {found}")
+            why = "the model has its block" if settings.model.mtp_loss_weight else "there is no block to train"
+            rank_zero_info(f"multi-token prediction: mtp_loss_weight {settings.model.mtp_loss_weight}, {why}")
         if self.subcommand == "fit" and settings.trainer.accelerator != "cpu" and torch.cuda.is_available():
             say_host_memory(settings)
 

@@ -23,7 +23,7 @@ from src.weights.source import raise_listed
 
 # Norm of the difference over the norm, fp32: the same sums in another order.
 LIMITS = {"logits": 1e-4, "loss": 1e-5, "gradients": 1e-3}
-LENGTHS = (61, 1, 34)  # tokens of the documents compared: one alone, and bounds that are no multiple of anything
+LENGTHS = (61, 1, 34)  # tokens of the documents compared: one alone, and bounds that are not a multiple of anything
 
 
 def verify(model: str, layout_only: bool = False) -> None:
@@ -73,7 +73,7 @@ def verify(model: str, layout_only: bool = False) -> None:
 
     gradients = _gradient_differences(ours, theirs)
     worst = max(gradients, key=lambda name: math.inf if math.isnan(gradients[name]) else gradients[name])
-    found = {
+    differences = {
         "logits": _relative(logits, expected.detach()),
         "loss": abs(loss.item() / expected_loss.item() - 1),
         "gradients": gradients[worst],
@@ -81,12 +81,12 @@ def verify(model: str, layout_only: bool = False) -> None:
     targets = int((labels != IGNORE_INDEX).sum())
     print(f"{model}: {sum(p.numel() for p in ours.parameters()):,} parameters, {len(ids)} tokens, {targets} targets")
     print(f"loss by target: {loss.item() / targets:.6f} (transformers {expected_loss.item() / targets:.6f})")
-    for name, value in found.items():
+    for name, value in differences.items():
         verdict = "ok" if value <= LIMITS[name] else "DIFFERS"  # so that NaN differs
         print(f"{name:10} relative difference {value:.2e} (limit {LIMITS[name]:.0e}) {verdict}")
     print(f"largest gradient difference: {worst}")
     _print_remarks(remarks)
-    if not all(value <= LIMITS[name] for name, value in found.items()):
+    if not all(value <= LIMITS[name] for name, value in differences.items()):
         raise SystemExit(f"{model}: our model does not agree with transformers'")
 
 
@@ -164,16 +164,16 @@ def _whole(source: HFDirectorySource, name: str) -> Tensor:
 
 def _gradient_differences(ours: DeepseekV3ForCausalLM, theirs: OracleModel) -> dict[str, float]:
     """By parameter of transformers' model; where both are zero (layers of experts without tokens) there is none."""
-    found: dict[str, list[Tensor]] = {}
+    pairs: dict[str, list[Tensor]] = {}
     for name, parameter in ours.named_parameters():
         base, stacked, rest = name.partition(".mlp.experts.")
         key = f"{base}.mlp.experts.{rest.split('.')[1]}" if stacked else name
         assert parameter.grad is not None
-        found.setdefault(key, []).append(parameter.grad)
+        pairs.setdefault(key, []).append(parameter.grad)
     differences = {}
     for name, parameter in theirs.named_parameters():
         assert parameter.grad is not None
-        gradient = torch.cat(found[name])
+        gradient = torch.cat(pairs[name])
         if gradient.any() or parameter.grad.any():
             differences[name] = _relative(gradient, parameter.grad)
     return differences

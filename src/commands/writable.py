@@ -14,21 +14,21 @@ from src.errors import UserError
 def places(config: Namespace) -> dict[str, str]:
     """The folders that a run of this config writes to, by option."""
     root = str(config.trainer.default_root_dir or ".")
-    found = {
+    folders = {
         "trainer.default_root_dir": root,
         "trainer.default_root_dir, checkpoints": str(checkpoint_folder(root)),
         "data.cache_dir": str(config.data.cache_dir or default_cache_dir()),
     }
     if config.weights.every_n_train_steps:
-        found["trainer.default_root_dir, weights"] = str(weights_folder(root))
+        folders["trainer.default_root_dir, weights"] = str(weights_folder(root))
     if config.export.out is not None:
-        found["export.out"] = str(config.export.out)
+        folders["export.out"] = str(config.export.out)
     loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
     for logger in loggers:
         arguments = logger.get("init_args") if isinstance(logger, Namespace) else None
         if arguments is not None and arguments.get("save_dir"):
-            found[f"trainer.logger {logger.class_path.rpartition('.')[2]}"] = str(arguments.save_dir)
-    return found
+            folders[f"trainer.logger {logger.class_path.rpartition('.')[2]}"] = str(arguments.save_dir)
+    return folders
 
 
 def unwritable(config: Namespace) -> list[str]:

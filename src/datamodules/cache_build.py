@@ -141,8 +141,8 @@ class CacheBuild:
         """Fills `building` with samples and manifest; with `all_errors` with those of the sound rows, whatever is wrong
         with others."""
         scans = [scan(path) for path in self.paths]
-        problems = [found.problem for found in scans if found.problem is not None]
-        work = [(file, span) for file, found in enumerate(scans) for span in found.spans]
+        problems = [scan.problem for scan in scans if scan.problem is not None]
+        work = [(file, span) for file, scan in enumerate(scans) for span in scan.spans]
         reports, datasets = building / "reports", building / "datasets"
         reports.mkdir()
         datasets.mkdir()

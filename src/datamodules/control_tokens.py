@@ -36,12 +36,12 @@ class ControlTokenText:
             for token in added.values()
             if token.special or token.content in seen or _MARKER.fullmatch(token.content)
         }
-        found = sorted(
+        spelled = sorted(
             {*tokens, *_MARKER.findall(seen), *tokenizer.all_special_tokens} - set(but), key=len, reverse=True
         )
         # Hundreds of tokens with few beginnings: most text is passed over by the short pattern.
-        self._beginnings = _any_of(sorted({text[:2] for text in found}))
-        self._tokens = _any_of(found)
+        self._beginnings = _any_of(sorted({text[:2] for text in spelled}))
+        self._tokens = _any_of(spelled)
         self._marked = re.compile(f"{_OPEN}(.*?){_CLOSE}", re.DOTALL)
 
     def find(self, value: Any, path: str = "") -> Iterator[tuple[str, str]]:

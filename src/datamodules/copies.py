@@ -46,13 +46,13 @@ class Copies:
     leaks: int
 
     @classmethod
-    def among(cls, found: Conversations, train: Conversations | None) -> "Copies":
+    def among(cls, conversations: Conversations, train: Conversations | None) -> "Copies":
         """Those among `found`, and, of a validation set, between it and the training data."""
         remarks, leaks, copies = Findings(), 0, 0
         before = 0 if train is None else len(train.digests)
-        own = firsts(found.digests)
+        own = firsts(conversations.digests)
         if train is not None:
-            of_both = firsts(np.concatenate([train.digests, found.digests]))[before:]
+            of_both = firsts(np.concatenate([train.digests, conversations.digests]))[before:]
             leaked = of_both < before
         else:
             of_both, leaked = own, np.zeros(len(own), dtype=bool)
@@ -61,10 +61,12 @@ class Copies:
             if leaked[index]:
                 assert train is not None
                 leaks += 1
-                remarks.add(RowError(found.source(index), "", _LEAK.format(train.source(int(of_both[index])))))
+                remarks.add(RowError(conversations.source(index), "", _LEAK.format(train.source(int(of_both[index])))))
             if copied[index]:
                 copies += 1
-                remarks.add(RowError(found.source(index), "", _COPY.format(found.source(int(own[index])))))
+                remarks.add(
+                    RowError(conversations.source(index), "", _COPY.format(conversations.source(int(own[index]))))
+                )
         return cls(remarks, copies, leaks)
 
 
@@ -80,6 +82,6 @@ def firsts(digests: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable, so that equal ones stay in their order
     begins = np.ones(len(order), dtype=bool)
     begins[1:] = (digests[order[1:]] != digests[order[:-1]]).any(1)
-    found = np.empty_like(order)
-    found[order] = order[np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
-    return found
+    first = np.empty_like(order)
+    first[order] = order[np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
+    return first

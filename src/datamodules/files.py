@@ -63,16 +63,16 @@ def look_up(patterns: Sequence[str]) -> tuple[list[str], list[ValueError]]:
         for path in files:
             name = repr(path) if path == pattern else f"{path!r} (matched by {pattern!r})"
             try:
-                found = os.stat(path)
+                status = os.stat(path)
             except OSError as error:
                 what = "is a link to nothing" if os.path.islink(path) else f"cannot be read ({error.strerror})"
                 problems.append(UserError(f"{name} {what}; repair it or leave it out"))
                 continue
-            if not S_ISREG(found.st_mode) or not os.access(path, os.R_OK):
-                what = "cannot be read; change its permissions" if S_ISREG(found.st_mode) else "is not a regular file"
+            if not S_ISREG(status.st_mode) or not os.access(path, os.R_OK):
+                what = "cannot be read; change its permissions" if S_ISREG(status.st_mode) else "is not a regular file"
                 problems.append(UserError(f"{name} {what} or leave it out"))
                 continue
-            first = names.setdefault((found.st_dev, found.st_ino), name)
+            first = names.setdefault((status.st_dev, status.st_ino), name)
             if len(names) == len(paths):
                 problems.append(
                     UserError(

@@ -81,7 +81,7 @@ def check_fields(fields: Fields) -> None:
     for name, ours in fields.items():
         if ours is not None and ours not in known:
             raise UserError(
-                f"data.fields: {name!r} is mapped to {ours!r}, which is no field of ours; give one of "
+                f"data.fields: {name!r} is mapped to {ours!r}, which is not one of our fields; give one of "
                 f"{', '.join(known)}, or null to leave {name!r} out"
             )
 
@@ -92,45 +92,47 @@ def read_row(value: Any, source: str, fields: Fields, format: Format, template_r
     Args:
         template_reads: whether the chat template looks at a field of this name on a message of this role.
     """
-    found = Conversation(source)
+    conversation = Conversation(source)
     if isinstance(value, RowError):
-        found.errors.append(value)
+        conversation.errors.append(value)
     elif not isinstance(value, dict):
-        found.wrong("", f"is {kind_of(value)}; a row must be an object, with 'messages', say")
+        conversation.wrong("", f"is {kind_of(value)}; a row must be an object, with 'messages', say")
     else:
-        row = _renamed(value, "", fields, found)
-        found.format = _format(row, format, found)
-        if found.format is not None:
-            _check_row_fields(row, found)
-            turns = _TURNS[found.format](row, fields, found)
+        row = _renamed(value, "", fields, conversation)
+        conversation.format = _format(row, format, conversation)
+        if conversation.format is not None:
+            _check_row_fields(row, conversation)
+            turns = _TURNS[conversation.format](row, fields, conversation)
             if turns is not None:
-                _take(turns, row, found, template_reads)
-    return found
+                _take(turns, row, conversation, template_reads)
+    return conversation
 
 
-def _take(turns: list[Any], row: dict[str, Any], found: Conversation, template_reads: TemplateReads) -> None:
+def _take(turns: list[Any], row: dict[str, Any], conversation: Conversation, template_reads: TemplateReads) -> None:
     """Checks what a row comes to in our own form, and keeps it."""
     for index, turn in enumerate(turns):
         if isinstance(turn, dict):
-            _check_turn_fields(turn, f"messages[{index}]", found, template_reads)
+            _check_turn_fields(turn, f"messages[{index}]", conversation, template_reads)
     system = row.get("system") or None
     first = turns[0] if turns and isinstance(turns[0], dict) and turns[0].get("role") == "system" else None
     if not isinstance(system, str | None):
-        found.wrong("system", f"is {kind_of(system)}; it must be a string")
+        conversation.wrong("system", f"is {kind_of(system)}; it must be a string")
         system = None
     elif system and first and first.get("content") != system:
-        found.wrong("system", "is given beside the messages, which begin with another system turn; give it once")
-    found.tools = _tools(row.get("tools"), found)
-    found.errors += row_errors({"messages": turns, "system": system, "tools": found.tools}, found.source)
-    found.messages = turns
+        conversation.wrong("system", "is given beside the messages, which begin with another system turn; give it once")
+    conversation.tools = _tools(row.get("tools"), conversation)
+    conversation.errors += row_errors(
+        {"messages": turns, "system": system, "tools": conversation.tools}, conversation.source
+    )
+    conversation.messages = turns
     if system and not first:
-        found.messages, found.added = [{"role": "system", "content": system}, *turns], 1
+        conversation.messages, conversation.added = [{"role": "system", "content": system}, *turns], 1
 
 
 # Fields --------------------------------------------------------------------------------------------------------------
 
 
-def _renamed(fields_of: dict[str, Any], where: str, fields: Fields, found: Conversation) -> dict[str, Any]:
+def _renamed(fields_of: dict[str, Any], where: str, fields: Fields, conversation: Conversation) -> dict[str, Any]:
     """An object's fields under our names."""
     if not fields.keys() & fields_of.keys():
         return fields_of
@@ -140,34 +142,42 @@ def _renamed(fields_of: dict[str, Any], where: str, fields: Fields, found: Conve
         if ours is None or value is None:
             continue
         if renamed.get(ours) is not None:
-            found.wrong(where + key, f"is mapped to {ours} by data.fields, and {ours} is given too; give one of them")
+            conversation.wrong(
+                where + key, f"is mapped to {ours} by data.fields, and {ours} is given too; give one of them"
+            )
         # Others write 0 and 1 for what is false and true here.
         renamed[ours] = bool(value) if ours == "loss" and value in (0, 1) else value
     return renamed
 
 
-def _check_row_fields(row: dict[str, Any], found: Conversation) -> None:
-    assert found.format is not None
-    read = ROW_FIELDS[found.format]
+def _check_row_fields(row: dict[str, Any], conversation: Conversation) -> None:
+    assert conversation.format is not None
+    read = ROW_FIELDS[conversation.format]
     for key, value in row.items():
         if key in read or value is None:
             continue
         if key in _OF_A_TURN:
-            found.wrong(key, f"is given beside the turns; write it into the turn that it is of, {_or_leave_out(key)}")
+            conversation.wrong(
+                key, f"is given beside the turns; write it into the turn that it is of, {_or_leave_out(key)}"
+            )
         elif key in _OTHER_ROW_NAMES:
-            found.wrong(key, _mapped(key, _OTHER_ROW_NAMES[key]))
+            conversation.wrong(key, _mapped(key, _OTHER_ROW_NAMES[key]))
         elif value and isinstance(value, str | list | dict):
-            found.unread.append(key)
+            conversation.unread.append(key)
 
 
-def _check_turn_fields(turn: dict[str, Any], where: str, found: Conversation, template_reads: TemplateReads) -> None:
+def _check_turn_fields(
+    turn: dict[str, Any], where: str, conversation: Conversation, template_reads: TemplateReads
+) -> None:
     for key, value in turn.items():
         if key in MESSAGE_FIELDS or value is None:
             continue
         if key in _OTHER_NAMES:
-            found.wrong(f"{where}.{key}", _mapped(key, _OTHER_NAMES[key]))
-        elif not template_reads(str(turn.get("role")), key) and (name := f"messages[].{key}") not in found.unread:
-            found.unread.append(name)
+            conversation.wrong(f"{where}.{key}", _mapped(key, _OTHER_NAMES[key]))
+        elif (
+            not template_reads(str(turn.get("role")), key) and (name := f"messages[].{key}") not in conversation.unread
+        ):
+            conversation.unread.append(name)
 
 
 def _mapped(key: str, ours: str) -> str:
@@ -178,18 +188,18 @@ def _or_leave_out(key: str) -> str:
     return f"or leave it out, --data.fields '{{{key}: null}}'"
 
 
-def _tools(tools: Any, found: Conversation) -> list[Any] | None:
+def _tools(tools: Any, conversation: Conversation) -> list[Any] | None:
     """A row's tools, which may be JSON text; None where there are none."""
     if isinstance(tools, str) and tools:
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
-            found.wrong("tools", f"is a string that is no JSON ({error}); give a list of tools")
+            conversation.wrong("tools", f"is a string that is no JSON ({error}); give a list of tools")
             return None
     if not tools and isinstance(tools, list | str | None):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        found.wrong("tools", f"is {kind_of(tools)}; it must be a list of objects {{type, function}}")
+        conversation.wrong("tools", f"is {kind_of(tools)}; it must be a list of objects {{type, function}}")
         return None
     return tools
 
@@ -197,14 +207,14 @@ def _tools(tools: Any, found: Conversation) -> list[Any] | None:
 # Formats -------------------------------------------------------------------------------------------------------------
 
 
-def _format(row: dict[str, Any], format: Format, found: Conversation) -> str | None:
+def _format(row: dict[str, Any], format: Format, conversation: Conversation) -> str | None:
     """The format of a row; None, and an error, where it has not the fields of it."""
     given = [name for name, required in _REQUIRED.items() if all(row.get(key) is not None for key in required)]
     if format != "auto":
         given = [format] if format in given else []
     if len(given) > 1:
         fields = " and ".join(_REQUIRED[name][0] for name in given)
-        found.wrong("", f"has {fields}; name the one to read: --data.format {' or '.join(given)}")
+        conversation.wrong("", f"has {fields}; name the one to read: --data.format {' or '.join(given)}")
         return None
     if given:
         return given[0]
@@ -215,26 +225,26 @@ def _format(row: dict[str, Any], format: Format, found: Conversation) -> str | N
     )
     first = _REQUIRED["messages" if format == "auto" else format][0]
     problem = "is null" if first in row else f"is missing (fields: {', '.join(ascii(key)[1:-1] for key in row)})"
-    found.wrong(first, f"{problem}; a row must have {wanted}, or be mapped to that by --data.fields")
+    conversation.wrong(first, f"{problem}; a row must have {wanted}, or be mapped to that by --data.fields")
     return None
 
 
-def _list(row: dict[str, Any], name: str, fields: Fields, found: Conversation) -> list[Any] | None:
+def _list(row: dict[str, Any], name: str, fields: Fields, conversation: Conversation) -> list[Any] | None:
     if not isinstance(row[name], list):
-        found.wrong(name, f"is {kind_of(row[name])}; it must be a list of turns")
+        conversation.wrong(name, f"is {kind_of(row[name])}; it must be a list of turns")
         return None
     return [
-        _renamed(turn, f"{name}[{index}].", fields, found) if isinstance(turn, dict) else turn
+        _renamed(turn, f"{name}[{index}].", fields, conversation) if isinstance(turn, dict) else turn
         for index, turn in enumerate(row[name])
     ]
 
 
-def _messages(row: dict[str, Any], fields: Fields, found: Conversation) -> list[Any] | None:
-    return _list(row, "messages", fields, found)
+def _messages(row: dict[str, Any], fields: Fields, conversation: Conversation) -> list[Any] | None:
+    return _list(row, "messages", fields, conversation)
 
 
-def _sharegpt(row: dict[str, Any], fields: Fields, found: Conversation) -> list[Any] | None:
-    turns = _list(row, "conversations", fields, found)
+def _sharegpt(row: dict[str, Any], fields: Fields, conversation: Conversation) -> list[Any] | None:
+    turns = _list(row, "conversations", fields, conversation)
     if turns is None:
         return None
     messages: list[Any] = []
@@ -246,27 +256,27 @@ def _sharegpt(row: dict[str, Any], fields: Fields, found: Conversation) -> list[
         message = {key: value for key, value in turn.items() if key not in ("from", "value")}
         for theirs, ours in (("from", "role"), ("value", "content")):
             if turn.get(theirs) is not None and turn.get(ours) is not None:
-                found.wrong(f"{where}.{theirs}", f"is given beside {ours}; give one of them")
+                conversation.wrong(f"{where}.{theirs}", f"is given beside {ours}; give one of them")
             elif theirs in turn:
                 message[ours] = turn[theirs]
         role = message.get("role")
         if not isinstance(role, str) or role not in _ROLES:
-            found.wrong(f"{where}.from", f"is {shown(role)}; it must be one of {', '.join(_ROLES)}")
+            conversation.wrong(f"{where}.from", f"is {shown(role)}; it must be one of {', '.join(_ROLES)}")
             return None
         messages.append({**message, "role": _ROLES[role]})
     return messages
 
 
-def _alpaca(row: dict[str, Any], fields: Fields, found: Conversation) -> list[Any] | None:
+def _alpaca(row: dict[str, Any], fields: Fields, conversation: Conversation) -> list[Any] | None:
     for name in ("instruction", "input", "output"):
         if not isinstance(row.get(name), str | None):
-            found.wrong(name, f"is {kind_of(row[name])}; it must be a string")
+            conversation.wrong(name, f"is {kind_of(row[name])}; it must be a string")
     history = row.get("history") or []
     if not isinstance(history, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
     ):
-        found.wrong("history", f"is {kind_of(history)}; it must be a list of [question, answer]")
-    if found.errors:
+        conversation.wrong("history", f"is {kind_of(history)}; it must be a list of [question, answer]")
+    if conversation.errors:
         return None
     question = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
     pairs = [*history, [question, row["output"]]]

@@ -61,17 +61,17 @@ class Mixture:
         """The rows of an epoch, int64 [len(self)], each as often as it is in it, by entry."""
         import torch  # by training alone: `plan` reads mixtures without
 
-        found, first = [], 0
+        taken, first = [], 0
         for index, part in enumerate(self.parts):
             every = np.arange(first, first + part.rows, dtype=np.int64)
-            found += [every] * part.whole
+            taken += [every] * part.whole
             if part.more:
                 generator = torch.Generator().manual_seed(seed + index)
                 order = torch.randperm(part.rows, generator=generator).numpy()
                 places = (epoch * part.more + np.arange(part.more)) % part.rows
-                found.append(every[order[places]])
+                taken.append(every[order[places]])
             first += part.rows
-        return np.concatenate(found)
+        return np.concatenate(taken)
 
     def lines(self) -> list[tuple[str, str]]:
         """(entry and weight, what it comes to in an epoch) of each part, for people."""

@@ -54,15 +54,15 @@ def pack(lengths: IntArray, max_length: int) -> PackedRows:
     open_rows: dict[int, list[int]] = {}
     count = 0
     for place, length in enumerate(lengths[order].tolist()):
-        found = bisect_left(spaces, length)
-        if found == len(spaces):
+        tightest = bisect_left(spaces, length)
+        if tightest == len(spaces):
             row, space = count, max_length
             count += 1
         else:
-            space = spaces[found]
+            space = spaces[tightest]
             row = open_rows[space].pop()
             if not open_rows[space]:
-                del spaces[found], open_rows[space]
+                del spaces[tightest], open_rows[space]
         rows[place] = row
         left = space - length
         if left >= shortest:

@@ -169,11 +169,11 @@ def _parse(text: bytes, source: str, kind: Kind) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"an object has the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
-    return found
+    return fields
 
 
 def _no_number(name: str) -> Any:

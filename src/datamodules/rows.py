@@ -88,13 +88,13 @@ def _message_problems(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield f"tool_calls[{index}].function", f"is {kind_of(function)}; it must be an object with 'name'"
                 continue
             if not isinstance(function.get("name"), str):
-                found = kind_of(function.get("name"))
-                yield f"tool_calls[{index}].function.name", f"is {found}; it must be a string"
+                kind = kind_of(function.get("name"))
+                yield f"tool_calls[{index}].function.name", f"is {kind}; it must be a string"
             if not isinstance(function.get("arguments"), str):
-                found = kind_of(function.get("arguments"))
+                kind = kind_of(function.get("arguments"))
                 yield (
                     f"tool_calls[{index}].function.arguments",
-                    f'is {found}; it must be a string: give the arguments as JSON text, \'{{"city": "Rome"}}\'',
+                    f'is {kind}; it must be a string: give the arguments as JSON text, \'{{"city": "Rome"}}\'',
                 )
 
 
@@ -129,8 +129,8 @@ def _surrogates(row: dict[str, Any], source: str) -> Iterator[RowError]:
                 value.encode()
             except UnicodeEncodeError as error:
                 field = "".join(f"[{part}]" if isinstance(part, int) else f".{ascii(part)[1:-1]}" for part in path)
-                found = f"has half a character, \\u{ord(value[error.start]):04x}, as character {error.start + 1}"
-                yield RowError(source, field[1:], f"{found}; remove it, or write both halves")
+                problem = f"has half a character, \\u{ord(value[error.start]):04x}, as character {error.start + 1}"
+                yield RowError(source, field[1:], f"{problem}; remove it, or write both halves")
 
 
 def kind_of(value: Any) -> str:

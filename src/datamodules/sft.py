@@ -92,7 +92,9 @@ class SFTDataModule(LightningDataModule):
             check_weights(train_weights, train_files)
         for name in val_sets or {}:
             if not re.fullmatch(r"[\w.-]+", name):
-                raise UserError(f"val_sets: {name!r} is no name for a set; use letters, digits, '_', '-' and '.'")
+                raise UserError(
+                    f"val_sets: {name!r} is not a valid name for a set; use letters, digits, '_', '-' and '.'"
+                )
         self.train_files, self.val_files = train_files, val_files
         self.train_weights, self.val_sets = train_weights, val_sets or {}
         self.tokenizer_spec = tokenizer

@@ -153,8 +153,8 @@ def told(text: str, thinking: Thinking) -> str:
 
 def _split_end(end: str, stops: Collection[str]) -> tuple[str, str]:
     """A model stops at the token that ends its turn; a line break behind it (ChatML) belongs to the next prompt."""
-    found = [(end.find(token), -len(token)) for token in stops if token in end]
-    cut = min(found)[0] - min(found)[1] if found else len(end)
+    ends = [(end.find(token), -len(token)) for token in stops if token in end]
+    cut = min(ends)[0] - min(ends)[1] if ends else len(end)
     return end[:cut], end[cut:]
 
 

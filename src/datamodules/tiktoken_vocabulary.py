@@ -52,10 +52,10 @@ def convert(directory: Path) -> Tokenizer:
     tokenizer: Tokenizer = _Converter(str(directory / VOCABULARY), pattern=PATTERN).converted()
     for index, token in special_tokens(directory, tokenizer.get_vocab_size()).items():
         tokenizer.add_tokens([token])
-        if (found := tokenizer.token_to_id(token.content)) != index:
+        if (existing := tokenizer.token_to_id(token.content)) != index:
             raise UserError(
                 f"{directory / SETTINGS}: added_tokens_decoder gives {token.content!r} the id {index}, but it has "
-                f"{found} already; take the file that came with {VOCABULARY}"
+                f"{existing} already; take the file that came with {VOCABULARY}"
             )
     return tokenizer
 

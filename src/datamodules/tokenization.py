@@ -137,8 +137,8 @@ class Report:
         self.errors.update(other.errors)
         self.remarks.update(other.remarks)
         self.unread.update(other.unread)
-        for path, found in other.formats.items():
-            for name, row in found.items():
+        for path, counts in other.formats.items():
+            for name, row in counts.items():
                 self.formats.setdefault(path, {}).setdefault(name, row)
 
     def rename_files(self, names: dict[str, str]) -> None:
@@ -156,10 +156,10 @@ class Report:
     def mixed_files(self) -> list[str]:
         """What is wrong with files whose rows have different formats."""
         return [
-            f"{path} has rows of different formats, {' and '.join(f'{name} ({row})' for name, row in found.items())}; "
+            f"{path} has rows of different formats, {' and '.join(f'{name} ({row})' for name, row in counts.items())}; "
             f"give one with --data.format, or split the file"
-            for path, found in self.formats.items()
-            if len(found) > 1
+            for path, counts in self.formats.items()
+            if len(counts) > 1
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -200,17 +200,17 @@ def tokenize_spans(
         skipped: list[dict[str, str]] = []
         for row, value in read_span(span):
             report.statistics.rows += 1
-            found = read_row(value, f"{span.path}:{row}", options.fields, options.format, template.reads)
-            if found.format is not None and options.format == "auto":
-                report.formats.setdefault(span.path, {}).setdefault(found.format, found.source)
-            for columns in _columns(_row_samples(found, template, options, report)):
+            conversation = read_row(value, f"{span.path}:{row}", options.fields, options.format, template.reads)
+            if conversation.format is not None and options.format == "auto":
+                report.formats.setdefault(span.path, {}).setdefault(conversation.format, conversation.source)
+            for columns in _columns(_row_samples(conversation, template, options, report)):
                 yield {"file": file, "row": row, **columns}
-            for error in found.errors:
+            for error in conversation.errors:
                 report.errors.add(error)
                 skipped.append({"row": error.source, "field": error.field, "problem": error.problem})
-            if found.errors and skip:
+            if conversation.errors and skip:
                 report.statistics.skipped += 1
-            elif found.errors and not all_errors:
+            elif conversation.errors and not all_errors:
                 failed.touch()
                 break
         if skip and skipped:
@@ -219,46 +219,48 @@ def tokenize_spans(
         (reports / f"{index:08d}.json").write_text(json.dumps(report.to_json()))
 
 
-def _row_samples(found: Conversation, template: ChatTemplate, options: TokenizeOptions, report: Report) -> list[Sample]:
+def _row_samples(
+    conversation: Conversation, template: ChatTemplate, options: TokenizeOptions, report: Report
+) -> list[Sample]:
     """The samples of one row that fit; none, and an error, where it cannot be rendered."""
-    if found.errors:
+    if conversation.errors:
         return []
-    if found.tools and not template.declares_tools(found.messages):
-        found.wrong(
+    if conversation.tools and not template.declares_tools(conversation.messages):
+        conversation.wrong(
             "tools",
             "is given, but the chat template does not write tools into the prompt; write them into the system message, "
             "as they are when the model is served, or leave them out: --data.fields '{tools: null}'",
         )
         return []
     try:
-        samples = template.render(found.messages, found.tools)
+        samples = template.render(conversation.messages, conversation.tools)
     except Misfit as error:
         for where, problem in error.problems:
-            found.wrong(found.place(where), problem)
+            conversation.wrong(conversation.place(where), problem)
         return []
     except ValueError as error:
-        found.wrong("messages", str(error))
+        conversation.wrong("messages", str(error))
         return []
     except Exception as error:  # a library's, about this row: it is named, and the others are looked at all the same
         if isinstance(error, MemoryError):
             raise
-        found.wrong("messages", f"cannot be rendered ({type(error).__name__}: {error})")
+        conversation.wrong("messages", f"cannot be rendered ({type(error).__name__}: {error})")
         return []
     if options.overlong == "error":
         for sample in samples:
-            _refuse_overlong(sample, found, options)
-        if found.errors:
+            _refuse_overlong(sample, conversation, options)
+        if conversation.errors:
             return []
     statistics = report.statistics
-    statistics.turns += len(found.messages)
-    for remark in row_remarks(found.messages[found.added :], found.source):
+    statistics.turns += len(conversation.messages)
+    for remark in row_remarks(conversation.messages[conversation.added :], conversation.source):
         report.remarks.add(remark)
-    for name in found.unread:
-        report.unread.add(unread_remark(name, found.source))
+    for name in conversation.unread:
+        report.unread.add(unread_remark(name, conversation.source))
     if not samples:
         statistics.rows_without_targets += 1
         if len(statistics.named_rows) < NAMED_ROWS:
-            statistics.named_rows.append(found.source)
+            statistics.named_rows.append(conversation.source)
     for sample in samples:
         statistics.add_length(len(sample.input_ids))
     fitted = [sample for sample in (_fit(sample, options, statistics) for sample in samples) if sample is not None]
@@ -293,10 +295,10 @@ def _columns(samples: list[Sample]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _refuse_overlong(sample: Sample, found: Conversation, options: TokenizeOptions) -> None:
+def _refuse_overlong(sample: Sample, conversation: Conversation, options: TokenizeOptions) -> None:
     length, limit = len(sample.input_ids), options.max_length
     if length > limit:
-        found.wrong(
+        conversation.wrong(
             "messages",
             f"renders to {length:,} tokens, above max_length {limit:,}; shorten the conversation, raise max_length, "
             "or set overlong to 'truncate' or 'drop'",

@@ -113,7 +113,9 @@ def _check_template(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None
         try:
             tokenizer.apply_chat_template([{"role": "user", "content": "?"}], chat_template=text, tokenize=False)
         except TemplateSyntaxError as error:
-            raise UserError(f"{file}: line {error.lineno} of the chat template is no Jinja: {error.message}") from error
+            raise UserError(
+                f"{file}: line {error.lineno} of the chat template is not valid Jinja: {error.message}"
+            ) from error
         except Exception:  # it refuses this conversation
             continue
 

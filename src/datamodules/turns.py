@@ -65,11 +65,11 @@ class TurnReader:
             Misfit: with all that does not fit.
         """
         turns: list[Turn] = []
-        tools, found = self._controlled(tools)
-        problems = [(f"tools{path}", problem) for path, problem in found]
+        tools, faults = self._controlled(tools)
+        problems = [(f"tools{path}", problem) for path, problem in faults]
         for index, message in enumerate(messages):
-            turn, found = self._take_apart(message)
-            problems += [(f"messages[{index}].{name}".rstrip("."), problem) for name, problem in found]
+            turn, faults = self._take_apart(message)
+            problems += [(f"messages[{index}].{name}".rstrip("."), problem) for name, problem in faults]
             turns.append(turn)
         if problems:
             raise Misfit(problems)
@@ -98,8 +98,8 @@ class TurnReader:
             if trained and reasoning and not problems and (problem := self._no_place()):
                 problems.append((source, problem))
         elif role == "user" and not content.strip():
-            found = "is null" if message.get("content") is None else f"is {content!r}"
-            problems.append(("content", f"{found}; a question needs text: give it or remove the row"))
+            fault = "is null" if message.get("content") is None else f"is {content!r}"
+            problems.append(("content", f"{fault}; a question needs text: give it or remove the row"))
         said["content"] = content
         if reasoning is not None:
             said["reasoning_content"] = reasoning

@@ -14,7 +14,7 @@ def read_object(file: Path, remedy: str = "; copy it again") -> dict[str, Any]:
         UserError: it is missing or no regular file, cannot be read, is not valid JSON, or holds something else.
     """
     if not file.is_file():
-        raise UserError(f"{file} is {'no regular file' if file.exists() else 'missing'}{remedy}")
+        raise UserError(f"{file} is {'not a regular file' if file.exists() else 'missing'}{remedy}")
     try:
         fields = json.loads(file.read_bytes())
     except OSError as error:
@@ -22,5 +22,5 @@ def read_object(file: Path, remedy: str = "; copy it again") -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}{remedy}") from error
     if not isinstance(fields, dict):
-        raise UserError(f"{file} is no JSON object but {str(fields)[:40]!r}{remedy}")
+        raise UserError(f"{file} is not a JSON object but {str(fields)[:40]!r}{remedy}")
     return fields

@@ -51,9 +51,9 @@ class ValidationMetrics:
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics by the name that they are logged under, over all ranks; counting starts anew. Collective."""
-        found: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         for key, (mean_loss, accuracy) in self._means.items():
             loss = mean_loss.compute()
-            found |= {f"{key}/loss": loss, f"{key}/perplexity": loss.exp(), f"{key}/accuracy": accuracy.compute()}
+            values |= {f"{key}/loss": loss, f"{key}/perplexity": loss.exp(), f"{key}/accuracy": accuracy.compute()}
         self._means.clear()
-        return found
+        return values

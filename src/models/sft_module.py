@@ -283,9 +283,9 @@ class SFTModule(pl.LightningModule):
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             self._refuse_non_finite_gradient(not all(g.isfinite().all() for g in gradients))
 
-    def _refuse_non_finite_gradient(self, found: bool) -> None:
+    def _refuse_non_finite_gradient(self, norm: bool) -> None:
         """Raises where the gradient was found not to be finite before it touched the weights."""
-        if found:
+        if norm:
             rows, more = self._step_sources[:20], len(self._step_sources) - 20
             raise FloatingPointError(
                 f"optimizer step {self.trainer.global_step + 1}: the gradient is not finite though the loss is; the "

@@ -78,9 +78,7 @@ def _optimizer_step(settings: Settings) -> Line:
 def overhead(settings: Settings, nbytes: float) -> list[Line]:
     """What is not in torch's count: assumed, see the constants."""
     lines = [
-        Line(
-            "between blocks (fragmentation)", FRAGMENTATION * nbytes, f"{FRAGMENTATION:.0%} of {nbytes / GIB:.1f} GiB"
-        ),
+        Line("fragmentation", FRAGMENTATION * nbytes, f"{FRAGMENTATION:.0%} of {nbytes / GIB:.1f} GiB"),
         Line("CUDA context", CONTEXT, "assumed"),
     ]
     if settings.world > 1:
@@ -113,7 +111,7 @@ def host(settings: Settings, work: Work) -> list[Line]:
     if s.async_save:
         each = 12 if s.param_bytes == 2 else 8 + s.param_bytes
         why = f"{counted(ranks, 'rank')} x {_g(trained)} x {each} bytes, {AT_FIRST_SAVE} and kept"
-        lines.append(Line("copy that a save writes, plain", ranks * each * trained, why, AT_FIRST_SAVE))
+        lines.append(Line("copy written by a save, pageable", ranks * each * trained, why, AT_FIRST_SAVE))
     loaders = counted(s.num_workers, "worker")
     process = CPU_PROCESS if s.cpu else PROCESS
     why = f"{counted(ranks, 'rank')} x ({process / GIB:.1f} GiB + {loaders} x {WORKER / GIB} GiB), assumed"

@@ -58,9 +58,9 @@ class Cluster:
             wanted = _TYPES[name]
             if wanted is str:
                 if not isinstance(value, str) or not value:
-                    raise UserError(f"{name} is {value!r}; the GPU's name is wanted.")
+                    raise UserError(f"{name} is {value!r}; it must be the GPU's name.")
             elif isinstance(value, bool) or not isinstance(value, int if wanted is int else (int, float)):
-                raise UserError(f"{name} is {value!r}; {'an integer' if wanted is int else 'a number'} is wanted.")
+                raise UserError(f"{name} is {value!r}; it must be {'an integer' if wanted is int else 'a number'}.")
             elif not 0 < value < float("inf"):
                 raise UserError(f"{name} is {value}; it must be positive and finite.")
 
@@ -131,7 +131,7 @@ def read_cluster(path: str | Path) -> Cluster:
     if given is None:
         given = {}
     if not isinstance(given, Mapping):
-        raise UserError(f"{path} holds no fields but {given!r}; lines like `nics_per_node: 8` are wanted.")
+        raise UserError(f"{path} holds no fields but {given!r}; write lines such as `nics_per_node: 8`.")
     unknown = [str(name) for name in given if name not in _TYPES]
     if unknown:
         raise UserError(f"{path}: unknown {', '.join(unknown)}; a cluster has {', '.join(_TYPES)}.")
@@ -147,17 +147,17 @@ def cluster_of(given: Mapping[str, Any]) -> Cluster:
     The others are the default's, but for what follows from the GPU's data sheet (memory, product, bandwidths of its
     links); from the GPUs of a node, which have a NIC each; and from the NICs, of whose line rate NCCL reaches 0.925.
     """
-    told = Cluster(**given)  # refuses bad values
-    card = card_of(told.gpu)
+    cluster = Cluster(**given)  # refuses bad values
+    card = card_of(cluster.gpu)
     if card is None and (absent := [name for name in ("gpu_memory_gib", "matmul_tflops") if name not in given]):
         raise UserError(
-            f"gpu {told.gpu!r} is in no table here; give its {' and '.join(absent)} too, which preflight --write does."
+            f"gpu {cluster.gpu!r} is unknown; give its {' and '.join(absent)} too, as `preflight --write` does."
         )
-    card = card or told.card
+    card = card or cluster.card
     values: dict[str, Any] = {
         "gpu_memory_gib": card.memory_gib,
         "matmul_tflops": TFLOPS * card.peak / H100.peak,
-        "nics_per_node": told.gpus_per_node,
+        "nics_per_node": cluster.gpus_per_node,
         "nic_gbit": card.nic_gbit,
         "nccl_intra_node_gb_s": INTRA_GB_S * card.link_gb_s / H100.link_gb_s,
         "pcie_in_gb_s": PCIE_IN_GB_S * card.pcie_gb_s / H100.pcie_gb_s,

@@ -8,7 +8,7 @@ SHARDS, GRADIENTS, INPUTS, KEPT, LAYER, LOSS = (
     "whole gradients",
     "layer inputs",
     "attention outputs kept or fetched",
-    "one layer's work",
+    "work of one layer",
     "head and loss",
 )
 

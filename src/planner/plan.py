@@ -130,7 +130,7 @@ class Plan:
         if self.host_total > self.host_room:
             largest = max(self.host, key=lambda line: line.nbytes)
             problems.append(
-                f"host memory: {self.host_total / GIB:.0f} GiB a node of {self.host_room / GIB:.0f}, "
+                f"host memory: {self.host_total / GIB:.0f} GiB per node of {self.host_room / GIB:.0f}, "
                 f"most of it {largest.name} ({largest.nbytes / GIB:.0f} GiB)"
             )
         if problems:
@@ -141,7 +141,7 @@ class Plan:
             return f"the optimizer's step on the host, {self.time.optimizer:.1f} s of {self.time.step:.1f}"
         waits = self.time.exposed / self.time.micro
         return f"{busiest(self.time)}" + (
-            f", for which compute waits {waits:.0%} of a micro-step" if waits > 0.05 else ""
+            f", on which compute stalls for {waits:.0%} of a micro-step" if waits > 0.05 else ""
         )
 
     @property
@@ -150,7 +150,7 @@ class Plan:
         if self.settings.cpu:
             memory = self.device_total / GIB * self.settings.gpus + self.host_total / GIB
             return (
-                f"CPU: about {memory:.0f} GiB a node, no rates measured"
+                f"CPU: about {memory:.0f} GiB per node, no rates measured"
                 if self.fits
                 else f"does not fit: {self.binding}"
             )
@@ -158,7 +158,7 @@ class Plan:
             return f"does not fit: {self.binding}"
         return (
             f"fits: {self.device_total / GIB:.1f} of {self.device_room / GIB:.1f} GiB, "
-            f"{self.rate():.0f} tokens/s/GPU, MFU {self.mfu():.1%}"
+            f"{self.rate():.0f} tokens/s per GPU, MFU {self.mfu():.1%}"
         )
 
 

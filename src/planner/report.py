@@ -46,8 +46,8 @@ def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
         rows.append((what, much if isinstance(much, str) else f"{digits(much)} s", why))
 
     rows_of = f"{s.batch_size} x {s.max_length:,} tokens per {counted(s.sp, 'GPU')}"
-    add("a micro-step, simulated", t.micro, f"{rows_of}; the mean of {s.accumulate} played schedules")
-    add("  of it the forward pass", t.forward)
+    add("micro-step, simulated", t.micro, f"{rows_of}; the mean of {s.accumulate} simulated schedules")
+    add("  forward pass", t.forward)
     flops = step_flops(s) / s.sp
     again = "useful operations a GPU, and what is computed again, at the kernels' rates"
     add("  compute", t.streams[COMPUTE], f"{flops / 1e15:.2f}e15 {again}")
@@ -79,18 +79,18 @@ def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
     add("  copies from the host", t.streams[FROM_HOST], f"at {c.pcie_in_gb_s:g} GB/s")
     add("  gradients cast and summed", t.streams[CAST], "beside the computation")
     hold = "while ZeRO's collectives run, which hold multiprocessors; those take longer too"
-    add("  compute is slowed", t.slowed, hold)
+    add("  slowdown from NCCL overlap", t.slowed, hold)
     exchanges = t.streams[SP] + t.streams[EP]
     hidden = f"{t.micro:.2f} - {t.streams[COMPUTE]:.2f} - {t.slowed:.2f} - {exchanges:.2f}"
-    add("  compute waits", t.exposed, f"{hidden}: what is not hidden")
-    add("    for the host", t.host, f"whose hooks and launches take {t.streams[HOST]:.2f} s, most of them ahead")
+    add("  compute stalls", t.exposed, f"{hidden}: what is not hidden")
+    add("    of it for the host", t.host, f"whose hooks and launches take {t.streams[HOST]:.2f} s, most of them ahead")
     add("optimizer", t.optimizer, optimizer_why(plan))
     off = f"assumed {ASSUMED:.0%} off, others {MEASURED:.0%}"
     step = f"{digits(t.step)} s ({digits(plan.fastest)} to {digits(plan.slowest)})"
-    add("a step", step, f"{s.accumulate} x {t.micro:.2f} + {t.optimizer:.2f}; {off}")
+    add("step", step, f"{s.accumulate} x {t.micro:.2f} + {t.optimizer:.2f}; {off}")
     rate = f"{plan.rate():.0f} ({plan.rate(plan.slowest):.0f} to {plan.rate(plan.fastest):.0f})"
     add(
-        "tokens/s/GPU",
+        "tokens/s per GPU",
         rate,
         f"{plan.step_tokens:,.0f} tokens per step / {counted(s.world, 'GPU')} / {digits(t.step)} s",
     )
@@ -98,22 +98,22 @@ def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
     useful = f"{flops * s.accumulate / 1e15:.1f}e15 useful operations a GPU"
     add(f"MFU of {c.card.peak:.0f} TFLOP/s", mfu, f"{useful} / {digits(t.step)} s / {c.card.peak:.0f}e12")
     copied = "the copy to host memory" if s.async_save else "the whole write"
-    add("a save holds training up", duration(save_stall(s, c)), copied)
+    add("save stall", duration(save_stall(s, c)), copied)
     disk = f"/ {counted(s.nodes, 'node')} / {c.disk_write_gb_s:g} GB/s"
-    add("  and is written in", duration(write_seconds(s, c)), f"{checkpoint_bytes(s) / 1e12:.2f} TB {disk}")
+    add("  the write beside training", duration(write_seconds(s, c)), f"{checkpoint_bytes(s) / 1e12:.2f} TB {disk}")
     slow = f"{digits(plan.slowest)} + 2 x {write_seconds(s, shifted(c, True)):.0f} + 60"
     lead = f"{slow}: the slowest step, the save under way, its own, at the slowest disk"
-    add("a stop's lead (--stop.lead)", f"{stop_lead(plan):.0f} s", lead)
+    add("lead of a stop (--stop.lead)", f"{stop_lead(plan):.0f} s", lead)
     weights = f"{2 * s.sizes.parameters / 1e12:.2f} TB"
     read = f"{weights} in BF16 / {counted(s.nodes, 'node')} / {c.disk_read_gb_s:g} GB/s"
-    add("weights are read in", duration(load_seconds(s, c)), read)
-    add("an export in BF16 takes", duration(export_seconds(s, c)), f"by the job: {weights} {disk}")
+    add("reading the weights", duration(load_seconds(s, c)), read)
+    add("export in BF16", duration(export_seconds(s, c)), f"by the job: {weights} {disk}")
     run = f"{counted(plan.steps, 'step')}, {duration(plan.wall())}"
     times = counted(plan.data.epochs or 1, "epoch")
     epochs = f"{counted(plan.data.rows, 'row')} / {s.rows_per_step} per step x {times}"
     ends = epochs if plan.data.epochs else "trainer.max_steps, epochs unbounded"
     between = f"{duration(plan.wall(plan.fastest))} to {duration(plan.wall(plan.slowest))}"
-    add("the run", f"{run} ({between})", f"{ends}, {counted(plan.saves, 'save')}")
+    add("run", f"{run} ({between})", f"{ends}, {counted(plan.saves, 'save')}")
     return rows
 
 
@@ -143,7 +143,7 @@ def text(plan: Plan, explain: bool = False) -> str:
             if explain:
                 out.append(f"      = {line.why}")
         of = f" of {room / unit:.1f}" if room else ""
-        out.append(f"  {'in all':<52} {total / unit:>9.1f} {name}{of}")
+        out.append(f"  {'total':<52} {total / unit:>9.1f} {name}{of}")
         out.append("")
 
     room = None if s.cpu else plan.device_room
@@ -221,7 +221,7 @@ def search_text(plans: list[Plan], asked: Settings) -> str:
     """A line of figures for each and, below it, what the command line of the config is to have for it."""
     if not plans:
         return "Nothing in the grid of --search fits."
-    out = ["  tokens/s/GPU    MFU  GPU GiB  host GiB   step s  rows per step"]
+    out = ["  tokens/s per GPU    MFU  GPU GiB  host GiB   step s  rows per step"]
     for p in plans:
         figures = f"{p.rate():>14.0f} {p.mfu():>6.1%}  {p.device_total / GIB:>7.1f}  {p.host_total / GIB:>8,.0f}"
         out.append(f"{figures}  {digits(p.time.step):>7}  {p.settings.rows_per_step:>13,}")
@@ -231,13 +231,13 @@ def search_text(plans: list[Plan], asked: Settings) -> str:
 
 def scale_text(plans: list[Plan]) -> str:
     """What each size costs; where more rows a step than asked are needed to use all GPUs, that is said."""
-    out = ["  GPUs  fits  GPU GiB  host GiB  rows a step   step s  tokens/s/GPU  GPU-hours a 1e9 tokens  the run"]
+    out = ["  GPUs  fits  GPU GiB  host GiB  rows per step   step s  tokens/s per GPU  GPU-hours per 1B tokens  run"]
     for p in plans:
         hours = 1e9 / p.rate() / 3600
         out.append(
             f"{p.settings.world:>6}  {'yes' if p.fits else 'no':>4}  {p.device_total / GIB:>7.1f}  "
-            f"{p.host_total / GIB:>8,.0f}  {p.settings.rows_per_step:>11,}  {p.time.step:>7.1f}  "
-            f"{p.rate():>12.0f}  {hours:>22.0f}  {duration(p.wall())}"
+            f"{p.host_total / GIB:>8,.0f}  {p.settings.rows_per_step:>13,}  {p.time.step:>7.1f}  "
+            f"{p.rate():>16.0f}  {hours:>23.0f}  {duration(p.wall())}"
         )
     best = pays_until(plans)
     if best is None:
@@ -248,7 +248,8 @@ def scale_text(plans: list[Plan]) -> str:
         out.append("Each doubling makes the run at least 1.6 times as fast.")
     else:
         out.append(
-            f"It stops paying at {counted(best.settings.world, 'GPU')}: twice as many are less than 1.6 times as fast."
+            f"Scaling stops paying at {counted(best.settings.world, 'GPU')}: twice as many are less than 1.6 times "
+            "as fast."
         )
     asked = min(p.settings.rows_per_step for p in plans)
     more = next((p for p in plans if p.settings.rows_per_step > 1.5 * asked), None)

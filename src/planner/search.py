@@ -82,7 +82,7 @@ def nearest(settings: Settings, cluster: Cluster, data: Data) -> tuple[str, Plan
     """
     steps = list(_changes(settings, _host_bytes(settings, cluster) > cluster.host_room))
     for count in (1, 2, 3):
-        found = []
+        fitting = []
         for chosen in combinations(steps, count):
             names = [name for _, values in chosen for name in values]
             if len(names) != len(set(names)):
@@ -95,9 +95,9 @@ def nearest(settings: Settings, cluster: Cluster, data: Data) -> tuple[str, Plan
                     arguments = [text for text, _ in chosen]
                     if changed.accumulate != settings.accumulate:
                         arguments.append(f"--trainer.accumulate_grad_batches {changed.accumulate}")
-                    found.append((" ".join(arguments), plan))
-        if found:
-            return min(found, key=lambda item: (item[1].settings.nodes, -item[1].rate()))
+                    fitting.append((" ".join(arguments), plan))
+        if fitting:
+            return min(fitting, key=lambda item: (item[1].settings.nodes, -item[1].rate()))
     return None
 
 
@@ -114,12 +114,12 @@ def candidates(settings: Settings, nodes: Sequence[int] | None = None) -> list[S
     )  # fmt: skip
     # Batches by the tokens they give a GPU, which is what a step's time and memory depend on.
     batches = {sp: sorted({max(1, tokens * sp // s.max_length) for tokens in TOKENS}) for sp in (1, 2, 4, 8)}
-    found = []
+    grid = []
     for n, sp, (optimizer, parameters), (output, layer) in product(nodes or [s.nodes], batches, offloads, kept):
         for batch in batches[sp]:
             base = _possible(s, nodes=n, sp=sp, batch_size=batch, accumulate=1)
             if base is not None:
-                found.append(
+                grid.append(
                     base.but(
                         accumulate=max(1, round(rows / base.rows_per_step)),
                         offload_optimizer=optimizer,
@@ -128,7 +128,7 @@ def candidates(settings: Settings, nodes: Sequence[int] | None = None) -> list[S
                         layer_input=layer,
                     )
                 )
-    return found
+    return grid
 
 
 def _host_bytes(settings: Settings, cluster: Cluster) -> float:
@@ -167,10 +167,10 @@ def search(
             rated = zip(progress(rates, len(grid)) if progress else rates, grid, strict=True)
             return sorted((pair for pair in rated if pair[0]), key=lambda pair: -pair[0])[:best]
 
-        found = fastest(grid)
-        halves = [_possible(s, experts_per_shard=s.sizes.experts_per_shard // 2) for _, s in found]
-        found += fastest([half for half in halves if half])
-    plans = [make_plan(s, cluster, data, quick=True) for _, s in found]
+        rated_best = fastest(grid)
+        halves = [_possible(s, experts_per_shard=s.sizes.experts_per_shard // 2) for _, s in rated_best]
+        rated_best += fastest([half for half in halves if half])
+    plans = [make_plan(s, cluster, data, quick=True) for _, s in rated_best]
     return sorted(plans, key=lambda plan: -plan.rate())[:best]
 
 

@@ -66,9 +66,9 @@ class Settings:
             value = getattr(self, field)
             whole = isinstance(value, int) or field == "document"
             if not whole or isinstance(value, bool) or not value > 0:
-                raise UserError(f"{option} is {value!r}; a number from 1 on is wanted.")
+                raise UserError(f"{option} is {value!r}; it must be a positive integer.")
         if self.world % self.sp:
-            raise UserError(f"{self.world} processes are no multiple of sequence_parallel_size {self.sp}.")
+            raise UserError(f"{self.world} processes are not a multiple of sequence_parallel_size {self.sp}.")
         experts, node = self.sizes.n_routed_experts, self.gpus
         if self.world % self.ep or experts % self.ep or (node % self.ep and self.ep % node):
             raise UserError(
@@ -77,7 +77,7 @@ class Settings:
             )
         heads = self.sizes.num_attention_heads
         if heads % self.sp:
-            raise UserError(f"num_attention_heads {heads} is no multiple of sequence_parallel_size {self.sp}.")
+            raise UserError(f"num_attention_heads {heads} is not a multiple of sequence_parallel_size {self.sp}.")
 
     @property
     def world(self) -> int:

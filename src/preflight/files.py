@@ -20,7 +20,7 @@ def weights(directory: str, config_only: bool) -> dict[str, str]:
     Raises:
         FileNotFoundError: there is no such directory, or it holds no weights.
     """
-    folder, found = Path(directory), {}
+    folder, digests = Path(directory), {}
     for file in sorted(folder.glob("*.json") if config_only else folder.iterdir()):
         if file.suffix not in (".json", ".safetensors") or not file.is_file():
             continue
@@ -30,20 +30,20 @@ def weights(directory: str, config_only: bool) -> dict[str, str]:
                 head += content.read(min(int.from_bytes(head, "little"), _MAX_HEADER))
             else:
                 head = content.read()
-        found[file.name] = f"{file.stat().st_size:,} bytes, {hashlib.sha256(head).hexdigest()[:8]}"
-    if "config.json" not in found or not (config_only or any(name.endswith(".safetensors") for name in found)):
+        digests[file.name] = f"{file.stat().st_size:,} bytes, {hashlib.sha256(head).hexdigest()[:8]}"
+    if "config.json" not in digests or not (config_only or any(name.endswith(".safetensors") for name in digests)):
         raise FileNotFoundError(f"{directory} holds no config.json and weights")
-    return found
+    return digests
 
 
 def data(patterns: list[str]) -> dict[str, str]:
     """File name to size; each file's first byte is read. Raises ValueError or OSError where one cannot be."""
-    found = {}
+    digests = {}
     for path in expand(patterns):
         with open(path, "rb") as file:
             file.read(1)
-        found[path] = f"{os.path.getsize(path):,} bytes"
-    return found
+        digests[path] = f"{os.path.getsize(path):,} bytes"
+    return digests
 
 
 def free_gb(folder: str) -> float:

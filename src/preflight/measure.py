@@ -92,7 +92,7 @@ def ring(nodes: int) -> list[list[tuple[int, int]]]:
 def network(ranks: Ranks, device: torch.device) -> dict[str, Any]:
     """Called by all ranks. `world`, `intra`: GB/s; `pairs`: the same by neighbour node; `wrong`: ranks whose data did
     not arrive as sent."""
-    found: dict[str, Any] = {"pairs": {}, "wrong": []}
+    measured: dict[str, Any] = {"pairs": {}, "wrong": []}
     own, per_node = ranks.rank // ranks.ranks_per_node, ranks.ranks_per_node
 
     def of_nodes(*nodes: int) -> list[int]:
@@ -100,8 +100,8 @@ def network(ranks: Ranks, device: torch.device) -> dict[str, Any]:
 
     if per_node > 1:
         group, _ = dist.new_subgroups_by_enumeration([of_nodes(node) for node in range(ranks.nodes)])
-        found["intra"], wrong = all_gather(group, device)
-        found["wrong"] += [of_nodes(own)[index] for index in wrong]
+        measured["intra"], wrong = all_gather(group, device)
+        measured["wrong"] += [of_nodes(own)[index] for index in wrong]
     for pairs in ring(ranks.nodes):
         mine = next((pair for pair in pairs if own in pair), None)
         for pair in pairs:  # every rank makes every group
@@ -110,10 +110,10 @@ def network(ranks: Ranks, device: torch.device) -> dict[str, Any]:
                 ours = group
         if mine is not None:
             bandwidth, wrong = all_gather(ours, device)
-            found["pairs"][mine[0] + mine[1] - own] = bandwidth
-            found["wrong"] += [of_nodes(*mine)[index] for index in wrong]
+            measured["pairs"][mine[0] + mine[1] - own] = bandwidth
+            measured["wrong"] += [of_nodes(*mine)[index] for index in wrong]
         dist.barrier()
     if ranks.nodes > 1:
-        found["world"], wrong = all_gather(None, device)
-        found["wrong"] += wrong
-    return found
+        measured["world"], wrong = all_gather(None, device)
+        measured["wrong"] += wrong
+    return measured

@@ -40,10 +40,10 @@ def code() -> dict[str, str]:
 
 
 def packages() -> dict[str, str]:
-    found = package_versions()
+    versions = package_versions()
     if torch.cuda.is_available():
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-    return found
+        versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return versions
 
 
 def settings() -> dict[str, str]:
@@ -56,14 +56,14 @@ def gpus(wanted: int) -> tuple[list[str], dict[str, str]]:
     if shutil.which("nvidia-smi") is None:
         return [], {}
     try:
-        found = _smi(f"--query-gpu={_GPU_FIELDS.format(_CLOCK_FIELDS[0])}")
+        listing = _smi(f"--query-gpu={_GPU_FIELDS.format(_CLOCK_FIELDS[0])}")
     except RuntimeError:
-        found = _smi(f"--query-gpu={_GPU_FIELDS.format(_CLOCK_FIELDS[1])}")
+        listing = _smi(f"--query-gpu={_GPU_FIELDS.format(_CLOCK_FIELDS[1])}")
     try:
         rows = _smi("--query-remapped-rows=gpu_bus_id,remapped_rows.pending,remapped_rows.failure")
     except RuntimeError:  # kinds of GPU that do not remap rows
         rows = []
-    return gpu_problems(found, rows, wanted), gpu_kinds(found)
+    return gpu_problems(listing, rows, wanted), gpu_kinds(listing)
 
 
 def _smi(query: str) -> list[list[str]]:
@@ -74,22 +74,22 @@ def _smi(query: str) -> list[list[str]]:
     return [[word.strip() for word in line.split(",")] for line in result.stdout.splitlines() if line.strip()]
 
 
-def gpu_kinds(found: list[list[str]]) -> dict[str, str]:
+def gpu_kinds(listing: list[list[str]]) -> dict[str, str]:
     return {
-        "name": ", ".join(sorted({row[1] for row in found})),
-        "driver": ", ".join(sorted({row[2] for row in found})),
-        "memory MiB": ", ".join(sorted({row[3] for row in found})),
+        "name": ", ".join(sorted({row[1] for row in listing})),
+        "driver": ", ".join(sorted({row[2] for row in listing})),
+        "memory MiB": ", ".join(sorted({row[3] for row in listing})),
     }
 
 
-def gpu_problems(found: list[list[str]], remapped: list[list[str]], wanted: int) -> list[str]:
+def gpu_problems(listing: list[list[str]], remapped: list[list[str]], wanted: int) -> list[str]:
     """Of what nvidia-smi prints for `_GPU_FIELDS` and for remapped rows."""
     problems = []
-    if len(found) < wanted:
+    if len(listing) < wanted:
         problems.append(
-            f"{counted(len(found), 'GPU')}, trainer.devices is {wanted}; one fell off the bus: drain the node"
+            f"{counted(len(listing), 'GPU')}, trainer.devices is {wanted}; one fell off the bus: drain the node"
         )
-    for index, _, _, _, used, ecc, reasons, celsius in found:
+    for index, _, _, _, used, ecc, reasons, celsius in listing:
         if ecc.isdecimal() and int(ecc):
             problems.append(f"GPU {index}: {ecc} uncorrected ECC errors; drain the node and reset the GPU")
         if used.isdecimal() and int(used) > _BUSY_MIB:
@@ -122,7 +122,7 @@ def nics(folder: Path = Path("/sys/class/infiniband")) -> tuple[list[str], dict[
 
 def memory_limit(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes that this process's control groups let it take, of version 2 (`memory.max`) or 1; None without a limit."""
-    found = []
+    limits = []
     for line in process.read_text().splitlines() if process.is_file() else []:
         number, controllers, own = line.split(":", 2)
         if number == "0":
@@ -134,8 +134,8 @@ def memory_limit(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/
         # A group's limit binds those below it. Inside a container the path may be the host's: then the root's holds.
         for path in (folder / own.lstrip("/"), *(folder / parent for parent in PurePosixPath(own.lstrip("/")).parents)):
             if (path / name).is_file() and (text := (path / name).read_text().strip()).isdigit():
-                found.append(int(text))
-    return min(found, default=None)
+                limits.append(int(text))
+    return min(limits, default=None)
 
 
 def usable_memory() -> int:
@@ -146,8 +146,8 @@ def usable_memory() -> int:
 
 def memory(host_gib: float | None, cuda: bool, infiniband: bool = False) -> tuple[list[str], dict[str, Any]]:
     """Problems with the host's memory, `host_gib` of which the run needs; what the cluster file takes."""
-    found, limit, problems = psutil.virtual_memory(), memory_limit(), list[str]()
-    available, total = found.available / GIB, found.total
+    machine, limit, problems = psutil.virtual_memory(), memory_limit(), list[str]()
+    available, total = machine.available / GIB, machine.total
     if limit is not None and limit < total:
         total = limit
         if host_gib is not None and limit / GIB < host_gib:

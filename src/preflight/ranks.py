@@ -57,9 +57,9 @@ class Ranks:
         """Of the nodes, where Slurm knows them; else their numbers."""
         with suppress(OSError, subprocess.CalledProcessError, KeyError):
             hosts = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-            found = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()
-            if len(found) == self.nodes:
-                return found
+            listed = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()
+            if len(listed) == self.nodes:
+                return listed
         return [f"node number {index}" for index in range(self.nodes)]
 
 

@@ -42,10 +42,10 @@ class Report:
 
 def problems(reports: list[Report], cuda: bool) -> dict[str, list[str]]:
     """Node -> what is wrong with it; nodes without problems are absent."""
-    found: dict[str, list[str]] = {}
+    by_node: dict[str, list[str]] = {}
 
     def add(report: Report, text: str) -> None:
-        lines = found.setdefault(report.node, [])
+        lines = by_node.setdefault(report.node, [])
         if text not in lines:  # of several ranks of the node
             lines.append(text)
 
@@ -64,13 +64,13 @@ def problems(reports: list[Report], cuda: bool) -> dict[str, list[str]]:
     if cuda:
         for report, text in _slow(reports):
             add(report, text)
-    return found
+    return by_node
 
 
 def _differences(topic: str, reports: list[Report]) -> list[tuple[Report, str]]:
     """Where a report's values are not those of most; the first's where as many say one thing as another."""
     having = [report for report in reports if topic in report.same]
-    found = []
+    differences = []
     names = {name: None for report in having for name in report.same[topic]}
     for name in names:
         values = Counter(report.same[topic].get(name, "absent") for report in having)
@@ -78,11 +78,11 @@ def _differences(topic: str, reports: list[Report]) -> list[tuple[Report, str]]:
         for report in having:
             value = report.same[topic].get(name, "absent")
             if value != usual:
-                found.append((report, f"{topic}: {name} is {value}, elsewhere {usual}; {REMEDIES[topic]}"))
-    counts = Counter(report.node for report, _ in found)
+                differences.append((report, f"{topic}: {name} is {value}, elsewhere {usual}; {REMEDIES[topic]}"))
+    counts = Counter(report.node for report, _ in differences)
     shown: Counter[str] = Counter()
     short = []
-    for report, text in found:
+    for report, text in differences:
         shown[report.node] += 1
         if shown[report.node] <= 3:
             short.append((report, text))
@@ -92,18 +92,18 @@ def _differences(topic: str, reports: list[Report]) -> list[tuple[Report, str]]:
 
 
 def _slow(reports: list[Report]) -> list[tuple[Report, str]]:
-    found = []
+    slow_nodes = []
     for name in {name: None for report in reports for name in report.rates}:
         usual = median(report.rates[name] for report in reports if name in report.rates)
         for report in reports:
             rate = report.rates.get(name, usual)
             if rate < SLOW * usual:
                 text = f"GPU {report.local_rank}: {name} {rate:.0f}, the median is {usual:.0f}; drain the node"
-                found.append((report, text))
+                slow_nodes.append((report, text))
     nodes = host_optimizers(reports)
     for report in reports:
         if report.node in nodes and nodes[report.node] < SLOW * (usual := median(nodes.values())):
-            found.append(
+            slow_nodes.append(
                 (
                     report,
                     f"the optimizer on the host (DeepSpeedCPUAdam) {nodes[report.node]:.3g}e9 parameters/s, the median "
@@ -116,8 +116,8 @@ def _slow(reports: list[Report]) -> list[tuple[Report, str]]:
         best = max(report.network.get("pairs", {}).values(), default=None)
         if best is not None and best < SLOW * (usual := median(pairs)):
             text = f"all-gathers with its neighbours {best:.0f} GB/s, the median is {usual:.0f}; look at its NICs"
-            found.append((report, text))
-    return found
+            slow_nodes.append((report, text))
+    return slow_nodes
 
 
 def host_optimizers(reports: list[Report]) -> dict[str, float]:
@@ -130,21 +130,21 @@ def host_optimizers(reports: list[Report]) -> dict[str, float]:
 
 def cluster(reports: list[Report], cuda: bool) -> dict[str, Any]:
     """The fields of `src.planner.cluster.Cluster` that were measured; a node's, of the weakest."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for report in reports:
         for name, value in report.values.items():
-            found[name] = value if name not in found or isinstance(value, str) else min(found[name], value)
+            fields[name] = value if name not in fields or isinstance(value, str) else min(fields[name], value)
     if cuda:
         for name in ("matmul_tflops", "pcie_in_gb_s", "pcie_out_gb_s"):
             rates = [report.rates[name] for report in reports if name in report.rates]
             if rates:
-                found[name] = round(min(rates), 1)
+                fields[name] = round(min(rates), 1)
         for name, key in (("nccl_inter_node_gb_s", "world"), ("nccl_intra_node_gb_s", "intra")):
             rates = [report.network[key] for report in reports if key in report.network]
             if rates:
-                found[name] = round(min(rates), 1)
+                fields[name] = round(min(rates), 1)
     if cuda and (hosts := host_optimizers(reports)):
-        found["cpu_adam_gparams_s"] = float(f"{min(hosts.values()):.3g}")
+        fields["cpu_adam_gparams_s"] = float(f"{min(hosts.values()):.3g}")
     for index, name in ((1, "disk_write_gb_s"), (2, "disk_read_gb_s")):
         nodes: dict[str, list[tuple[int, float]]] = {}
         for report in reports:
@@ -152,17 +152,17 @@ def cluster(reports: list[Report], cuda: bool) -> dict[str, Any]:
                 nodes.setdefault(report.node, []).append((report.disk[0], report.disk[index]))
         rates = [sum(size for size, _ in parts) / max(s for _, s in parts) / 1e9 for parts in nodes.values()]
         if rates:
-            found[name] = float(f"{min(rates):.3g}")
-    return found
+            fields[name] = float(f"{min(rates):.3g}")
+    return fields
 
 
-def lines(found: dict[str, list[str]], names: list[str], slurm: bool) -> list[str]:
+def lines(by_node: dict[str, list[str]], names: list[str], slurm: bool) -> list[str]:
     """One line a failing node and problem, then the verdict."""
-    if not found:
+    if not by_node:
         return [f"preflight: {counted(len(names), 'node')} ready"]
-    failing = [name for name in names if name in found]
-    told = [f"{name}: {text}" for name in failing for text in found[name]]
-    told.append(f"preflight: {len(failing)} of {counted(len(names), 'node')} failed: {', '.join(failing)}")
+    failing = [name for name in names if name in by_node]
+    printed = [f"{name}: {text}" for name in failing for text in by_node[name]]
+    printed.append(f"preflight: {len(failing)} of {counted(len(names), 'node')} failed: {', '.join(failing)}")
     if slurm and len(failing) < len(names):
-        told.append(f"To start without: sbatch --exclude={','.join(failing)} ...  (docs/launching.md: one bad node)")
-    return told
+        printed.append(f"To start without: sbatch --exclude={','.join(failing)} ...  (docs/launching.md: one bad node)")
+    return printed

@@ -119,24 +119,24 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         """
         assert self.lightning_module is not None
         trainer: Any = self.lightning_module.trainer
-        found: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, None if trainer.ckpt_path is None else str(trainer.ckpt_path))
-        if found[0] is None and not any(found):
+        choices: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(choices, None if trainer.ckpt_path is None else str(trainer.ckpt_path))
+        if choices[0] is None and not any(choices):
             return
-        without = [rank for rank, path in enumerate(found) if (path is None) != (found[0] is None)]
-        if found[0] is None or without:
-            path = next(path for path in found if path is not None)
+        without = [rank for rank, path in enumerate(choices) if (path is None) != (choices[0] is None)]
+        if choices[0] is None or without:
+            path = next(path for path in choices if path is not None)
             raise UserError(
-                f"ranks {[rank for rank, path in enumerate(found) if path is None]} see no checkpoint where others see "
-                f"{path}: their listing is old, or the folder is not shared. Start again, with --ckpt_path {path}."
+                f"ranks {[rank for rank, path in enumerate(choices) if path is None]} see no checkpoint where others "
+                f"see {path}: their listing is old, or the folder is not shared. Start again, with --ckpt_path {path}."
             )
-        if str(trainer.ckpt_path) != found[0]:
-            trainer.ckpt_path = found[0]
-        digests: list[str] = [""] * len(found)
-        dist.all_gather_object(digests, _digest(Path(found[0])))
+        if str(trainer.ckpt_path) != choices[0]:
+            trainer.ckpt_path = choices[0]
+        digests: list[str] = [""] * len(choices)
+        dist.all_gather_object(digests, _digest(Path(choices[0])))
         if others := [f"rank {rank}: {digest}" for rank, digest in enumerate(digests) if digest != digests[0]]:
             raise UserError(
-                f"{found[0]} is not the same checkpoint on all ranks: rank 0: {digests[0]}; {', '.join(others)}. "
+                f"{choices[0]} is not the same checkpoint on all ranks: rank 0: {digests[0]}; {', '.join(others)}. "
                 "Check that its folder is mounted on every node."
             )
 

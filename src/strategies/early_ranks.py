@@ -42,11 +42,11 @@ def wait() -> None:
         return
     previous = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal interrupts all; the first one answers
     with os.fdopen(int(descriptor)) as pipe:
-        told = pipe.read()
-    if not told:  # the first process has ended
+        variables = pipe.read()
+    if not variables:  # the first process has ended
         os._exit(0)
     signal.signal(signal.SIGINT, previous)
-    os.environ.update(json.loads(told))
+    os.environ.update(json.loads(variables))
 
 
 def release(environments: Sequence[Mapping[str, str]]) -> list[Process]:

@@ -26,11 +26,11 @@ def fail_together() -> Iterator[None]:
         if own is not None:
             raise own
         return
-    found: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, None if own is None else (isinstance(own, UserError | OSError), str(own)))
+    failures: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, None if own is None else (isinstance(own, UserError | OSError), str(own)))
     if isinstance(own, UserError) or (own is not None and not isinstance(own, OSError)):
         raise own
-    for rank, failed in enumerate(found):
+    for rank, failed in enumerate(failures):
         if failed is not None:
             of_users, text = failed
             raise (UserError if of_users else OtherRankFailed)(f"rank {rank} failed: {text}") from own

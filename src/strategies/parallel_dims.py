@@ -32,9 +32,9 @@ class ParallelDims:
         if self.world_size % self.sp:
             divisors = [n for n in range(1, self.world_size + 1) if self.world_size % n == 0]
             raise UserError(
-                f"WORLD_SIZE {self.world_size} (nodes x devices) is no multiple of sequence_parallel_size {self.sp}: "
-                f"world = dp x sp must hold. With {counted(self.world_size, 'process', 'processes')} it may be "
-                f"{', '.join(map(str, divisors))}."
+                f"WORLD_SIZE {self.world_size} (nodes x devices) is not a multiple of sequence_parallel_size "
+                f"{self.sp}: world = dp x sp must hold. With "
+                f"{counted(self.world_size, 'process', 'processes')} it may be {', '.join(map(str, divisors))}."
             )
         self.check_experts(None)
         if not 0 <= self.rank < self.world_size:

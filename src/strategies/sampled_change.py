@@ -58,15 +58,15 @@ def sample_changes(
 
     @torch.no_grad()
     def compare() -> Kept:
-        found = Kept()
+        kept = Kept()
         for sample in samples:
             part, count = part_of(engine, sample.parameter), len(sample.before)
             assert part is not None
             weights, masters = (
                 t[:count].cpu().float() for t in (weights_of(sample.parameter, part), part.of(part.flat))
             )
-            found.add(weights - sample.before.bfloat16().float(), masters - sample.before)
-        sums = torch.tensor([found.along, found.change, found.error], dtype=torch.float64, device=device)
+            kept.add(weights - sample.before.bfloat16().float(), masters - sample.before)
+        sums = torch.tensor([kept.along, kept.change, kept.error], dtype=torch.float64, device=device)
         dist.all_reduce(sums)
         return Kept(*sums.tolist())
 

@@ -15,5 +15,5 @@ def parse_size(text: str) -> int:
         unit = _UNITS[match[2].upper()]
         size = int(float(match[1]) * (2 ** (10 * list(_UNITS.values()).index(unit)) if match[3] else unit))
     if size <= 0:
-        raise UserError(f"max_shard_size {text!r} is no size; write it as 5GB or 500MB")
+        raise UserError(f"max_shard_size {text!r} is not a size; write it as 5GB or 500MB")
     return size

@@ -174,12 +174,12 @@ def open_weights(path: Path, descriptors: list[int]) -> tuple[dict[str, Stored],
     with ThreadPoolExecutor(16) as pool:  # latency of a network file system, not work
         opened = list(pool.map(lambda file: _open_file(path / file, descriptors), present))
     where: dict[str, str] = {}
-    found: dict[str, Stored] = {}
+    stored: dict[str, Stored] = {}
     for file, (tensors, wrong) in zip(present, opened, strict=True):
         problems += [f"{file}: {problem}" for problem in wrong]
         problems += [f"{file}: {name} is in {where[name]} too" for name in tensors if name in where]
         where |= dict.fromkeys(tensors, file)
-        found |= tensors
+        stored |= tensors
     if index is not None:
         readable = {file for file, (_, wrong) in zip(present, opened, strict=True) if not wrong}
         problems += [
@@ -188,7 +188,7 @@ def open_weights(path: Path, descriptors: list[int]) -> tuple[dict[str, Stored],
             if file in readable and where.get(name) != file
         ]
         problems += [f"{file}: {name} is not in {INDEX_FILE}" for name, file in where.items() if name not in index]
-    return found, problems
+    return stored, problems
 
 
 def _weight_map(file: Path) -> dict[str, str]:

@@ -133,11 +133,11 @@ def write_shard(directory: Path, shard: Shard, progress: Callable[[int], object]
 
 def read_notes(directory: Path, shards: list[Shard]) -> dict[str, Any]:
     """What was noted of all tensors of files that are complete, by name."""
-    found: dict[str, Any] = {}
+    notes: dict[str, Any] = {}
     for shard in shards:
         if any(tensor.notes is not None for tensor in shard.tensors):
-            found |= json.loads(_notes_file(directory, shard).read_text())
-    return found
+            notes |= json.loads(_notes_file(directory, shard).read_text())
+    return notes
 
 
 def _notes_file(directory: Path, shard: Shard) -> Path:

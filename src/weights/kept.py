@@ -93,12 +93,12 @@ def group_of(name: str) -> str:
 
 def by_group(notes: Mapping[str, Mapping[str, Mapping[str, float]]], dtype: str) -> dict[str, Kept]:
     """The sums of tensors' notes over each of GROUPS in which anything was changed, written in `dtype`."""
-    found: dict[str, Kept] = {}
+    groups: dict[str, Kept] = {}
     for name, by_dtype in notes.items():
         kept = Kept(**(by_dtype.get(dtype) or by_dtype["bf16"]))  # in FP8 files some weights are BF16
         for group in ("whole", group_of(name)):
-            found[group] = found.get(group, Kept()) + kept
-    return {group: found[group] for group in GROUPS if group in found and found[group].change}
+            groups[group] = groups.get(group, Kept()) + kept
+    return {group: groups[group] for group in GROUPS if group in groups and groups[group].change}
 
 
 def table(groups: Mapping[str, Kept]) -> str:

@@ -37,11 +37,11 @@ class Layout:
     remarks: list[str]  # what is not as published, and keeps neither transformers nor training from reading it
 
 
-def check_layout(directory: str | Path, found: Sequence[str] = ()) -> Layout:
+def check_layout(directory: str | Path, known: Sequence[str] = ()) -> Layout:
     """Compares a directory with the published layout of its config.json's model; reads no weight.
 
     Args:
-        found: what is known to be wrong with it already.
+        known: what is known to be wrong with it already.
 
     Raises:
         ValueError: there is no config.json or no weights; or one list of everything that is wrong.
@@ -55,7 +55,7 @@ def check_layout(directory: str | Path, found: Sequence[str] = ()) -> Layout:
         close(descriptors)
     mtp = _has_mtp(config, tensors)
     dtype = _kind(config, tensors)
-    problems += [*found, *_wrong_config(config, dtype), *_wrong_files(path, tensors)]
+    problems += [*known, *_wrong_config(config, dtype), *_wrong_files(path, tensors)]
     expected = published_tensors(config, dtype, mtp=mtp)
     problems += _wrong_tensors(expected, tensors)
     raise_listed(f"{path}: {counted(len(problems), 'problem')} with the layout of an export or a download:", problems)

@@ -46,7 +46,9 @@ def test_another_runs_checkpoint_is_not_continued_among_those_that_are_there(tmp
     for run, step in (("a", 1), ("b", 4)):
         (checkpoint_folder(tmp_path / run) / f"step={step}.ckpt").mkdir(parents=True)
     foreign = find_checkpoint(str(checkpoint_folder(tmp_path / "a") / "step=1.ckpt"), str(tmp_path / "b"))
-    with pytest.raises(ValueError, match="is of another run, and .*holds checkpoints already, the newest step=4.ckpt"):
+    with pytest.raises(
+        ValueError, match="belongs to another run, and .*already holds checkpoints, the newest step=4.ckpt"
+    ):
         refuse_older(foreign, str(tmp_path / "b"))
     refuse_older(foreign, str(tmp_path / "c"))  # a folder of its own
 

@@ -245,7 +245,7 @@ def test_an_interrupted_export_goes_on(
     checkpoint, out = checkpoints.folder / "stage 3", tmp_path / "out"
     interrupted(checkpoint, out, monkeypatch)
     assert not out.exists()
-    with pytest.raises(ValueError, match=r"out.partial is left of an interrupted export: go on with --resume"):
+    with pytest.raises(ValueError, match=r"out.partial is left over from an interrupted export: continue with"):
         export(str(checkpoint), str(out), max_shard_size="500KB")
     with pytest.raises(ValueError, match=r"out.partial is an export of .*'bf16'.*, not of .*'fp32'"):
         export(str(checkpoint), str(out), "fp32", max_shard_size="500KB", resume=True)

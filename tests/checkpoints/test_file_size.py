@@ -14,5 +14,5 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 PB", "five"])
 def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=f"max_shard_size '{text}' is no size; write it as 5GB"):
+    with pytest.raises(ValueError, match=f"max_shard_size '{text}' is not a size; write it as 5GB"):
         parse_size(text)

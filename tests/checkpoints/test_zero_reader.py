@@ -106,7 +106,7 @@ def test_only_torn_files(copy: Path) -> None:
 
 
 def test_other_directories_are_refused(copy: Path) -> None:
-    with pytest.raises(ValueError, match="is no checkpoint: it has no file `latest`"):
+    with pytest.raises(ValueError, match="is not a checkpoint: it has no file `latest`"):
         ZeroCheckpointSource(copy / "checkpoint")
 
 

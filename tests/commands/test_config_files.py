@@ -113,7 +113,7 @@ def test_a_file_of_its_own_gets_what_every_run_needs(tmp_path: Path) -> None:
         ({"mine": "config: b.yaml", "b": "config: mine.yaml"}, r"names itself: config: b\.yaml -> config: mine\.yaml"),
         ({"mine": "config: {a: 1}"}, r"config is \{'a': 1\}; it must be the path of a file"),
         ({"mine": "- 1"}, r"mine\.yaml holds list; it must be a mapping"),
-        ({"mine": "a: [1"}, r"mine\.yaml is no YAML: .*line 1"),
+        ({"mine": "a: [1"}, r"mine\.yaml is not valid YAML: .*line 1"),
     ],
 )
 def test_what_cannot_be_read_is_named(

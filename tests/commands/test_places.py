@@ -48,7 +48,7 @@ def test_who_is_first(variables: dict[str, str], first: bool, monkeypatch: pytes
 
 def test_a_second_fit_in_a_folder_is_refused_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
     first = holder(tmp_path)
-    message = f"another fit is training there .process {first.pid} on .* since 20.*Wait for its end, stop it, or give"
+    message = f"another fit is training there .process {first.pid} on .* since 20.*Wait until it ends, stop it, or give"
     try:
         with pytest.raises(ValueError, match=message):
             lock_run(tmp_path)

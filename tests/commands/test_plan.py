@@ -219,5 +219,5 @@ def test_fit_says_what_host_memory_comes_when() -> None:
     assert not too_much and "\n" not in said
     for part in ("states and gradient 318 GiB at the start", "pinned 360 GiB in the first micro-step", "1000 are free"):
         assert part in said
-    assert "copy that a save writes, plain 238 GiB at the first save" in said
+    assert "copy written by a save, pageable 238 GiB at the first save" in said
     assert host_memory(config, 900 << 30)[1]

@@ -56,12 +56,12 @@ def test_every_option_takes_a_senseless_value_in_one_line_or_not_at_all(
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["--model.learningrate=1e-4"], r"--model\.learningrate is no option; did you mean --model\.learning_rate\?"),
-        (["--model.learningrate", "1"], r"--model\.learningrate is no option; did you mean --model\.learning_rate\?"),
-        (["--modle.learning_rate=1"], r"--modle\.learning_rate is no option; did you mean --model\.learning_rate\?"),
-        (["--learning_rate=1"], r"--learning_rate is no option; did you mean --model\.learning_rate\?"),
-        (["--keep=1"], r"--keep is no option; did you mean --checkpoint\.keep or --weights\.keep\?"),
-        (["--zzz=1"], r"--zzz is no option; --help lists them all\."),
+        (["--model.learningrate=1e-4"], r"--model\.learningrate is not an option; did you mean --model\.learning_rate"),
+        (["--model.learningrate", "1"], r"--model\.learningrate is not an option; did you mean --model\.learning_rate"),
+        (["--modle.learning_rate=1"], r"--modle\.learning_rate is not an option; did you mean --model\.learning_rate"),
+        (["--learning_rate=1"], r"--learning_rate is not an option; did you mean --model\.learning_rate"),
+        (["--keep=1"], r"--keep is not an option; did you mean --checkpoint\.keep or --weights\.keep\?"),
+        (["--zzz=1"], r"--zzz is not an option; --help lists them all\."),
         (["--trainer.strategy.stge=3"], r"--trainer\.strategy\.stge is .* mean --trainer\.strategy\.stage\?"),
         (["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.every=3"], r".*takes logging_interval, .*"),
         (["--data.batch_size=1.5"], r"--data\.batch_size is 1\.5; it must be an integer\."),
@@ -69,9 +69,9 @@ def test_every_option_takes_a_senseless_value_in_one_line_or_not_at_all(
         (["--model.betas=[0.9]"], r"--model\.betas is \[0\.9\]; it must be a list of 2\."),
         (["--trainer.precision=bf17"], r"--trainer\.precision is bf17; it must be one of bf16-true, 32-true, 32\."),
         (["--model.learning_rate"], r"--model\.learning_rate needs a value\."),
-        (["stray"], r"stray is no option; options are written --NAME=VALUE\."),
+        (["stray"], r"stray is not an option; options are written --NAME=VALUE\."),
         (["--config=none.yaml"], r"the config none\.yaml cannot be read, No such file .*; give another path\."),
-        (["--export.max_shard_size=big"], r"max_shard_size 'big' is no size; write it as 5GB or 500MB"),
+        (["--export.max_shard_size=big"], r"max_shard_size 'big' is not a size; write it as 5GB or 500MB"),
     ],
 )  # fmt: skip
 def test_the_line_names_what_was_meant(args: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,12 +82,12 @@ def test_the_line_names_what_was_meant(args: list[str], line: str, capsys: pytes
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("model: {learningrate: 1}", r"model\.learningrate is no option; did you mean model\.learning_rate\?"),
-        ("modle.learning_rate: 1", r"modle\.learning_rate is no option; did you mean model\.learning_rate\?"),
+        ("model: {learningrate: 1}", r"model\.learningrate is not an option; did you mean model\.learning_rate\?"),
+        ("modle.learning_rate: 1", r"modle\.learning_rate is not an option; did you mean model\.learning_rate\?"),
         ("trainer.strategy.init_args: {stge: 3}", r"trainer\.strategy\.init_args\.stge is .*mean .*init_args\.stage\?"),
         (
             "trainer: {callbacks: [{class_path: LearningRateMonitor, init_args: {logging_intervall: step}}]}",
-            r"trainer\.callbacks\.init_args\.logging_intervall is no option; did you mean .*\.logging_interval\?",
+            r"trainer\.callbacks\.init_args\.logging_intervall is not an option; did you mean .*\.logging_interval\?",
         ),
         ("model.learning_rate: fast", r"model\.learning_rate is fast; it must be a number\."),
         ("model: fast", r"model is fast; it must be a mapping, or its options one by one\."),

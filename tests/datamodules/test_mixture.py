@@ -161,7 +161,7 @@ def test_named_validation_sets(tmp_path: Path, make: Make) -> None:
     seen = [(batch["val_set"], len(batch["sources"])) for loader in data.val_dataloader() for batch in loader]
     assert seen == [("b", 3), ("b", 3), ("b", 2), ("a", 3)]
     assert data.facts().keys() == {"val b", "val a"} and data.facts()["val a"]["rows"] == 3
-    with pytest.raises(ValueError, match=r"val_sets: 'a/b' is no name for a set; use letters"):
+    with pytest.raises(ValueError, match=r"val_sets: 'a/b' is not a valid name for a set; use letters"):
         make(val_sets={"a/b": []})
 
 

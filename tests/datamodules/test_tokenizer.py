@@ -45,7 +45,7 @@ def test_what_is_missing_is_named(directory: Path, tmp_path: Path, monkeypatch: 
 SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 DAMAGED: list[tuple[str, Any, str]] = [  # file, content (text or what JSON makes of it), what is said of it
     ("tokenizer.json", '{"version": "1.0", "mod', "is not valid JSON"),
-    ("tokenizer.json", [], "is no JSON object but '\\[\\]'"),
+    ("tokenizer.json", [], "is not a JSON object but '\\[\\]'"),
     ("tokenizer.json", {}, "cannot be opened by transformers"),
     ("tokenizer.json", {"version": "1.0", "added_tokens": [], "model": None}, "cannot be opened by transformers"),
     (SETTINGS, '{"chat_template": "{% for', "is not valid JSON"),
@@ -54,10 +54,10 @@ DAMAGED: list[tuple[str, Any, str]] = [  # file, content (text or what JSON make
     (SETTINGS, {"chat_template": 5}, "chat_template is 5; it must be a string"),
     (SETTINGS, {"chat_template": {"default": 5}}, "chat_template is {'default': 5}; it must be a string"),
     (SETTINGS, {"chat_template": [1]}, "cannot be opened by transformers"),
-    (SETTINGS, {"chat_template": "a\n{% if"}, "line 2 of the chat template is no Jinja"),
+    (SETTINGS, {"chat_template": "a\n{% if"}, "line 2 of the chat template is not valid Jinja"),
     (SETTINGS, {"chat_template": "a", "bos_token": 5}, "bos_token has to be either str or AddedToken"),
     (SETTINGS, {"chat_template": "a", "added_tokens_decoder": {"0": 5}}, "added_tokens_decoder"),
-    (TEMPLATE, "{% for x in %}", "line 1 of the chat template is no Jinja"),
+    (TEMPLATE, "{% for x in %}", "line 1 of the chat template is not valid Jinja"),
     (TEMPLATE, b"\xff\xfe", "UnicodeDecodeError"),
     ("special_tokens_map.json", '{"bos', "is not valid JSON"),
     ("special_tokens_map.json", [1], "is no JSON object"),

@@ -157,7 +157,7 @@ def test_an_error_of_one_rank_is_all_ranks(tmp_path: Path) -> None:
         failing = 0 if work is prepare_data_first else 1
         said = f"UserError: rank {failing} failed: [Errno 5] Input/output error: '/nfs/file'"
         assert (first[work.__name__], second[work.__name__]) == (said, said), work
-    taken = "/proc/self/fd is there already and is not empty: give another directory, or remove it"
+    taken = "/proc/self/fd already exists and is not empty: give another directory, or remove it"
     assert (first["export"], second["export"]) == (f"UserError: rank 1 failed: {taken}", f"UserError: {taken}")
     # A mistake of ours keeps its traceback where it is made.
     assert (first["mistake"], second["mistake"]) == (

@@ -110,7 +110,7 @@ def refused(directory: str, root: str, size: str) -> str:
     ("present", "size", "message"),
     [
         ("out", "5GB", "out is there already and is not empty: give another directory"),
-        ("out.partial", "5GB", "out.partial is left of an interrupted export: remove it"),
+        ("out.partial", "5GB", "out.partial is left over from an interrupted export: remove it"),
         ("other", "five", "max_shard_size 'five' is no size"),
         ("other", "5GB", "ExportAtEnd needs the callback RunRecord"),
     ],

@@ -60,7 +60,7 @@ def test_a_parameter_takes_16_bytes_of_host_memory_and_activations_their_own_siz
     assert named["optimizer states and gradient"] == pytest.approx(671.026e9 / 32 * 16, rel=1e-4)
     # 1 GiB of outputs, 448 MiB of projections, 16 MiB of log-sums, of 61 layers and 8 ranks
     assert named["attention outputs, pinned"] == 8 * 61 * (1024 + 448 + 16) * 2**20
-    assert named["copy that a save writes, plain"] == pytest.approx(671.026e9 / 32 * 12, rel=1e-4)
+    assert named["copy written by a save, pageable"] == pytest.approx(671.026e9 / 32 * 12, rel=1e-4)
 
 
 def test_a_checkpoint_is_8_tb() -> None:

@@ -101,8 +101,8 @@ def _check_files(
         if not len(cache):
             report.problems.append(nothing_to_train_on(paths, cache.report, data.options))
             return None
-        found = Conversations.of(cache)
-        copies = Copies.among(found, train)
+        conversations = Conversations.of(cache)
+        copies = Copies.among(conversations, train)
         report.remarks.append(copies.remarks)
         is_train, mixed = report.name == "train", []
         packed = data.pack(cache)
@@ -116,7 +116,7 @@ def _check_files(
         report.notes = cache.summary(data.options)[1:]
         report.lengths = cuts(cache.statistics)
         report.shown = _spread(cache, show)
-        return found, packed.rows_an_epoch
+        return conversations, packed.rows_an_epoch
 
 
 def _spread(cache: TokenCache, conversations: int) -> list[Document]:

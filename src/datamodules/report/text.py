@@ -93,10 +93,10 @@ def _bars(cuts: list[Cut]) -> Iterator[str]:
         yield f"    {cut.max_length:>{width},}  {cut.fit:>{widest},} {bar:<{BAR}}  {lost}"
 
 
-def _listed(word: str, found: Sequence[Findings], most: int) -> Iterator[str]:
+def _listed(word: str, groups: Sequence[Findings], most: int) -> Iterator[str]:
     """Each kind once: the first row with its problem and remedy, then where else."""
     together = Findings()
-    for findings in found:
+    for findings in groups:
         together.update(findings)
     kinds = sorted(together.by_kind(), key=lambda kind: -kind[0])
     for count, examples in kinds[:most]:
