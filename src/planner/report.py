@@ -223,7 +223,7 @@ def search_text(plans: list[Plan], asked: Settings) -> str:
         return "Nothing in the grid of --search fits."
     out = ["  tokens/s per GPU    MFU  GPU GiB  host GiB   step s  rows per step"]
     for p in plans:
-        figures = f"{p.rate():>14.0f} {p.mfu():>6.1%}  {p.device_total / GIB:>7.1f}  {p.host_total / GIB:>8,.0f}"
+        figures = f"{p.rate():>18.0f} {p.mfu():>6.1%}  {p.device_total / GIB:>7.1f}  {p.host_total / GIB:>8,.0f}"
         out.append(f"{figures}  {digits(p.time.step):>7}  {p.settings.rows_per_step:>13,}")
         out.append(f"    {p.settings.arguments(asked) or '(as asked)'}")
     return "\n".join(out)
