@@ -11,16 +11,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
+from src.callbacks.folders import checkpoint_folder
 from src.checkpoints.saving import SaveFailed
 from src.disk.durable import point, remove, remove_leftovers
 from src.errors import UserError
 
-FOLDER = "checkpoints"
 LAST = "last.ckpt"
-
-
-def checkpoint_folder(root: str | Path) -> Path:
-    return Path(root) / FOLDER
 
 
 def step_of(path: Path, suffix: str = ".ckpt") -> int:

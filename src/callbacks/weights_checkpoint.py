@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from typing_extensions import override
 
+from src.callbacks.folders import weights_folder
 from src.checkpoints.export import OtherRankFailed
 from src.disk.durable import INCOMPLETE, remove
 from src.errors import UserError
@@ -20,7 +21,6 @@ from .step_checkpoint import superseded
 
 log = logging.getLogger(__name__)
 
-FOLDER = "weights"
 MAX_SHARD_SIZE = "5GB"  # 274 files for DeepSeek-V3, so that 256 ranks have one each
 
 
@@ -99,10 +99,6 @@ def _of_all_ranks(trainer: pl.Trainer, error: str | None) -> list[str]:
     errors: list[str | None] = [None] * trainer.world_size
     dist.all_gather_object(errors, error)
     return list(dict.fromkeys(text for text in errors if text is not None))
-
-
-def weights_folder(root: str | Path) -> Path:
-    return Path(root) / FOLDER
 
 
 def _remove_leftovers(folder: Path) -> None:

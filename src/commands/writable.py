@@ -4,9 +4,8 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from src.callbacks.step_checkpoint import checkpoint_folder
-from src.callbacks.weights_checkpoint import weights_folder
-from src.datamodules.cache import default_cache_dir
+from src.callbacks.folders import checkpoint_folder, weights_folder
+from src.datamodules.files import default_cache_dir
 from src.disk.space import Room, try_to_write
 from src.errors import UserError
 

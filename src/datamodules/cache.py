@@ -5,7 +5,6 @@ files' bytes, which are read for it each time, the tokenizer with its template, 
 goes stale.
 """
 
-import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from src.disk.json_file import read_object
 from src.errors import UserError
 
 from .cache_build import BUILDING, FEATURES, SKIPPED, CacheBuild
+from .files import default_cache_dir
 from .tokenization import Report, TokenizeOptions
 
 
@@ -91,10 +91,6 @@ class TokenCache:
     def source(self, index: int) -> str:
         """The row that a sample comes from, "file:row"."""
         return f"{self.paths[self.files[index]]}:{self.file_rows[index]}"
-
-
-def default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-sft"
 
 
 def open_or_build(

@@ -132,3 +132,7 @@ def digest(path: str) -> str:
     with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
         pieces = pool.map(piece, range(0, size, _PIECE))
         return hashlib.sha256(b"".join([size.to_bytes(8, "little"), *pieces])).hexdigest()
+
+
+def default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-sft"
