@@ -52,6 +52,7 @@ def main(root: Path = Path("runs/example"), max_steps: int = -1) -> None:
         ],
     )
     trainer.fit(module, data)
+    trainer.validate(module, data)
     if trainer.is_global_zero:
         model = AutoModelForCausalLM.from_pretrained(root / "hf")
         print(f"{root / 'hf'}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters in transformers")

@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader
 
 from src.commands.one_line import shown
+from src.commands.options import STRATEGY_CLASS, STRATEGY_NAMES
 from src.errors import UserError
 
 Tree = dict[str, Any]
@@ -70,6 +71,9 @@ def read_config(
             raise UserError(f"{path}: config is {base!r}; it must be the path of a file, or a list of them.")
         read_config(file.parent / Path(base).expanduser(), settings, read, (*readers, file))
     own = nested(content)
+    trainer = own.get("trainer")
+    if isinstance(trainer, dict) and trainer.get("strategy") in STRATEGY_NAMES:
+        trainer["strategy"] = {"class_path": STRATEGY_CLASS}
     if read is not None:
         read.append((shown(file), own))
     return merge(settings, own)

@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from src.commands.config_files import ConfigFile
 from src.commands.help_text import CONFIG, help_text
 from src.commands.one_line import OneLineParser
-from src.commands.options import OWN, STRATEGY, STRATEGY_CLASS, Option, add, options_of
+from src.commands.options import OWN, STRATEGY, STRATEGY_CLASS, STRATEGY_NAMES, Option, add, options_of
 from src.commands.ranges import CHOICES, check_ranges
 from src.errors import UserError
 
@@ -103,7 +103,7 @@ def _is_plain(option: Option, value: str) -> bool:
 
 
 def _ours(strategy: dict[str, Any]) -> bool:
-    return strategy.get("class_path", STRATEGY_CLASS) in (STRATEGY_CLASS, STRATEGY_CLASS.rpartition(".")[2])
+    return strategy.get("class_path", STRATEGY_CLASS) in STRATEGY_NAMES
 
 
 def read(command: str, args: Sequence[str]) -> tuple[EarlyParser, Namespace | None]:

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 STRATEGY = "trainer.strategy.init_args."
 STRATEGY_CLASS = "src.strategies.DeepSpeedSPStrategy"
+STRATEGY_NAMES = (STRATEGY_CLASS, STRATEGY_CLASS.rpartition(".")[2])  # a class named as text, as Lightning's may be
 
 
 class Option(NamedTuple):

@@ -7,10 +7,24 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from src.commands.one_line import OneLineParser
+from src.commands.options import STRATEGY_NAMES
 from src.commands.ranges import CHOICES
 
 PRINT_CONFIG = "--print_config"
 SHARED = ("seed_everything", "ckpt_path", "weights_only")  # by all commands, and in no group
+
+
+def _without_own_strategy(args: Sequence[str]) -> list[str]:
+    """The arguments but `--trainer.strategy` with our own class as text, which is the default anyway."""
+    kept, at = list[str](), 0
+    while at < len(args):
+        name, equals, value = args[at].partition("=")
+        value = value if equals else "".join(args[at + 1 : at + 2])
+        ours = name == "--trainer.strategy" and value in STRATEGY_NAMES
+        if not ours:
+            kept.append(args[at])
+        at += 2 if ours and not equals else 1
+    return kept
 
 
 class Parser(OneLineParser, LightningArgumentParser):
@@ -22,7 +36,7 @@ class Parser(OneLineParser, LightningArgumentParser):
         self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any
     ) -> Namespace:
         if args is not None:  # jsonargparse would print once the next file is read, without what follows
-            args = sorted(args, key=lambda arg: arg.startswith(PRINT_CONFIG))
+            args = sorted(_without_own_strategy(args), key=lambda arg: arg.startswith(PRINT_CONFIG))
         return super().parse_args(args, *others, **kwargs)
 
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:

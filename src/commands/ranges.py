@@ -206,7 +206,7 @@ def _check_together(config: Namespace) -> None:
     if not isinstance(trainer.strategy, Namespace) or not _is_ours(chosen):
         raise UserError(
             f"trainer.strategy is {chosen}, which cannot hold this model; leave it out, or give "
-            "class_path: src.strategies.DeepSpeedSPStrategy with its init_args."
+            "src.strategies.DeepSpeedSPStrategy."
         )
     options = trainer.strategy.init_args
     check_stage(options.stage, str(trainer.precision))

@@ -157,3 +157,12 @@ def test_the_ten_lines_of_the_docs(tmp_path: Path) -> None:
     assert named.keys() == TRAINER_DEFAULTS.keys()
     for name, value in TRAINER_DEFAULTS.items():
         assert named[name].rstrip(".") == (value["class_path"] if name == "strategy" else str(value))
+
+
+@pytest.mark.parametrize("name", ["src.strategies.DeepSpeedSPStrategy", "DeepSpeedSPStrategy"])
+def test_the_strategy_may_be_named_as_text(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"config: {ROOT}/configs/tiny_cpu.yaml\ntrainer: {{strategy: {name}}}\n")
+    expected = Parse(["--config", str(ROOT / "configs/tiny_cpu.yaml"), "--trainer.strategy.stage=1"]).config
+    asked = ["--trainer.strategy", name, "--trainer.strategy.stage=1", f"--trainer.strategy={name}"]
+    assert Parse(["--config", str(file), *asked]).config.trainer.strategy == expected.trainer.strategy
