@@ -224,12 +224,12 @@ def _measure_host_optimizer(report: Report, settings: Namespace, device: torch.d
         prepare_builds()
         return measure.host_optimizer(device)
 
-    measure: Callable[[], float] | None = None
+    adam_rate: Callable[[], float] | None = None
     if _all_agree(planned is not None and planned.offload_optimizer):
-        measure = _try(report, "the optimizer on the host (DeepSpeedCPUAdam)", build)
+        adam_rate = _try(report, "the optimizer on the host (DeepSpeedCPUAdam)", build)
         report.problems += node.one_thread(device.type == "cuda")
-    if _all_agree(measure is not None) and measure is not None:
-        report.adam = measure()
+    if _all_agree(adam_rate is not None) and adam_rate is not None:
+        report.adam = adam_rate()
 
 
 def _all_agree(here: str | bool) -> bool:

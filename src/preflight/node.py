@@ -87,7 +87,7 @@ def gpu_problems(listing: list[list[str]], remapped: list[list[str]], wanted: in
     problems = []
     if len(listing) < wanted:
         problems.append(
-            f"{counted(len(listing), 'GPU')}, trainer.devices is {wanted}; one fell off the bus: drain the node"
+            f"{counted(len(listing), 'GPU')}, trainer.devices is {wanted}; some have fallen off the bus: drain the node"
         )
     for index, _, _, _, used, ecc, reasons, celsius in listing:
         if ecc.isdecimal() and int(ecc):
