@@ -116,23 +116,51 @@ BY_ROWS: list[tuple[str, dict[str, object]]] = [
 ]
 
 
-def table_by_rows() -> list[str]:
-    base = Settings(
-        read_sizes(MODEL, None, True), 32, 8, offload_optimizer=True, attention_output="offload", num_workers=4
-    )
+def _by_rows(changes: dict[str, object], experts_per_shard: int | None = None) -> Plan:
+    sizes = read_sizes(MODEL, experts_per_shard, True)
+    base = Settings(sizes, 32, 8, offload_optimizer=True, attention_output="offload", num_workers=4)
+    settings = base.but(**changes)
+    return make_plan(settings, Cluster(), Data(100_000, 100_000 * settings.max_length, 1, "100,000 full rows"))
+
+
+def table_by_rows(plans: list[Plan]) -> list[str]:
     lines = [
         "| rows per step | config | tokens per GPU and micro-step | GiB per GPU | host GiB per node | s per step "
         "| tokens/s per GPU |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for config, changes in BY_ROWS:
-        settings = base.but(**changes)
-        rows = Data(100_000, 100_000 * settings.max_length, 1, "100,000 full rows")
-        plan = make_plan(settings, Cluster(), rows)
+    for (config, _), plan in zip(BY_ROWS, plans, strict=True):
+        settings = plan.settings
         lines.append(
             f"| {settings.rows_per_step:,} | `{config}` | {settings.tokens:,} | {plan.device_total / GIB:.1f} | "
             f"{plan.host_total / GIB:,.0f} | {plan.time.step:.1f} ({plan.fastest:.0f} to {plan.slowest:.0f}) | "
             f"{plan.rate():.0f} |"
+        )
+    return lines
+
+
+# The fastest for as many rows as BY_ROWS has, with experts shared by a node's GPUs: experts_per_shard, and Settings.
+SHARED: list[tuple[int, dict[str, object]]] = [
+    (32, {"sp": 4, "offload_optimizer": False, "layer_input": "offload"}),
+    (16, {"sp": 2, "offload_optimizer": False, "layer_input": "offload"}),
+    (32, {"layer_input": "offload"}),
+    (32, {"layer_input": "offload", "accumulate": 2}),
+    (32, {"layer_input": "offload", "accumulate": 4}),
+]
+
+
+def table_shared(plans: list[Plan]) -> list[str]:
+    """What shared experts are predicted to gain beside `plans`, those of BY_ROWS."""
+    lines = [
+        "| rows per step | tokens/s per GPU, experts not shared | shared by 8 | GiB per GPU | host GiB per node |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for before, (shard, changes) in zip(plans, SHARED, strict=True):
+        after = _by_rows({"ep": 8, **changes}, shard)
+        assert before.settings.rows_per_step == after.settings.rows_per_step and before.fits and after.fits
+        lines.append(
+            f"| {before.settings.rows_per_step:,} | {before.rate():.0f} | {after.rate():.0f} | "
+            f"{after.device_total / GIB:.1f} | {after.host_total / GIB:,.0f} |"
         )
     return lines
 
@@ -152,8 +180,10 @@ HEAD = re.compile(r"^# plan: .*$", re.MULTILINE)
 
 
 def tables() -> dict[str, list[str]]:
+    by_rows = [_by_rows(changes) for _, changes in BY_ROWS]
     return {
-        "rows": table_by_rows(),
+        "rows": table_by_rows(by_rows),
+        "shared": table_shared(by_rows),
         "guide": guide_table(),
         "4k": table_4k(),
         "walkthrough": walkthrough(),

@@ -56,6 +56,12 @@ def remedies(trainer: pl.Trainer, pl_module: Any) -> list[Setting]:
     if shard > 1:
         smaller = max(n for n in range(1, shard) if shard % n == 0)
         changes.append(Setting("--model.experts_per_shard", shard, smaller, "smaller products and exchanges"))
+    ep = getattr(strategy, "expert_parallel_size", 1)
+    if ep > 1:
+        node = trainer.num_devices
+        smaller = max(n for n in range(1, ep) if ep % n == 0 and (node % n == 0 or n % node == 0))
+        cost = "fewer tokens received where routing is uneven, but more experts gathered"
+        changes.append(Setting(f"{STRATEGY}expert_parallel_size", ep, smaller, cost))
     return changes
 
 

@@ -42,11 +42,6 @@ class RehearseCLI(ConfigCommand):
             plan = plan_of(config, read_cluster(config.cluster) if config.cluster else Cluster())
         except UserError as error:
             self.parser.error(str(error))
-        if plan.settings.ep > 1:
-            self.parser.error(
-                f"trainer.strategy.init_args.expert_parallel_size is {plan.settings.ep}: the ranks that a rehearsal "
-                "makes up choose no experts; rehearse with 1"
-            )
         s, needed = plan.settings, alone(plan).host_total / plan.settings.gpus
         margin = (1 - Cluster().host_part) * psutil.virtual_memory().total  # the machine's own
         available = usable_memory() - margin
@@ -106,19 +101,20 @@ def rows_of(config: Namespace, settings: Settings) -> list[list[int]]:
 
 
 def alone(plan: Plan, gather: float | None = None) -> Plan:
-    """Without a save, loaders, and with a network of `gather` bytes a second."""
+    """Without a save, loaders, and with a network of `gather` bytes a second; experts' ranks have even rows."""
     cluster = plan.cluster
     if gather is not None:
         cluster = replace(cluster, nccl_inter_node_gb_s=gather / 1e9, nccl_intra_node_gb_s=gather / 1e9)
-    return make_plan(plan.settings.but(async_save=False, num_workers=0), cluster, plan.data)
+    return make_plan(plan.settings.but(async_save=False, num_workers=0, imbalance=1.0), cluster, plan.data)
 
 
 def report(plan: Plan, measured: Measured, lengths: list[list[int]]) -> str:
     s, planned = plan.settings, alone(plan, measured.gather)
+    shared = f", experts shared by {s.ep}" if s.ep > 1 else ""
     rows = []
     if measured.allocated:
         rows += [
-            ("GPU memory of tensors, GiB", f"{measured.allocated / GIB:.1f}", f"{plan.allocated / GIB:.1f}"),
+            ("GPU memory of tensors, GiB", f"{measured.allocated / GIB:.1f}", f"{planned.allocated / GIB:.1f}"),
             ("  with PyTorch's cache", f"{measured.reserved / GIB:.1f}", ""),
             ("  while setting up", f"{measured.set_up / GIB:.1f}", ""),
         ]
@@ -138,7 +134,7 @@ def report(plan: Plan, measured: Measured, lengths: list[list[int]]) -> str:
         rows.append(("the busiest expert's load", f"{measured.load:.1f} x", "1.0 x"))
     return "\n".join(
         [
-            f"rank 0 of {s.world} (DP {s.dp} x SP {s.sp}), everything but the network:",
+            f"rank 0 of {s.world} (DP {s.dp} x SP {s.sp}{shared}), everything but the network:",
             "",
             f"  {'':40}{'here':>10}{'planned':>10}",
             *(f"  {name:40}{here:>10}{there:>10}" for name, here, there in rows),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import combinations, product
 
+from src.models.deepseek_v3.sizes import auto_experts_per_shard
 from src.planner.account import host, states
 from src.planner.cluster import Cluster
 from src.planner.plan import Data, Plan, make_plan
@@ -26,18 +27,21 @@ def _with_shard(settings: Settings, experts: int) -> Settings:
 
 
 def _possible(settings: Settings, **changes: object) -> Settings | None:
-    """None where the numbers do not divide."""
+    """None where the numbers do not divide. Another ep has the shards that 'auto' takes with it."""
     experts = changes.pop("experts_per_shard", None)
     try:
         changed = settings.but(**changes)
     except ValueError:
         return None
+    sizes = changed.sizes
+    here = sizes.n_routed_experts // changed.ep
+    if experts is None and changed.ep != settings.ep:
+        experts = auto_experts_per_shard(here, sizes.hidden_size, sizes.moe_intermediate_size)
     if isinstance(experts, int):
-        here = settings.sizes.n_routed_experts // changed.ep
         if not 1 <= experts <= here or here % experts:
             return None
         changed = _with_shard(changed, experts)
-    if changed.offload_parameters and changed.stage != 3:
+    if (changed.offload_parameters or changed.ep > 1) and changed.stage != 3:
         return None
     return changed
 
@@ -114,10 +118,13 @@ def candidates(settings: Settings, nodes: Sequence[int] | None = None) -> list[S
     )  # fmt: skip
     # Batches by the tokens they give a GPU, which is what a step's time and memory depend on.
     batches = {sp: sorted({max(1, tokens * sp // s.max_length) for tokens in TOKENS}) for sp in (1, 2, 4, 8)}
+    shared = sorted({1, s.ep, s.gpus})
     grid = []
-    for n, sp, (optimizer, parameters), (output, layer) in product(nodes or [s.nodes], batches, offloads, kept):
+    for n, ep, sp, (optimizer, parameters), (output, layer) in product(
+        nodes or [s.nodes], shared, batches, offloads, kept
+    ):
         for batch in batches[sp]:
-            base = _possible(s, nodes=n, sp=sp, batch_size=batch, accumulate=1)
+            base = _possible(s, nodes=n, ep=ep, sp=sp, batch_size=batch, accumulate=1)
             if base is not None:
                 grid.append(
                     base.but(
@@ -155,7 +162,8 @@ def search(
     best: int = 10,
     nodes: Sequence[int] | None = None,
 ) -> list[Plan]:
-    """The fastest a GPU of the grid that fit, best first; shards of half the experts are tried where that is fast.
+    """The fastest a GPU of the grid that fit, best first; shards of half the experts, and half as many ranks that share
+    them, are tried where that is fast.
 
     Simulated on this process's cores, up to 16, by new processes: __main__ must be importable.
     """
@@ -169,6 +177,7 @@ def search(
 
         rated_best = fastest(grid)
         halves = [_possible(s, experts_per_shard=s.sizes.experts_per_shard // 2) for _, s in rated_best]
+        halves += [_possible(s, ep=s.ep // 2) for _, s in rated_best if s.ep > 2]
         rated_best += fastest([half for half in halves if half])
     plans = [make_plan(s, cluster, data, quick=True) for _, s in rated_best]
     return sorted(plans, key=lambda plan: -plan.rate())[:best]

@@ -5,6 +5,7 @@ from typing import Any
 
 from src.errors import UserError
 from src.models.deepseek_v3.sizes import Sizes
+from src.planner import rates
 from src.units import counted
 
 _POSITIVE = {  # field: its name in the config
@@ -18,6 +19,8 @@ _POSITIVE = {  # field: its name in the config
     "document": "document_length",
 }
 
+SHARD = "model.experts_per_shard"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -26,6 +29,7 @@ class Settings:
     gpus: of a node. rows: micro-batch of a data-parallel rank, batch_size packed rows of max_length tokens.
     document: tokens of a document, as far as attention's time goes. param_bytes: 2 in bf16, 4 in fp32.
     trained: part of the parameters that `freeze` leaves to be trained.
+    imbalance: where ranks share the experts, the busiest rank's rows over the mean.
     checkpoint_every: optimizer steps, 0 at the end only. weights_kept: `weights.keep`, 0 where none are saved.
     export: whether the end exports. uncounted: what the run spends time on that no plan counts.
 
@@ -60,6 +64,7 @@ class Settings:
     uncounted: tuple[str, ...] = ()
     cpu: bool = False
     ep: int = 1
+    imbalance: float = rates.IMBALANCE
 
     def __post_init__(self) -> None:
         for field, option in _POSITIVE.items():
@@ -117,20 +122,23 @@ class Settings:
     def arguments(self, asked: "Settings") -> str:
         """The command-line arguments that make `asked` these settings."""
         mine, theirs = self._varied(), asked._varied()
+        if self.ep != asked.ep:
+            theirs[SHARD] = "auto"  # maybe: then it is another number with another ep
         return " ".join(f"--{name} {value}" for name, value in mine.items() if value != theirs[name])
 
     def _varied(self) -> dict[str, str]:
         strategy = "trainer.strategy.init_args."
         values = {
             "trainer.num_nodes": self.nodes,
-            f"{strategy}sequence_parallel_size": self.sp,
+            _POSITIVE["sp"]: self.sp,
+            _POSITIVE["ep"]: self.ep,
             f"{strategy}offload_optimizer": self.offload_optimizer,
             f"{strategy}offload_parameters": self.offload_parameters,
             "data.batch_size": self.batch_size,
             "trainer.accumulate_grad_batches": self.accumulate,
             "model.attention_output": self.attention_output,
             "model.layer_input": self.layer_input,
-            "model.experts_per_shard": self.sizes.experts_per_shard,
+            SHARD: self.sizes.experts_per_shard,
         }
         return {name: str(value).lower() for name, value in values.items()}
 
@@ -138,8 +146,9 @@ class Settings:
         """What the search varies, for people."""
         offload = "optimizer" if self.offload_optimizer else "nothing"
         offload = "optimizer and parameters" if self.offload_parameters else offload
+        groups = f"SP {self.sp}, EP {self.ep}" if self.ep > 1 else f"SP {self.sp}"
         return (
-            f"{counted(self.nodes, 'node')}, SP {self.sp}, batch {self.batch_size}, accumulate {self.accumulate}, "
+            f"{counted(self.nodes, 'node')}, {groups}, batch {self.batch_size}, accumulate {self.accumulate}, "
             f"offload {offload}, attention_output {self.attention_output}, layer_input {self.layer_input}, "
             f"experts_per_shard {self.sizes.experts_per_shard}"
         )

@@ -83,7 +83,7 @@ class Work:
 
     @property
     def imbalance(self) -> float:
-        return rates.IMBALANCE if self.settings.ep > 1 else 1.0
+        return self.settings.imbalance if self.settings.ep > 1 else 1.0
 
     @property
     def reach(self) -> float:

@@ -1,8 +1,10 @@
 """A process group of any size with one process: what the other ranks would send is made from this rank's own tensors.
 
 A gather gives every rank's place this rank's part, moved on by as many elements as the rank's number: values of the
-right size and spread, and routers whose rows differ. Sums are of this rank alone. All else is as over a network: sizes,
-buffers, and the stream that a collective is started on, which `wait` makes the current one wait for.
+right size and spread, and routers whose rows differ. Sums are of this rank alone. An exchange returns its input, as if
+every rank sent to this one what this one sends to it: parts may be of any size, and where ranks share the experts, this
+rank receives as many rows as it sends, which is the mean of all ranks, for experts that it has. All else is as over a
+network: sizes, buffers, and the stream that a collective is started on, which `wait` makes the current one wait for.
 """
 
 # mypy: disable-error-code="override,assignment"
@@ -106,8 +108,8 @@ class LoopbackGroup(dist.ProcessGroup):
     def alltoall_base(
         self, output: Tensor, input: Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int], opts: Any = None
     ) -> Work:
-        if output_sizes and list(output_sizes) != list(input_sizes):
-            raise NotImplementedError("parts of different sizes")
+        if list(output_sizes) != list(input_sizes):
+            raise NotImplementedError("another number of rows from a rank than to it")
         output.copy_(input)
         return _Done([output])
 

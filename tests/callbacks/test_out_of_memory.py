@@ -78,3 +78,14 @@ def test_remedies_come_by_cost_and_are_of_what_can_change() -> None:
     strategy.offloads_optimizer, trainer.datamodule.batch_size, trainer.world_size = True, 1, 4
     found = remedies(trainer, module(layer_input="offload", attention_output="offload", activation_checkpointing=True))
     assert [s.option for s in found] == ["--model.experts_per_shard"]
+
+
+@pytest.mark.parametrize(("ep", "node", "less"), [(8, 8, 4), (2, 8, 1), (24, 8, 8), (16, 8, 8), (6, 6, 3)])
+def test_fewer_ranks_share_experts_of_which_tokens_arrive(ep: int, node: int, less: int) -> None:
+    strategy = SimpleNamespace(offloads_optimizer=True, expert_parallel_size=ep)
+    trainer: Any = SimpleNamespace(strategy=strategy, num_devices=node, world_size=48)
+    found = remedies(trainer, module(layer_input="offload", attention_output="offload"))
+    assert [(s.option.rpartition(".")[2], s.less) for s in found] == [
+        ("experts_per_shard", 16),
+        ("expert_parallel_size", less),
+    ]

@@ -1,6 +1,7 @@
 """The command: verdicts, exit codes, JSON, files, and errors."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -142,16 +143,31 @@ def test_the_grid_keeps_the_rows_of_a_step_and_is_valid() -> None:
     assert {settings.nodes for settings in grid} == {32}  # those that are asked for
     assert {settings.nodes for settings in candidates(guide(sp=4, batch_size=2), [16, 64])} == {16, 64}
     assert all(256 <= settings.rows_per_step <= 1024 for settings in grid)
+    assert Counter(settings.ep for settings in grid) == {1: len(grid) // 2, 8: len(grid) // 2}
+    assert {settings.ep for settings in candidates(guide(ep=4))} == {1, 4, 8}
+    assert {settings.ep for settings in candidates(guide(gpus=6))} == {1}  # 6 do not divide 256 experts
+    assert {settings.ep for settings in candidates(guide(stage=2))} == {1}
 
 
-def test_what_the_search_prints_can_be_pasted() -> None:
+@pytest.mark.parametrize(
+    ("config", "step"),
+    [
+        (["--config", CONFIG], 173),
+        (["--config", "configs/1n_moonlight.yaml"], 79),  # shards of 64 experts, of 8 where eight GPUs share them
+        (["--config", "configs/1n_moonlight.yaml", "--trainer.strategy.expert_parallel_size=8"], 97),
+    ],
+)
+def test_what_the_search_prints_can_be_pasted(config: list[str], step: int) -> None:
     """Each line of arguments makes the config the settings that it stands for; read by the command itself."""
     from src.planner.search import candidates
 
-    command = Quiet(["--config", CONFIG])
+    command = Quiet(config)
     asked = command.plan.settings
-    for found in candidates(asked, [32, 16])[::97]:
-        again = Quiet(["--config", CONFIG, *found.arguments(asked).split()]).plan.settings
+    chosen = candidates(asked, [asked.nodes, 16])[::step]
+    assert {settings.ep for settings in chosen} == {1, 8}
+    for found in chosen:
+        again = Quiet([*config, *found.arguments(asked).split()]).plan.settings
+        assert again.sizes == found.sizes
         assert again.arguments(found) == "" and again.rows_per_step == found.rows_per_step
     assert asked.arguments(asked) == ""
     shown = search_text([command.plan], asked).splitlines()

@@ -126,7 +126,6 @@ ONE = ["--trainer.devices=1", "--trainer.strategy.init_args.sequence_parallel_si
         (["fit", "--config", TINY, f"{EP}=2", "--trainer.strategy.stage=2"], "expert_parallel_size above 1 needs ZeRO"),
         (["fit", "--config", TINY, f"{EP}=3", "--trainer.devices=6"], "the 16 experts of a layer. It may be 1, 2."),
         (["plan", "--config", TINY, f"{EP}=3"], "expert_parallel_size 3 must divide 2 processes, 16 experts and the 2"),
-        (["rehearse", "--config", TINY, f"{EP}=2"], "expert_parallel_size is 2: the ranks that a rehearsal makes up"),
         (["plan", "--config", TINY, "--expalin"], "did you mean --explain?"),
         (["export", "--ckpt=x", "--ot=y"], "did you mean --out?"),
         (["verify", "--model=/none"], "/none"),

@@ -1,6 +1,7 @@
 """Experts shared by ranks give each token what all experts in one process give it. Ranks are threads here."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -134,3 +135,26 @@ def test_rows_beyond_a_ranks_share_go_through_in_pieces(monkeypatch: pytest.Monk
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: run(job[0], *job[1]), zip(made, parts, strict=True)))
     assert seen == [48, 48]  # of 32 tokens with 3 experts on the first rank, and none on the second
+
+
+def test_what_is_received_is_released_before_the_rows_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    member, made = Threads(1).member(0), experts()
+    exchange, sum_rows = member.exchange, module.sum_rows
+
+    def watched(rows: Tensor, sent: list[int], sizes: list[int]) -> Tensor:
+        out = exchange(rows, sent, sizes)
+        if out.shape[-1] == H:
+            received.append(weakref.ref(out))
+        return out
+
+    def counted(*args: Any) -> Tensor:
+        alive.append(sum(tensor() is not None for tensor in received))
+        return sum_rows(*args)
+
+    monkeypatch.setattr(member, "exchange", watched)
+    monkeypatch.setattr(module, "sum_rows", counted)
+    made.share(member)
+    run(made, *next(batch([6], anyhow, torch.float32)))
+    assert len(received) == 4 and alive[0] == 0  # tokens; then outputs, tokens with gradients, gradients

@@ -60,15 +60,31 @@ def held(module: SFTModule) -> int:
     return sum(p.ds_tensor.numel() for p in module.parameters() if hasattr(p, "ds_tensor"))
 
 
-def trainer_arguments(sp: int, offload: bool) -> dict[str, Any]:
-    strategy = DeepSpeedSPStrategy(sequence_parallel_size=sp, offload_optimizer=offload, offload_parameters=offload)
+class Even(SFTModule):
+    """Every token's experts are 0, 4 and 5, whatever its affinities: ranks that share them get as many rows each."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        for name, bias in self.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias[[0, 4, 5]] = torch.tensor([30.0, 20.0, 10.0])
+
+
+def module_for(ep: int, directory: str) -> SFTModule:
+    return (Even if ep > 1 else SFTModule)(directory, **SETTINGS)
+
+
+def trainer_arguments(sp: int, offload: bool, ep: int = 1) -> dict[str, Any]:
+    strategy = DeepSpeedSPStrategy(
+        sequence_parallel_size=sp, expert_parallel_size=ep, offload_optimizer=offload, offload_parameters=offload
+    )
     return {"accelerator": "cpu", "precision": "32-true", "gradient_clip_val": 1.0, "strategy": strategy}
 
 
-def real(job: Job, directory: str, offload: bool) -> tuple[list[Any], int]:
-    calls, module = recorded(), SFTModule(directory, **SETTINGS)
+def real(job: Job, directory: str, offload: bool, ep: int) -> tuple[list[Any], int]:
+    calls, module = recorded(), module_for(ep, directory)
     trainer = pl.Trainer(
-        **trainer_arguments(job.sp, offload),
+        **trainer_arguments(job.sp, offload, ep),
         devices=job.world,
         max_steps=2,
         accumulate_grad_batches=job.accumulate,
@@ -83,17 +99,17 @@ def real(job: Job, directory: str, offload: bool) -> tuple[list[Any], int]:
     return calls, held(module)
 
 
-def rehearsed(job: Job, directory: str, offload: bool) -> tuple[list[Any], int, Measured]:
-    calls, module = recorded(), SFTModule(directory, **SETTINGS)
-    measured = rehearse(job, module, 2, [], **trainer_arguments(job.sp, offload))
+def rehearsed(job: Job, directory: str, offload: bool, ep: int) -> tuple[list[Any], int, Measured]:
+    calls, module = recorded(), module_for(ep, directory)
+    measured = rehearse(job, module, 2, [], **trainer_arguments(job.sp, offload, ep))
     return calls, held(module), measured
 
 
-@pytest.mark.parametrize(("sp", "offload"), [(2, False), (1, True)])
-def test_it_is_the_jobs_first_rank(sp: int, offload: bool, directory: str) -> None:
+@pytest.mark.parametrize(("sp", "offload", "ep"), [(2, False, 1), (1, True, 1), (4, False, 2), (1, True, 2)])
+def test_it_is_the_jobs_first_rank(sp: int, offload: bool, ep: int, directory: str) -> None:
     job = Job(world=4, sp=sp, batch_size=2, accumulate=2, rows=[[16, 8], [4], [10]], vocab=DEEPSEEK_V3["vocab_size"])
-    calls, elements = run_distributed(real, 4, job, directory, offload)[0]
-    ours, ours_elements, measured = run_distributed(rehearsed, 1, job, directory, offload)[0]
+    calls, elements = run_distributed(real, 4, job, directory, offload, ep)[0]
+    ours, ours_elements, measured = run_distributed(rehearsed, 1, job, directory, offload, ep)[0]
     assert ours_elements == elements > 0
     assert ours == calls and {"all_gather_into_tensor", "all_reduce"} <= {name for name, *_ in calls}
     assert [len(step) for step in measured.micro_steps] == [2] and len(measured.losses) == 2
@@ -163,19 +179,22 @@ def test_other_ranks_parts_are_its_own_moved_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "length", "said"),
-    [("full", 32, "32 tokens"), ("spread", 32, "4 to 32 tokens"), ("data", 256, r"\d+ to 256 tokens")],
+    ("rows", "length", "ep", "said"),
+    [("full", 32, 1, "32 tokens"), ("spread", 32, 2, "4 to 32 tokens"), ("data", 256, 1, r"\d+ to 256 tokens")],
 )
-def test_the_command(rows: str, length: int, said: str, tmp_path: Path) -> None:
+def test_the_command(rows: str, length: int, ep: int, said: str, tmp_path: Path) -> None:
     config = ["--config", "configs/tiny_cpu.yaml", "--trainer.default_root_dir", str(tmp_path / "run")]
     job = [
         "--trainer.num_nodes=128",
         "--trainer.accumulate_grad_batches=2",
         f"--data.max_length={length}",
         f"--rows={rows}",
+        f"--trainer.strategy.expert_parallel_size={ep}",
     ]
     result = start_afresh("rehearse", *config, *job)
-    assert "rank 0 of 256 (DP 128 x SP 2), everything but the network:" in result.stdout
+    shared = ", experts shared by 2" if ep == 2 else ""
+    assert f"rank 0 of 256 (DP 128 x SP 2{shared}), everything but the network:" in result.stdout
+    assert "of a node: computation waits" not in result.stderr
     for row in ("a micro-step, s", "the last and the optimizer, s", "host memory, GiB", "the busiest expert's load"):
         assert row in result.stdout
     assert "Gathers are copies at " in result.stdout

@@ -104,22 +104,25 @@ class Journey:
 
 
 class Send(Function):
-    """Tokens [T, H] and their experts' weights [T, K] -> what is received of all ranks, [R, H] and [R, K]."""
+    """Tokens [T, H] and their experts' weights [T, K] -> what is received of all ranks, [R, H] and [R, K].
+
+    The tokens go to `channel.x`, so that nothing else holds them, and on to autograd as a handle.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, journey: Journey) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weights: Tensor, journey: Journey, channel: Any) -> tuple[Tensor, Tensor]:
         ctx.journey = journey
+        if not recomputing():
+            channel.x = journey.go(x[journey.tokens])
         weights = journey.weights.clone()
-        if recomputing():
-            return placeholder(x, len(weights), x.shape[1]), weights
-        return journey.go(x[journey.tokens]), weights
+        return placeholder(x, len(weights), x.shape[1]), weights
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
         journey: Journey = ctx.journey
         grad_x, back = journey.come_together(grad), journey.come(grad_weights)
         rows = journey.slots.gather(1, journey.ranks)  # [T, K], where each expert's weight came back
-        return grad_x, back.gather(0, rows), None
+        return grad_x, back.gather(0, rows), None, None
 
 
 class Return(Function):

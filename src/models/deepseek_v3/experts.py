@@ -176,7 +176,10 @@ class ExpertShard(nn.Module):
 
 
 class _Dispatch(Function):
-    """A handle and the routing weights of each shard's rows; the backward sums each token's K rows."""
+    """A handle and the routing weights of each shard's rows; the backward sums each token's K rows.
+
+    x: the tokens, or a handle of those that the channel has already.
+    """
 
     @staticmethod
     def forward(
@@ -185,7 +188,7 @@ class _Dispatch(Function):
         ctx.save_for_backward(route.slots, route.parts)
         ctx.channel = channel
         if not recomputing():
-            channel.open(x)
+            channel.open(x if channel.x is None else channel.x)
         return *(placeholder(x, size, x.shape[1]) for size in sizes), *weights.reshape(-1)[route.order].split(sizes)
 
     @staticmethod
@@ -254,8 +257,8 @@ class Experts(nn.ModuleDict):
             return self._run(x, weights, way, _Channel(), x.detach())
         way.settle(weights.detach())
         channel = _Channel(way.piece, spare=True)
-        received, of_received = Send.apply(x, weights, way)
-        out = self._run(received, of_received, way.local, channel, None)
+        handle, of_received = Send.apply(x, weights, way, channel)
+        out = self._run(handle, of_received, way.local, channel, None)
         return Return.apply(out, x.detach(), way, channel)
 
     def _run(self, x: Tensor, weights: Tensor, route: Route, channel: _Channel, kept: Tensor | None) -> Tensor:
