@@ -19,6 +19,8 @@ FIT = (
     Option('trainer.strategy.init_args.offload_parameters', bool, False, "keep the parameters' partitions in host memory (stage 3)."),
     Option('trainer.strategy.init_args.pin_memory', bool, True, 'pin what is offloaded, for copies beside the computation; without CUDA nothing is.'),
     Option('trainer.strategy.init_args.contiguous_gradients', bool | None, None, 'copy gradients into a buffer before they are reduced. By default at stages 1 and 2; the reduction at stage 3 lays them out itself.'),
+    Option('trainer.strategy.init_args.reduce_dtype', Literal['fp32', 'bf16'], 'fp32', "bf16 sends experts' gradients between GPUs as they are and sums them in fp32, half the bytes (stage 3). Unless each node has one rank of an expert, each node's sum is rounded once."),
+    Option('trainer.strategy.init_args.reduce_node_size', int | None, None, 'processes of a node, as reduce_dtype bf16 takes them. null: LOCAL_WORLD_SIZE, or devices.'),
     Option('trainer.strategy.init_args.accelerator', None, None, '', classes=True),
     Option('trainer.strategy.init_args.zero_optimization', bool, True, 'Enable ZeRO optimization. This is compatible with either `precision="16-mixed"` or `precision="bf16-mixed"`.'),
     Option('trainer.strategy.init_args.remote_device', str | None, None, 'Device to instantiate the model on initially (`cpu` or `nvme`). Defaults to GPU.'),

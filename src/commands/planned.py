@@ -83,6 +83,7 @@ def settings_of(config: Namespace, cluster: Cluster) -> Settings:
         uncounted=_uncounted(config),
         cpu=trainer.accelerator == "cpu",
         ep=ep,
+        reduce_dtype=options.get("reduce_dtype", "fp32"),
     )
 
 

@@ -67,6 +67,7 @@ RANGES = {
     f"{STRATEGY}sequence_parallel_size": Range("[1, 4096]", "ranks that share a row"),
     f"{STRATEGY}expert_parallel_size": Range("[1, 4096]", "ranks that share a layer's experts"),
     f"{STRATEGY}stage": Range("[0, 3]", "ZeRO's stage; a real model needs 3"),
+    f"{STRATEGY}reduce_node_size": Range("[1, 65536]", "processes of a node"),
     f"{STRATEGY}params_buffer_count": Range("[1, 1e6]", "buffers for offloaded parameters"),
     f"{STRATEGY}params_buffer_size": Range("[1, 1e12]", "elements of a buffer"),
     f"{STRATEGY}max_in_cpu": Range("[0, 1e15]", "parameters kept in host memory"),

@@ -58,6 +58,8 @@ class RehearseCLI(ConfigCommand):
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // s.gpus))
         config.model.mtp_loss_weight = mtp_loss_weight(config.model)
         config.model.from_scratch = True  # random weights of this rank's part alone
+        if s.reduce_dtype == "bf16":  # this process is not a node's only one
+            trainer.strategy.init_args.reduce_node_size = s.gpus
         with errors_as_raised(self.parser):
             made = self.parser.instantiate_classes(config)
         job = Job(

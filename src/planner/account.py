@@ -82,8 +82,10 @@ def overhead(settings: Settings, nbytes: float) -> list[Line]:
         Line("CUDA context", CONTEXT, "assumed"),
     ]
     if settings.world > 1:
-        others = (settings.sp > 1) + 2 * (settings.ep > 1)
+        two = settings.halves and 1 < settings.holders_per_node < settings.holders
+        others = (settings.sp > 1) + 2 * (settings.ep > 1) + 2 * two
         shared = ", as much each of the two of shared experts" if settings.ep > 1 else ""
+        shared += ", of the two of reduce_dtype bf16" if two else ""
         why = f"assumed: {NCCL_WORLD / GIB} GiB the world's group, {NCCL_SP / GIB} GiB SP's{shared}"
         lines.append(Line("NCCL", NCCL_WORLD + others * NCCL_SP, why))
     return lines

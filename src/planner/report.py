@@ -53,13 +53,15 @@ def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
     add("  compute", t.streams[COMPUTE], f"{flops / 1e15:.2f}e15 {again}")
     bus, bandwidth = ("inter", c.nccl_inter_node_gb_s) if s.nodes > 1 else ("intra", c.nccl_intra_node_gb_s)
     sent = f"{t.schedule.gathered / 1e9:.0f}e9 weights x {s.param_bytes} bytes + {t.schedule.reduced / 1e9:.0f}e9 "
-    sent += f"gradients x 4 bytes, x {s.world - 1}/{s.world} = {network_bytes(s, t) / 1e12:.2f} TB"
+    halved = f" ({t.schedule.halved / 1e9:.0f}e9 of them, of experts, x 2 bytes)" if t.schedule.halved else ""
+    sent += f"gradients x 4 bytes{halved}, x {s.world - 1}/{s.world} = {network_bytes(s, t) / 1e12:.2f} TB"
     if s.ep > 1:
+        halves = ", whose gradients are x 2 bytes" if halved else ""
         done, part = t.schedule, f"x {s.world - 1}/{s.world}"
         sent = (
             f"{network_bytes(s, t) / 1e12:.2f} TB: {part} of {done.gathered / 1e9:.0f}e9 weights x "
             f"{s.param_bytes} bytes + {done.reduced / 1e9:.0f}e9 gradients x 4 bytes; x {s.holders - 1}/{s.holders} of "
-            f"{done.shared_gathered / 1e9:.0f}e9 and {done.shared_reduced / 1e9:.0f}e9 of shared experts, at "
+            f"{done.shared_gathered / 1e9:.0f}e9 and {done.shared_reduced / 1e9:.0f}e9 of shared experts{halves}, at "
             f"1/{min(s.ep, s.gpus)} of the rate between nodes"
         )
     add("  ZeRO's network", t.streams[GATHER], f"{sent} / {bandwidth:g} GB/s ({bus}-node)")

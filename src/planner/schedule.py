@@ -9,7 +9,8 @@ from src.planner.streams import HOST, Op
 @dataclass
 class Schedule:
     """forward_ops: how many of `ops` belong to the forward pass. gathered, reduced: elements through ZeRO, over all
-    ranks; shared_gathered, shared_reduced: of shared experts, over the ranks that have the same.
+    ranks; shared_gathered, shared_reduced: of shared experts, over the ranks that have the same. halved: of those
+    reduced, what travels in bf16.
 
     host: the host's last operation. stolen: seconds of casts and copies on the device since the computation last paid
     for them. paid: those that it has paid for.
@@ -22,6 +23,7 @@ class Schedule:
     reduced: float = 0.0
     shared_gathered: float = 0.0
     shared_reduced: float = 0.0
+    halved: float = 0.0
     host: int = -1
     stolen: float = 0.0
     paid: float = 0.0

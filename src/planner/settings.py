@@ -33,6 +33,8 @@ class Settings:
     checkpoint_every: optimizer steps, 0 at the end only. weights_kept: `weights.keep`, 0 where none are saved.
     export: whether the end exports. uncounted: what the run spends time on that no plan counts.
 
+    reduce_dtype: of experts' gradients between ranks, fp32 or bf16.
+
     Raises:
         ValueError: a number is not positive, or numbers do not divide.
     """
@@ -65,6 +67,7 @@ class Settings:
     cpu: bool = False
     ep: int = 1
     imbalance: float = rates.IMBALANCE
+    reduce_dtype: str = "fp32"
 
     def __post_init__(self) -> None:
         for field, option in _POSITIVE.items():
@@ -80,6 +83,8 @@ class Settings:
                 f"expert_parallel_size {self.ep} must divide {self.world} processes, {experts} experts and the {node} "
                 "GPUs of a node, or be whole nodes."
             )
+        if self.reduce_dtype == "bf16" and self.stage != 3:
+            raise UserError(f"reduce_dtype bf16 needs ZeRO stage 3, stage is {self.stage}: set reduce_dtype fp32.")
         heads = self.sizes.num_attention_heads
         if heads % self.sp:
             raise UserError(f"num_attention_heads {heads} is not a multiple of sequence_parallel_size {self.sp}.")
@@ -96,6 +101,16 @@ class Settings:
     def holders(self) -> int:
         """Ranks that have the same experts, over which ZeRO-3 partitions these."""
         return self.world // self.ep
+
+    @property
+    def halves(self) -> bool:
+        """Whether experts' gradients travel in bf16."""
+        return self.reduce_dtype == "bf16" and self.param_bytes == 2 and self.holders > 1
+
+    @property
+    def holders_per_node(self) -> int:
+        """Ranks of a node that have the same experts."""
+        return max(1, self.gpus // self.ep)
 
     @property
     def row_tokens(self) -> int:

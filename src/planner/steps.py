@@ -37,7 +37,7 @@ class Part(NamedTuple):
 class Visit:
     """One call of a module, or of its backward. Memory is by name, with the line of the account that it belongs to.
 
-    params: the weights that it uses, and their elements; shared: of experts that ranks share. parts: its work, one
+    params: the weights that it uses, and their elements; experts: of a shard of experts. parts: its work, one
     after the other. backward: its weights' gradients come out. syncs: the host waits for its end. host: seconds that
     the host needs besides those of its weights.
     takes: allocated before its weights are fetched. during: there until gradients come out; beside: until all are.
@@ -59,7 +59,7 @@ class Visit:
     stows: Mapping[str, float] = field(default_factory=dict)
     fetches: Mapping[str, Line] = field(default_factory=dict)
     awaits: tuple[str, ...] = ()
-    shared: bool = False
+    experts: bool = False
 
 
 def visits(settings: Settings, work: Work) -> Iterator[Visit]:
@@ -178,7 +178,7 @@ class _Layer:
         ]
         for shard, params in enumerate(self.shards):
             parts = self._shard_parts(shard, False)
-            calls.append(Visit(f"{self.name} shard {shard}", params, parts, host=HOST_SHARD, shared=s.ep > 1))
+            calls.append(Visit(f"{self.name} shard {shard}", params, parts, host=HOST_SHARD, experts=True))
         leaving = {f"{self.name} input": self.inputs.nbytes} if self.again and s.layer_input == "offload" else {}
         calls[-1] = replace(calls[-1], gives=("MLP", *leaving), stows=leaving)
         yield from calls
@@ -208,7 +208,7 @@ class _Layer:
                     during=Line(LAYER, *work.shard_activations()),
                     beside=Line(LAYER, *work.shard_backward()),
                     leaves={f"rows {shard}": Line(LAYER, *work.shard_gradient())},
-                    shared=self.settings.ep > 1,
+                    experts=True,
                 )
             )
         calls.append(

@@ -141,7 +141,8 @@ def network_bytes(settings: Settings, time: StepTime) -> float:
     """Of ZeRO, a micro-step: what a rank receives and sends."""
     done, b = time.schedule, settings.param_bytes
     whole = (settings.world - 1) / settings.world * (b * done.gathered + 4 * done.reduced)
-    return whole + (settings.holders - 1) / settings.holders * (b * done.shared_gathered + 4 * done.shared_reduced)
+    shared = (settings.holders - 1) / settings.holders * (b * done.shared_gathered + 4 * done.shared_reduced)
+    return whole + shared - 2 * done.halved * (settings.holders - 1) / settings.holders
 
 
 def busiest(time: StepTime) -> str:

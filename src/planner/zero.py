@@ -39,6 +39,21 @@ def collective_seconds(settings: Settings, cluster: Cluster, nbytes: float, shar
     return nbytes * (ranks - 1) / ranks / (bandwidth * 1e9) + latency
 
 
+def halved_seconds(settings: Settings, cluster: Cluster, elements: float) -> float:
+    """All-to-all of experts' gradients (`src/strategies/bf16_reduction.py`), at a gather's rates (assumed).
+
+    In two exchanges the pieces overlap: the longer one takes its whole time, the other that of one piece.
+    """
+    s, here = settings, settings.holders_per_node
+    if here in (1, s.holders):
+        return collective_seconds(s, cluster, 2 * elements, s.ep > 1)
+    nodes, latency = s.holders // here, rates.COLLECTIVE + rates.COLLECTIVE_RANK * here
+    within = latency + 2 * elements * (here - 1) / here / (cluster.nccl_intra_node_gb_s * 1e9)
+    between = rates.COLLECTIVE + (rates.COLLECTIVE_NODE + rates.COLLECTIVE_RANK) * nodes
+    between += 2 * elements * s.ep * (nodes - 1) / nodes / (cluster.nccl_inter_node_gb_s * 1e9)
+    return max(within, between) + min(within, between) / max(1, -(-elements // PIECE))
+
+
 @dataclass
 class _Group:
     """Parameters gathered by one collective; the small ones are copied out of a flat buffer, which their copy frees."""
@@ -71,7 +86,8 @@ class Zero:
         self._prefetch_size = limits["stage3_prefetch_bucket_size"]
         self._max_live = limits["stage3_max_live_parameters"]
         self._alone = settings.world == 1
-        self._shared = {name for visit in order if visit.shared for name in visit.params}
+        self._experts = {name for visit in order if visit.experts for name in visit.params}
+        self._shared = self._experts if settings.ep > 1 else set[str]()
         self._aliased = (self._alone and not settings.offload_parameters) or settings.stage < 3
         self._queue = deque((name, size, i) for i, visit in enumerate(order) for name, size in visit.params.items())
         self._step = 0
@@ -232,13 +248,17 @@ class Zero:
         made = (*{op for _, _, op in self._bucket}, *self._reductions[-1:], self.schedule.host)
         ranks = self._ranks(first)
         own = 4 * n / ranks
-        # Cast, division and layout by rank in one pass; of a gradient in pieces all but the first beside the reduction.
+        # Cast, division and layout by rank in one pass, or layout and sum in bf16: as many bytes. Of a gradient in
+        # pieces all but the first beside the reduction.
         cast = (settings.param_bytes + 4) / cluster.copy
         begun = min(n, PIECE) if self._in_pieces(n) else n
         last = add(CAST, cast * begun, f"cast gradient of {first}", *made)
         self.schedule.stolen += cast * n + (0 if settings.offload_optimizer else 3 * own / cluster.copy)
+        half = self._half()
         if ranks > 1:
-            last = add(REDUCE, self._collective({first: n}, 4), f"reduce gradient of {first}", last)
+            seconds = halved_seconds(settings, cluster, half) if half else 0.0
+            seconds += self._collective({first: n - half}, 4) if n > half else 0.0
+            last = add(REDUCE, seconds, f"reduce gradient of {first}", last)
         accumulated = f"accumulated gradient of {first}"
         if settings.offload_optimizer:
             # The accumulated gradient is in host memory: fetched, added to and put back, and once more at the end.
@@ -251,13 +271,20 @@ class Zero:
             self.ledger.give(f"d {name}")
         self._reductions.append(last)
         self._bucket = []
+        self.schedule.halved += half
         if first in self._shared:
             self.schedule.shared_reduced += n
         else:
             self.schedule.reduced += n
 
     def _in_pieces(self, n: int) -> bool:
-        return len(self._bucket) == 1 and reduced_in_pieces(n, self._ranks(self._bucket[0][0]))
+        if len(self._bucket) > 1:
+            return False
+        return n > PIECE if self._half() else reduced_in_pieces(n, self._ranks(self._bucket[0][0]))
+
+    def _half(self) -> int:
+        """Elements of the bucket that travel in bf16."""
+        return sum(m for name, m, _ in self._bucket if name in self._experts) if self.settings.halves else 0
 
     def _copies_of_a_bucket(self, n: int, first: str) -> Line:
         """What its reduction allocates: its elements in fp32, or two pieces of them and this rank's part."""
@@ -268,6 +295,12 @@ class Zero:
         if self._in_pieces(n):
             nbytes = 4.0 * (2 * PIECE + n / self._ranks(first))
             why = f"fp32 copies of the gradient of {first}: two pieces of {PIECE / 1e6:.0f}e6 elements x 4 bytes"
+        if half := self._half():
+            piece = min(half, PIECE) if self._in_pieces(n) else half
+            here = settings.holders_per_node if 1 < settings.holders_per_node < settings.holders else 0
+            sums = 12 * piece / here if here else 0  # a node's sum in fp32 and bf16, two pieces on their way between
+            nbytes = 4 * min(half, 2 * piece) + sums + 4 * (n - half + half / settings.holders)
+            why = f"gradient of {first}: {min(half, 2 * piece) / 1e6:.0f}e6 elements x 2 bytes, sent and received"
         if settings.offload_optimizer:  # the accumulated gradient comes to the device, and its norm is taken in fp64
             largest = max(m for _, m, _ in self._bucket) / self._ranks(first)
             nbytes += 4 * largest + 8 * min(largest, NORM_ELEMENTS)

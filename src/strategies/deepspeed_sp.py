@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import deepspeed
 import lightning.pytorch as pl
@@ -27,13 +27,15 @@ from typing_extensions import override
 
 from src.checkpoints.zero_reader import ZeroCheckpointSource
 from src.errors import UserError
-from src.models.deepseek_v3 import DeepseekV3ForCausalLM, SequenceParallelGroup, SingleProcess
+from src.models.deepseek_v3 import DeepseekV3ForCausalLM, ExpertShard, SequenceParallelGroup, SingleProcess
 from src.weights.hf_reader import HFDirectorySource
 from src.weights.key_map import PerExpert
 from src.weights.load import load
 from src.weights.random_source import RandomSource
 from src.weights.source import WeightSource
 
+from . import bf16_reduction
+from .bf16_reduction import BF16Reduction
 from .checkpointing import CheckpointingStrategy
 from .early_ranks import release
 from .expert_parallel import ProcessGroupEP, check_zero, make_groups
@@ -99,6 +101,9 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         pin_memory: pin what is offloaded, for copies beside the computation; without CUDA nothing is.
         contiguous_gradients: copy gradients into a buffer before they are reduced. By default at stages 1 and 2; the
             reduction at stage 3 lays them out itself.
+        reduce_dtype: bf16 sends experts' gradients between GPUs as they are and sums them in fp32, half the bytes
+            (stage 3). Unless each node has one rank of an expert, each node's sum is rounded once.
+        reduce_node_size: processes of a node, as reduce_dtype bf16 takes them. null: LOCAL_WORLD_SIZE, or devices.
         kwargs: as Lightning's DeepSpeedStrategy.
 
     Raises:
@@ -115,6 +120,8 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         offload_parameters: bool = False,
         pin_memory: bool = True,
         contiguous_gradients: bool | None = None,
+        reduce_dtype: Literal["fp32", "bf16"] = "fp32",
+        reduce_node_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         if offload_parameters and stage != 3:
@@ -134,6 +141,11 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         self.ep_group: ProcessGroupEP | None = None
         if expert_parallel_size > 1:
             check_zero(self._zero)
+        self.reduce_dtype, self.reduce_node_size = reduce_dtype, reduce_node_size
+        self._reduce_groups: list[dist.ProcessGroup] = []
+        if reduce_dtype == "bf16":
+            assert isinstance(self.config, dict)
+            bf16_reduction.check_zero(self.config)
         self._rounding = NEAREST
         self._lower_halves: dict[str, Tensor] = {}  # of what was loaded, for the masters that are not there yet
 
@@ -173,7 +185,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
             self.sequence_parallel_size,
             self.global_rank,
             self.expert_parallel_size,
-            self.num_processes,
+            self.num_processes if self.reduce_dtype == "fp32" else self._node_size,
         )
         with redirect_stdout(io.StringIO()):  # each rank would print that an operator is built
             self._init_deepspeed_distributed()
@@ -183,12 +195,20 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
             self.sp_group = ProcessGroupSP(group)
         if self.dims.ep > 1:
             self.ep_group = make_groups(self.dims, self._timeout)
+        if self.reduce_dtype == "bf16":
+            same = dist.group.WORLD if self.ep_group is None else self.ep_group.same
+            assert same is not None
+            self._reduce_groups = bf16_reduction.make_groups(self.dims, same, self._timeout)
         if self.dims.leaves_node:
             rank_zero_warn(
                 f"expert_parallel_size {self.dims.ep} is more than the {self.num_processes} processes of a node: "
                 "computation waits for tokens that travel between nodes"
             )
         self.agree_on_checkpoint()
+
+    @property
+    def _node_size(self) -> int:
+        return self.reduce_node_size or int(os.environ.get("LOCAL_WORLD_SIZE", self.num_processes))
 
     def _check_threads(self) -> None:
         """DeepSpeedCPUAdam works with OpenMP's threads; torchrun gives each process one unless told otherwise."""
@@ -314,14 +334,20 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
                 lr_scheduler=lr_scheduler,
                 dist_init_required=False,
             )
-        reduce_by_one_view(engine.optimizer)
         assert self.lightning_module is not None
         trained = cast(nn.Module, self.lightning_module.model)
+        reduce_by_one_view(engine.optimizer, self._halved(trained))
         # Before the moments on the host: what the load has kept is gone when they come.
         complete(engine, trained, self._lower_halves, self._rounding)
         step_in_pieces(engine.optimizer, round_after_steps(engine, trained, self._rounding))
         self._save_through(engine)
         return engine, deepspeed_optimizer
+
+    def _halved(self, model: nn.Module) -> BF16Reduction | None:
+        if self.reduce_dtype == "fp32":
+            return None
+        experts = {p.ds_id for m in model.modules() if isinstance(m, ExpertShard) for p in m.parameters()}  # type: ignore[attr-defined]
+        return BF16Reduction(self._reduce_groups, experts)
 
     @override
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:

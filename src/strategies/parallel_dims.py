@@ -68,6 +68,23 @@ class ParallelDims:
         return [list(range(first, self.world_size, self.ep)) for first in range(self.ep)]
 
     @property
+    def holders_per_node(self) -> int:
+        """Ranks of a node that have the same experts."""
+        return max(1, (self.per_node or self.world_size) // self.ep)
+
+    @property
+    def expert_node_groups(self) -> list[list[int]]:
+        """`expert_dp_groups`, cut by nodes."""
+        size = self.holders_per_node
+        return [ranks[i : i + size] for ranks in self.expert_dp_groups for i in range(0, len(ranks), size)]
+
+    @property
+    def expert_peer_groups(self) -> list[list[int]]:
+        """`expert_dp_groups`, cut by a rank's number on its node."""
+        size = self.holders_per_node
+        return [ranks[i::size] for ranks in self.expert_dp_groups for i in range(size)]
+
+    @property
     def leaves_node(self) -> bool:
         """Whether an EP group spans nodes, and tokens their network."""
         return self.ep > (self.per_node or self.world_size)

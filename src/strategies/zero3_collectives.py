@@ -34,6 +34,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from . import zero_limits
+from .bf16_reduction import BF16Reduction
 
 _TRITON = importlib.util.find_spec("triton") is not None
 
@@ -203,8 +204,11 @@ def _in_pieces(
     return out
 
 
-def reduce_by_one_view(optimizer: Any) -> None:
-    """Has a ZeRO-3 optimizer reduce its gradients by this file, unless it is set to what only DeepSpeed does."""
+def reduce_by_one_view(optimizer: Any, halved: BF16Reduction | None = None) -> None:
+    """Has a ZeRO-3 optimizer reduce its gradients by this file, unless it is set to what only DeepSpeed does.
+
+    halved: reduces those that it takes.
+    """
     if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return
     if optimizer.gradient_predivide_factor != 1.0 or optimizer.all2all_process_group is not None or optimizer.zenflow:
@@ -214,7 +218,12 @@ def reduce_by_one_view(optimizer: Any) -> None:
         optimizer._assert_same_partition_group(params)
         group = optimizer._get_param_partition_group(params[0])
         divisor = optimizer._gradient_averaging_world_size(params, dist.get_world_size(group))
-        parts = reduce_scatter([p.grad for p in params], group, dtype, divisor)
+        is_half = [halved is not None and halved.takes(p) for p in params]
+        half = [p.grad for p, is_so in zip(params, is_half, strict=True) if is_so]
+        whole = [p.grad for p, is_so in zip(params, is_half, strict=True) if not is_so]
+        halves = iter(halved.reduce_scatter(half, dist.get_rank(group), divisor) if halved and half else ())
+        wholes = iter(reduce_scatter(whole, group, dtype, divisor) if whole else ())
+        parts = [next(halves if is_so else wholes) for is_so in is_half]
         return [part.to(optimizer.gradient_accumulation_dtype) for part in parts]
 
     optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = reduce

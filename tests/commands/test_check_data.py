@@ -53,7 +53,7 @@ def test_without_a_tokenizer_or_with_wrong_weights_there_is_one_error(tmp_path: 
     assert result.returncode == 1 and "Traceback" not in result.stderr and not result.stdout
     assert result.stderr.strip().splitlines()[-1].startswith(f"check-data: tokenizer '{tmp_path}': no tokenizer.json")
     result = check_data(tmp_path, "--data.train_weights=[1, 2]", "--data.val_sets={more: [data/demo/val.jsonl]}")
-    assert "check-data: data.train_weights has 2 values, data.train_files 1 entries" in result.stderr
+    assert "check-data: data.train_weights has 2 values, data.train_files 1 entry" in result.stderr
 
 
 def test_help(tmp_path: Path) -> None:

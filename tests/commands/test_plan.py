@@ -96,7 +96,7 @@ def test_data_that_is_there_is_counted(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (["--cluster", "nowhere.yaml"], "nowhere.yaml does not exist"),
-        (["--trainer.strategy.init_args.sequence_parallel_size", "3"], "no multiple of sequence_parallel_size 3"),
+        (["--trainer.strategy.init_args.sequence_parallel_size", "3"], "not a multiple of sequence_parallel_size 3"),
         (["--model.experts_per_shard", "24"], "experts_per_shard 24 does not divide the 256 experts"),
         (["--model.pretrained", "configs"], "configs/config.json does not exist"),
         (["--data.batch_size", "0"], "data.batch_size is 0; it must be in [1, 65536]"),
@@ -105,7 +105,7 @@ def test_data_that_is_there_is_counted(tmp_path: Path) -> None:
         (["--trainer.strategy.init_args.offload_optimizer_device", "nvme"], "offload_optimizer_device is 'nvme': plan"),
         (["--document_length", "0"], "document_length is 0"),
         (["--trace", "nowhere/t.json"], "--trace nowhere/t.json cannot be written"),
-        (["--picture", "picture.xyz"], "no suffix of a picture"),
+        (["--picture", "picture.xyz"], "no picture suffix"),
     ],
 )
 def test_a_wrong_question_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,32 @@ def test_bf16_gradients_are_reduced_and_accumulated_in_fp32(stage: int, director
         assert relative(two[0]["gradients"][name], gradient) < 1e-5, name
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(4, 1, 1, 1, node=2),
+        Layout(4, 1, 1, 1, node=2, ep=2, offload_optimizer=True, offload_parameters=True),
+    ],
+    ids=str,
+)
+def test_gradients_sent_in_bf16_train_as_those_in_fp32(layout: Layout, directory: str) -> None:
+    """Nodes of two: with ep 2 each has one rank of an expert, and only the order of sums differs."""
+    recipe, layout = Recipe(steps=3, mtp_loss_weight=0.0), replace(layout, precision="bf16-true")
+    fp32, bf16 = (
+        run_distributed(fit, 4, replace(layout, reduce_dtype=dtype), recipe, directory, DOCUMENTS)[0]
+        for dtype in ("fp32", "bf16")
+    )
+    bound = 2.0**-8 if layout.ep == 1 else 1e-6  # half a unit of bf16's last place, once per node
+    off = {name: relative(bf16["gradients"][name], tensor) for name, tensor in fp32["gradients"].items()}
+    experts = {name for name in off if ".mlp.experts." in name}
+    assert experts and all(off[name] < (bound if name in experts else 1e-6) for name in off), off
+    assert layout.ep > 1 or all(off[name] > 1e-5 for name in experts)  # it was sent in bf16
+    assert bf16["losses"] == pytest.approx(fp32["losses"], rel=1e-2)  # bf16's own noise, as above
+    assert bf16["norms"][0] == pytest.approx(fp32["norms"][0], rel=2.0**-8)
+    for name, tensor in fp32["weights"].items():
+        assert relative(bf16["weights"][name], tensor) < 1e-2, name
+
+
 def test_two_runs_on_one_layout_are_bit_equal(directory: str) -> None:
     layout = Layout(dp=1, sp=2, accumulation=2, batch_size=2, ep=2)
     (first, _), (second, _) = (run_distributed(fit, 2, layout, RECIPE, directory, DOCUMENTS) for _ in range(2))

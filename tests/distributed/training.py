@@ -96,6 +96,8 @@ class Layout:
     attention_output: Literal["keep", "offload", "recompute"] = "recompute"
     activation_checkpointing: bool = True
     sub_group_size: int = 1_000_000_000  # elements of a flat tensor of stage 3's optimizer
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    node: int | None = None  # of reduce_dtype bf16
 
     @property
     def world_size(self) -> int:
@@ -211,6 +213,8 @@ def fit(
             offload_optimizer=layout.offload_optimizer,
             offload_parameters=layout.offload_parameters,
             sub_group_size=layout.sub_group_size,
+            reduce_dtype=layout.reduce_dtype,
+            reduce_node_size=layout.node,
         ),
         max_steps=recipe.steps,
         accumulate_grad_batches=layout.accumulation,

@@ -12,6 +12,7 @@ from src.planner.micro_step import micro_step
 from src.planner.settings import Settings
 from src.planner.timing import ep_bytes, network_bytes, step_time
 from src.planner.work import Work
+from src.planner.zero import halved_seconds
 
 from .settings import MODEL, guide
 
@@ -48,6 +49,29 @@ def test_weights_travel_between_nodes_and_tokens_within() -> None:
     work = Work(settings, Cluster())
     assert ep_bytes(settings, work) == pytest.approx(5 * 58 * 32768 * work.reach * 1.15 * 7 / 8 * 7168 * 2)
     assert ep_bytes(plain, Work(plain, Cluster())) == 0
+
+
+@pytest.mark.parametrize("ep", [1, 2, 8])
+def test_gradients_in_bf16_halve_what_experts_send(ep: int) -> None:
+    plain, half = shared(ep), shared(ep, reduce_dtype="bf16")
+    before, after = step_time(plain, Cluster()), step_time(half, Cluster())
+    holders = 256 // ep
+    assert after.schedule.halved == EXPERTS / ep
+    less = network_bytes(plain, before) - network_bytes(half, after)
+    assert less == pytest.approx(2 * EXPERTS / ep * (holders - 1) / holders)
+    assert sum(after.streams.values()) < sum(before.streams.values())
+    assert after.schedule.ledger.peak <= before.schedule.ledger.peak * 1.05
+    assert network_bytes(shared(ep, reduce_dtype="bf16", param_bytes=4), before) == network_bytes(
+        shared(ep, param_bytes=4), before
+    )
+
+
+def test_an_exchange_in_two_waits_for_the_longer_one() -> None:
+    settings, cluster = shared(1, reduce_dtype="bf16"), Cluster()
+    within = 2 * 2**30 * 7 / 8 / (cluster.nccl_intra_node_gb_s * 1e9)
+    between = 2 * 2**30 * 31 / 32 / (cluster.nccl_inter_node_gb_s * 1e9)
+    expected = max(within, between) + min(within, between) / 4  # four pieces
+    assert halved_seconds(settings, cluster, 2**30) == pytest.approx(expected, rel=0.1)  # and latencies
 
 
 def test_on_one_node_nothing_of_the_experts_is_gathered_or_held() -> None:
