@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,29 @@ class RunLogger(TensorBoardLogger):
     def finalize(self, status: str) -> None:
         with spare_the_run(self._folder, self):
             super().finalize(status)
+
+
+def outlive_full_disks(logger: Logger) -> None:
+    """Has another logger than ours lose what the disk refuses, which is said once until it takes something again."""
+    failing = set[str]()  # methods: some only keep for later what another one writes
+
+    def spared(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def write(*args: Any, **kwargs: Any) -> Any:
+            try:
+                result = call(*args, **kwargs)
+            except OSError as error:
+                if not failing:
+                    folder = _not_written(Path(logger.save_dir or "."), error)
+                    log.error("%s: %s, and training goes on", type(logger).__name__, folder)
+                failing.add(name)
+                return None
+            failing.discard(name)
+            return result
+
+        return write
+
+    for name in ("log_metrics", "log_hyperparams", "save", "finalize"):
+        setattr(logger, name, spared(name, getattr(logger, name)))
 
 
 def _quiet_about_writers(hook: Any) -> Any:

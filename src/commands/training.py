@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.export_at_end import ExportAtEnd
-from src.callbacks.loggers import RunLogger
+from src.callbacks.loggers import RunLogger, outlive_full_disks
 from src.callbacks.loss_spike import LossSpike
 from src.callbacks.out_of_memory import OutOfMemory
 from src.callbacks.progress import Progress
@@ -201,6 +201,9 @@ class TrainingCLI(LightningCLI):
         if settings.trainer.logger is not False:
             self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
         trainer = super().instantiate_trainer(**kwargs)
+        for logger in trainer.loggers:
+            if not isinstance(logger, RunLogger):
+                outlive_full_disks(logger)
         strategy: Any = trainer.strategy
         if hasattr(strategy, "wait_at_least"):
             strategy.wait_at_least(self._get(self.config_init, "watchdog").collective_minutes)

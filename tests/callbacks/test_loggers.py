@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.callbacks.expert_load import ExpertLoad
-from src.callbacks.loggers import RunLogger, log_image, log_texts
+from src.callbacks.loggers import RunLogger, log_image, log_texts, outlive_full_disks
 from tests.disk.full import full_disk
 
 from .test_expert_load import Stub
@@ -121,3 +121,21 @@ def test_another_error_of_a_logger_is_not_hidden(tmp_path: Path) -> None:
     logger = RunLogger(tmp_path, name="tensorboard", version="")
     with pytest.raises(ValueError, match="not supported"):
         logger.log_metrics({"train/loss": object()}, 1)
+
+
+def test_a_full_disk_ends_no_run_with_a_logger_of_the_users(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = CSVLogger(tmp_path, name="csv", version="")
+    outlive_full_disks(logger)
+
+    def steps(numbers: range) -> None:
+        for step in numbers:
+            logger.log_metrics({f"train/{n}": 1.0 for n in range(200)}, step)
+            logger.save()
+
+    with full_disk():
+        steps(range(5))
+    assert [r.levelname for r in caplog.records] == ["ERROR"]
+    assert re.search(rf"CSVLogger: {tmp_path}.* was not written: File too large, [\d,]+ bytes are free", caplog.text)
+    steps(range(5, 7))
+    logger.finalize("success")
+    assert (Path(logger.log_dir) / "metrics.csv").read_text().count("\n") > 2
