@@ -26,8 +26,8 @@ NEEDED = {"model.pretrained": "configs/models/deepseek-v3", "data.train_files": 
 
 # Of Lightning's, what means something else here.
 OTHERWISE = {
-    "ckpt_path": "the checkpoint that a run goes on from: its folder, `last` for the run's newest, or `auto` for the "
-    "newest where there is one",
+    "ckpt_path": "the checkpoint to continue from: its folder, `last` for the run's newest, or `auto` for the newest "
+    "if there is one",
     "seed_everything": "the seed of all random numbers; true draws one",
     "trainer.default_root_dir": "the run's folder: checkpoints, curves, stacks; by default the working directory",
     "trainer.devices": "processes of a node, one per GPU: their number, a list of GPUs, or auto",

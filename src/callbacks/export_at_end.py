@@ -27,9 +27,9 @@ class ExportAtEnd(pl.Callback):
     The files are those of `python -m src.cli export` from a checkpoint of the last step.
 
     Args:
-        out: directory that appears when the export is complete; it must not be there yet. None: no export.
-        dtype: bf16; fp8, DeepSeek's 128 x 128 blocks; or fp32, the masters as they are.
-        max_shard_size: most bytes of tensors in a file. There should be at least as many files as ranks.
+        out: directory to create when the export is complete; it must not exist. None: no export.
+        dtype: bf16; fp8, in DeepSeek's 128 x 128 blocks; or fp32, the masters unchanged.
+        max_shard_size: largest file of weights. There should be at least as many files as ranks.
 
     Raises:
         ValueError: before training, `out` is there already or max_shard_size is no size.

@@ -42,7 +42,7 @@ class RoundingKept(pl.Callback):
     A resumed run reads the sample of the base again. Without it, or in fp32, nothing is logged.
 
     Args:
-        every_n_steps: optimizer steps from one point to the next; 0: none.
+        every_n_steps: optimizer steps between measurements; 0: none.
 
     Raises:
         ValueError: every_n_steps is negative.

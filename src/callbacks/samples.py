@@ -31,10 +31,10 @@ class Samples(pl.Callback):
     Training does not notice: no gradients, no routing counts, no draw from a generator that others use.
 
     Args:
-        prompts: what a user says, rendered by the tokenizer's chat template.
-        every_n_steps: 0 samples never.
-        max_new_tokens: at which an answer ends that has not ended itself.
-        temperature: 0 takes the likeliest token; above, a draw that `seed`, prompt and position decide, the same at
+        prompts: user messages, rendered by the tokenizer's chat template.
+        every_n_steps: optimizer steps between samples; 0: never.
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 takes the likeliest token; above 0 it draws from `seed`, prompt and position alone, the same at
             every step.
 
     Raises:

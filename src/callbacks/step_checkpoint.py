@@ -39,9 +39,9 @@ class StepCheckpoint(Checkpoint):
 
     Args:
         every_n_train_steps: optimizer steps between checkpoints; 0 saves at the end only.
-        keep: newest checkpoints kept; older ones are removed once a newer one is complete.
-        async_save: write beside training, which waits for a copy in host memory alone; from the first save on the copy
-            takes as much memory of each process as its files take on the disk.
+        keep: how many of the newest checkpoints to keep; older ones are removed once a newer one is complete.
+        async_save: write in parallel with training, which waits only for a copy in host memory; from the first save on
+            that copy takes as much memory per process as its files take on the disk.
 
     Raises:
         SaveFailed: the checkpoint of the last step could not be saved.

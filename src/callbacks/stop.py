@@ -40,11 +40,11 @@ class Stop(pl.Callback):
     `time_limit`, whichever is first.
 
     Args:
-        lead: seconds before that end for one step and one save, until this run has measured its own: then the longest
-            step, validation included, and twice the longest save, since one may be on its way. At most a quarter of the
-            time that is left when training starts.
+        lead: seconds before the end for one step and one save, until the run has measured its own: then its longest
+            step, validation included, plus twice its longest save, since one may be under way. At most a quarter of the
+            time left when training starts.
         time_limit: days:hours:minutes:seconds of this process, e.g. 00:23:30:00.
-        marker: file, written where a stopped run is to be continued: its step, and why.
+        marker: file to write, with the step and the reason, if a stopped run should be continued.
 
     Raises:
         ValueError: a value is out of its range.

@@ -43,9 +43,9 @@ class Watchdog(pl.Callback):
     A process that cannot even run this thread has its stacks written to stderr and is ended by faulthandler.
 
     Args:
-        minutes: without a change of phase before it is a hang; four times as long in the first step, in checkpoints,
-            validation and samples. 0 turns the watchdog off.
-        exit: end the processes; false: only report, once.
+        minutes: time without a change of phase that counts as a hang; four times as long in the first step,
+            checkpoints, validation and samples. 0 turns the watchdog off.
+        exit: end the processes; false only reports, once.
 
     Raises:
         ValueError: minutes is negative.

@@ -31,8 +31,8 @@ class WeightsCheckpoint(pl.Callback):
     logged and training goes on; the weights of the last step are the last checkpoint's, and `export.out`'s.
 
     Args:
-        every_n_train_steps: optimizer steps between them; 0: none.
-        keep: newest directories kept; older ones are removed once a newer one is complete.
+        every_n_train_steps: optimizer steps between saves of the weights; 0: none.
+        keep: how many of the newest directories to keep; older ones are removed once a newer one is complete.
     """
 
     def __init__(self, every_n_train_steps: int = 0, keep: int = 2) -> None:

@@ -28,15 +28,16 @@ def export(
     Under `srun` or `torchrun` each process checks its share of the checkpoint's files and writes its share of these.
 
     Args:
-        ckpt: checkpoint directory, with the Hugging Face files beside the weights in `ckpt`/hf.
-        out: directory that appears when the export is complete.
-        dtype: bf16; fp8, DeepSeek's 128 x 128 blocks; or fp32, the masters as they are.
-        max_shard_size: most bytes of tensors in a file.
-        resume: go on with an export of the same checkpoint and settings that was interrupted.
-        base: Hugging Face directory from which the multi-token-prediction block comes where it was not trained, and
-            beside which it is measured how much of the training `dtype` keeps; by default the one that training started
-            from, which the checkpoint records.
-        accept_unlisted: take files that the checkpoint's manifest does not list, or all where it has none, unchecked.
+        ckpt: checkpoint directory, with the Hugging Face side files in `ckpt`/hf.
+        out: directory to create when the export is complete.
+        dtype: bf16; fp8, in DeepSeek's 128 x 128 blocks; or fp32, the masters unchanged.
+        max_shard_size: largest file of weights.
+        resume: continue an interrupted export of the same checkpoint and settings.
+        base: Hugging Face directory that provides an untrained MTP block, and against which the export measures how
+            much of the training `dtype` keeps; by default the one that training started from, which the checkpoint
+            records.
+        accept_unlisted: accept, unchecked, files that the checkpoint's manifest does not list, or all files if there is
+            no manifest.
 
     Raises:
         ValueError: `out` is there already, an interrupted export is and `resume` is not set, or it was one of something

