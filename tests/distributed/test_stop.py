@@ -172,5 +172,5 @@ def test_the_lead_is_measured(tmp_path: Path) -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="stop.lead is 0; it must be positive"):
         Stop(lead=0)
-    with pytest.raises(ValueError, match="stop.time_limit is '3h'; days:hours:minutes:seconds is wanted"):
+    with pytest.raises(ValueError, match="stop.time_limit is '3h'; it must be days:hours"):
         Stop(time_limit="3h")
