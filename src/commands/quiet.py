@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 import warnings
 from typing import TextIO
 
@@ -27,6 +28,7 @@ class BesideBars(logging.StreamHandler[TextIO]):
     """On lines of their own, above a bar that is on the screen."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr  # as it is now: a bar, or a test, may have put another in its place
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
 

@@ -219,7 +219,7 @@ def test_a_directory_with_files_is_refused(checkpoints: Checkpoints, tmp_path: P
     out = tmp_path / "out"
     out.mkdir()
     export(str(checkpoints.folder / "stage 0"), str(out))  # an empty one is taken
-    with pytest.raises(ValueError, match=r"out is there already and is not empty: give another directory"):
+    with pytest.raises(ValueError, match=r"out already exists and is not empty: give another directory"):
         export(str(checkpoints.folder / "stage 0"), str(out))
 
 

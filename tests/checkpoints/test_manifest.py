@@ -116,7 +116,7 @@ def test_a_damaged_manifest_and_one_of_the_future_are_refused(tmp_path: Path) ->
         (text[:100], "is not valid JSON"),
         (b"\xff" * 9, "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
-        ("[1]", "is no JSON object"),
+        ("[1]", "is not a JSON object"),
         ({"format": 1}, "is damaged: KeyError"),
         (whole | {"format": "1"}, "is damaged: TypeError"),
         (whole | {"files": [1]}, "is damaged: AttributeError"),

@@ -1,9 +1,11 @@
 """The commands as users run them: fit on two processes, resume, validate, export, verify, and what is refused."""
 
 import json
+import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,17 @@ from src.checkpoints.run_files import client_state
 from src.cli import main
 from tests.checkpoints.tiny import dequantised, stored
 from tests.command import Command, run, start_afresh
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Those of the loggers are as before: `main` puts its own there, which write into other tests' output."""
+    loggers = [logging.getLogger(name) for name in ("src", "lightning.pytorch", "lightning.fabric")]
+    before = [(logger, logger.handlers[:], logger.level) for logger in loggers]
+    yield
+    for logger, handlers, level in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
 
 
 def fit_args(inputs: Path, root: Path, *more: str) -> list[str]:

@@ -156,7 +156,8 @@ def test_the_ten_lines_of_the_docs(tmp_path: Path) -> None:
     named = dict(re.findall(r"`(?:trainer\.)?(\w+)` ([\w.-]+)[,.]", text.split("Defaults that differ")[1]))
     assert named.keys() == TRAINER_DEFAULTS.keys()
     for name, value in TRAINER_DEFAULTS.items():
-        assert named[name].rstrip(".") == (value["class_path"] if name == "strategy" else str(value))
+        written = str(value).lower() if isinstance(value, bool) else str(value)
+        assert named[name].rstrip(".") == (value["class_path"] if name == "strategy" else written)
 
 
 @pytest.mark.parametrize("name", ["src.strategies.DeepSpeedSPStrategy", "DeepSpeedSPStrategy"])

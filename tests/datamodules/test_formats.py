@@ -208,7 +208,7 @@ def test_rows_and_turns_under_other_names_are_mapped() -> None:
 def test_a_name_must_be_mapped_to_one_of_ours() -> None:
     check_fields({"thinking": "reasoning_content", "id": None, "dialog": "conversations", "who": "from"})
     with pytest.raises(
-        ValueError, match=r"data\.fields: 'thinking' is mapped to 'think', which is no field .*role, cont"
+        ValueError, match=r"data\.fields: 'thinking' is mapped to 'think', which is not one of our fields.*role, cont"
     ):
         check_fields({"thinking": "think"})
 

@@ -33,7 +33,7 @@ def test_whole_parts_every_epoch_and_fractions_in_turn() -> None:
     for four in (epochs[:4], epochs[4:]):
         assert sum(four, Counter()) == Counter(dict.fromkeys(range(3), 8) | dict.fromkeys(range(3, 11), 1))
     assert mixture.rows(0, seed=1).tolist() != mixture.rows(0, seed=2).tolist()
-    assert mixture.lines()[1] == ("0.25 x b", "2 rows an epoch, of 8; 20 tokens (25.0%), 10 trained (33.3%)")
+    assert mixture.lines()[1] == ("0.25 x b", "2 rows per epoch, of 8; 20 tokens (25.0%), 10 trained (33.3%)")
 
 
 def test_entries_are_packed_by_themselves_and_keep_their_samples() -> None:
@@ -77,7 +77,7 @@ def test_a_step_has_the_same_rows_and_targets_on_every_layout(layout: tuple[int,
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1.0], r"data\.train_weights has 1 values, data\.train_files 2 entries; give one weight for each"),
+        ([1.0], r"data\.train_weights has 1 value, data\.train_files 2 entries; give one weight for each"),
         ([1.0, -0.5], r"data\.train_weights: -0\.5 for 'b'; a weight says how often .*: 0 \(not at all\) or more"),
         ([1.0, float("nan")], r"data\.train_weights: nan for 'b'"),
         ([0.0, 0.0], r"data\.train_weights are all 0: there is nothing to train on"),

@@ -340,8 +340,8 @@ def test_the_mixture_and_named_sets(tokenizer: PreTrainedTokenizerFast, write_js
     assert all(report.wrong == 0 for report in reports)
     numbers = dict(reports[0].numbers)
     names = [f"…{path[-39:]}" for path in train]
-    assert numbers[f"3 x {names[0]}"].startswith("6 rows an epoch, of 2; 42 tokens (75.0%), 18 trained (75.0%)")
-    assert numbers[f"0.5 x {names[1]}"].startswith("2 rows an epoch, of 4; 14 tokens (25.0%)")
+    assert numbers[f"3 x {names[0]}"].startswith("6 rows per epoch, of 2; 42 tokens (75.0%), 18 trained (75.0%)")
+    assert numbers[f"0.5 x {names[1]}"].startswith("2 rows per epoch, of 4; 14 tokens (25.0%)")
     assert numbers["optimizer steps"].startswith("4 per epoch, of 2 packed rows")
     assert [dict(report.numbers)["also in train"] for report in reports[1:]] == ["0 rows", "1 row"]
     assert [dict(report.numbers)["copies of another row"] for report in reports[1:]] == ["1 row", "0 rows"]

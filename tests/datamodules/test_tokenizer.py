@@ -50,7 +50,7 @@ DAMAGED: list[tuple[str, Any, str]] = [  # file, content (text or what JSON make
     ("tokenizer.json", {"version": "1.0", "added_tokens": [], "model": None}, "cannot be opened by transformers"),
     (SETTINGS, '{"chat_template": "{% for', "is not valid JSON"),
     (SETTINGS, "chat", "is not valid JSON"),
-    (SETTINGS, [1], "is no JSON object"),
+    (SETTINGS, [1], "is not a JSON object"),
     (SETTINGS, {"chat_template": 5}, "chat_template is 5; it must be a string"),
     (SETTINGS, {"chat_template": {"default": 5}}, "chat_template is {'default': 5}; it must be a string"),
     (SETTINGS, {"chat_template": [1]}, "cannot be opened by transformers"),
@@ -60,9 +60,9 @@ DAMAGED: list[tuple[str, Any, str]] = [  # file, content (text or what JSON make
     (TEMPLATE, "{% for x in %}", "line 1 of the chat template is not valid Jinja"),
     (TEMPLATE, b"\xff\xfe", "UnicodeDecodeError"),
     ("special_tokens_map.json", '{"bos', "is not valid JSON"),
-    ("special_tokens_map.json", [1], "is no JSON object"),
+    ("special_tokens_map.json", [1], "is not a JSON object"),
     ("special_tokens_map.json", {"eos_token": {"content": 5}}, "cannot be opened by transformers"),
-    ("added_tokens.json", [1], "is no JSON object"),
+    ("added_tokens.json", [1], "is not a JSON object"),
 ]
 
 

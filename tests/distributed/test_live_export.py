@@ -109,9 +109,9 @@ def refused(directory: str, root: str, size: str) -> str:
 @pytest.mark.parametrize(
     ("present", "size", "message"),
     [
-        ("out", "5GB", "out is there already and is not empty: give another directory"),
+        ("out", "5GB", "out already exists and is not empty: give another directory"),
         ("out.partial", "5GB", "out.partial is left over from an interrupted export: remove it"),
-        ("other", "five", "max_shard_size 'five' is no size"),
+        ("other", "five", "max_shard_size 'five' is not a size"),
         ("other", "5GB", "ExportAtEnd needs the callback RunRecord"),
     ],
 )

@@ -89,7 +89,7 @@ def test_without_room_training_goes_on_and_the_export_at_the_end_fails(directory
     """One rank's node alone has none; every rank hears of it, and nothing is begun."""
     (losses, errors), _ = run_distributed(train, 2, directory, str(tmp_path / "b"), None, 3, None)
     assert len(losses) == 4
-    assert len(errors) == 1 and "step=4 was not saved, training goes on" in errors[0]
+    assert len(errors) == 1 and "step=4 was not saved; training continues" in errors[0]
     assert "the export to step=4 takes " in errors[0] and "and only 1,000 bytes are free in" in errors[0]
     assert [p.name for p in (tmp_path / "b/weights").iterdir()] == ["step=2"]
     results = run_distributed(train, 2, directory, str(tmp_path / "c"), str(tmp_path / "out"), 3, None)

@@ -81,5 +81,5 @@ def test_a_directory_without_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not valid JSON"):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"config.json is no JSON object"):
+    with pytest.raises(ValueError, match=r"config.json is not a JSON object"):
         load_config(tmp_path)

@@ -29,8 +29,8 @@ def test_bandwidth_follows_from_the_network_cards_where_it_was_not_measured(tmp_
     [
         ("nics: 8\n", r"unknown nics; a cluster has gpu, gpus_per_node"),
         ("pcie_in_gb_s: -1\n", r"pcie_in_gb_s is -1; it must be positive"),
-        ("pcie_in_gb_s: fast\n", r"pcie_in_gb_s is 'fast'; a number"),
-        ("gpus_per_node: 7.5\n", r"gpus_per_node is 7.5; an integer"),
+        ("pcie_in_gb_s: fast\n", r"pcie_in_gb_s is 'fast'; it must be a number"),
+        ("gpus_per_node: 7.5\n", r"gpus_per_node is 7.5; it must be an integer"),
         ("gpus_per_node: true\n", r"gpus_per_node is True"),
         ("[1, 2]\n", r"holds no fields"),
         ("a: [\n", r"not valid YAML"),
