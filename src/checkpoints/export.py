@@ -22,6 +22,7 @@ from src.checkpoints.model_card import CARD, from_scratch, model_card
 from src.checkpoints.run_files import read_record
 from src.disk.durable import publish, sync_file
 from src.disk.space import check_room, named_if_full
+from src.units import counted
 from src.weights.file_size import parse_size
 from src.weights.hf_reader import INDEX_FILE, HFDirectorySource, has_mtp
 from src.weights.hf_writer import (
@@ -183,7 +184,7 @@ class Export:
         except FileNotFoundError:  # another process saw the last file at the same moment
             return
         nbytes = sum(shard.nbytes for shard in self.shards)
-        log.info("exported %.2f GB in %d files to %s", nbytes / 1e9, len(self.shards), out)
+        log.info("exported %.2f GB in %s to %s", nbytes / 1e9, counted(len(self.shards), "file"), out)
 
 
 def _start(record: Path, base: str | None) -> HFDirectorySource | None:
