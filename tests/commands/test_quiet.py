@@ -49,10 +49,11 @@ def test_other_messages_of_the_same_loggers_pass(caplog: pytest.LogCaptureFixtur
     assert [str(warning.message) for warning in caught] == ["a deprecated thing"]
 
 
-def test_a_line_stands_above_the_bar(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     """tqdm's own bar is taken away while the line is written, and drawn again below it."""
     stream = io.StringIO()
-    handler = BesideBars(stream)
+    monkeypatch.setattr("sys.stderr", stream)
+    handler = BesideBars()
     with tqdm(total=3, file=stream, desc="bar", ascii=True) as bar:
         bar.update()
         handler.emit(logging.LogRecord("src", logging.INFO, "", 0, "a line", None, None))
