@@ -9,7 +9,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from src.commands.early import read
-from src.commands.options import options_of
+from src.commands.options import OF_FUNCTIONS, options_of
 from src.commands.quiet import BesideBars, silence
 from src.errors import UserError
 from src.launcher import is_first_process
@@ -42,7 +42,6 @@ COMMANDS = {
     "export": "src.commands.export.export",
     "verify": "src.commands.verify.verify",
 }
-FUNCTIONS = ("export", "verify")
 
 
 def _show_our_log() -> None:
@@ -93,10 +92,10 @@ def main(args: Sequence[str] | None = None) -> None:
     silence()
     if command in ("fit", "validate", "rehearse"):
         _let_segments_grow()
-    if command in FUNCTIONS:
+    if command in OF_FUNCTIONS:
         rest = _spelled_out(command, rest)
     _, config = read(command, rest)
-    if command in FUNCTIONS:
+    if command in OF_FUNCTIONS:
         from jsonargparse import auto_cli
 
         from src.commands.one_line import OneLineParser

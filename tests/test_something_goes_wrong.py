@@ -16,7 +16,7 @@ from torch.utils import cpp_extension
 from src.callbacks.loggers import RunLogger
 from src.checkpoints.manifest import check_manifest
 from src.checkpoints.save_problem import Problem, failure
-from src.commands import places
+from src.commands import run_lock
 from src.commands.checks import refuse_other_run
 from src.commands.plan import verdict
 from src.commands.writable import check_writable
@@ -119,8 +119,8 @@ def second_fit(given: Given) -> str:
     def taken(*args: Any) -> None:
         raise OSError(errno.EAGAIN, "taken")
 
-    given.monkeypatch.setattr(places.fcntl, "lockf", taken)
-    return raised(places.lock_run, given.tmp_path)
+    given.monkeypatch.setattr(run_lock.fcntl, "lockf", taken)
+    return raised(run_lock.lock_run, given.tmp_path)
 
 
 def earlier_run(given: Given) -> str:

@@ -25,13 +25,17 @@ def spare_the_run(path: Path, logger: Logger | None = None) -> Generator[None, N
     try:
         yield
     except Exception as error:
-        cause = error.__cause__ or error  # Lightning makes every error of a writer a ValueError
-        if not isinstance(cause, OSError):
+        if (cause := _of_the_disk(error)) is None:
             raise
         if isinstance(logger, RunLogger):
             logger.lose_writer(cause)
         else:
             log.error("%s, training goes on", _not_written(path, cause))
+
+
+def _of_the_disk(error: Exception) -> OSError | None:
+    cause = error.__cause__ or error  # Lightning makes every error of a writer a ValueError
+    return cause if isinstance(cause, OSError) else None
 
 
 def _not_written(path: Path, error: OSError) -> str:
@@ -105,9 +109,11 @@ def outlive_full_disks(logger: Logger) -> None:
         def write(*args: Any, **kwargs: Any) -> Any:
             try:
                 result = call(*args, **kwargs)
-            except OSError as error:
+            except Exception as error:
+                if (cause := _of_the_disk(error)) is None:
+                    raise
                 if not failing:
-                    folder = _not_written(Path(logger.save_dir or "."), error)
+                    folder = _not_written(Path(logger.save_dir or "."), cause)
                     log.error("%s: %s, and training goes on", type(logger).__name__, folder)
                 failing.add(name)
                 return None

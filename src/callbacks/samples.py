@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from src.callbacks.phase_timer import Phases
 from src.errors import UserError
 
 from .loggers import log_texts, spare_the_run
+from .phase_timer import Phases
 
 log = logging.getLogger(__name__)
 

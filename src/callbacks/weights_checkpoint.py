@@ -10,12 +10,12 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from typing_extensions import override
 
-from src.callbacks.folders import weights_folder
 from src.checkpoints.export import OtherRankFailed
 from src.disk.durable import INCOMPLETE, remove
 from src.errors import UserError
 
 from .export_at_end import ExportingStrategy
+from .folders import weights_folder
 from .run_record import run_record
 from .step_checkpoint import superseded
 

@@ -8,6 +8,9 @@ STRATEGY_CLASS = "src.strategies.DeepSpeedSPStrategy"
 STRATEGY_NAMES = (STRATEGY_CLASS, STRATEGY_CLASS.rpartition(".")[2])  # a class named as text, as Lightning's may be
 
 
+OF_FUNCTIONS = ("export", "verify")  # commands whose options are a function's
+
+
 class Option(NamedTuple):
     """One option of a command line and of a config, as its parser has it."""
 

@@ -46,9 +46,9 @@ from src.commands.config_files import ConfigFile
 from src.commands.instances import errors_as_raised
 from src.commands.mtp_weight import mtp_loss_weight
 from src.commands.parser import Parser
-from src.commands.places import lock_run
 from src.commands.planned import host_memory
 from src.commands.ranges import check_ranges
+from src.commands.run_lock import lock_run
 from src.commands.writable import check_writable, places
 from src.datamodules import SFTDataModule
 from src.datamodules.files import expand

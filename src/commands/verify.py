@@ -23,7 +23,7 @@ from src.weights.source import raise_listed
 
 # Norm of the difference over the norm, fp32: the same sums in another order.
 LIMITS = {"logits": 1e-4, "loss": 1e-5, "gradients": 1e-3}
-LENGTHS = (61, 1, 34)  # tokens of the documents compared: one alone, and bounds that are not a multiple of anything
+LENGTHS = (61, 1, 34)  # tokens of the documents compared: one alone, and bounds that are multiples of nothing
 
 
 def verify(model: str, layout_only: bool = False) -> None:

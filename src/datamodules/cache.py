@@ -17,11 +17,11 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerFast
 
-from src.datamodules.collate import Document
 from src.disk.json_file import read_object
 from src.errors import UserError
 
 from .cache_build import BUILDING, FEATURES, SKIPPED, CacheBuild
+from .collate import Document
 from .files import default_cache_dir
 from .tokenization import Report, TokenizeOptions
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from src.datamodules.collate import Batch, collate, shard
-
 from .cache import TokenCache
+from .collate import Batch, collate, shard
 from .packing import PackedRows
 from .sampler import EMPTY_ROW, MicroBatch, MicroBatchSampler
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from src.datamodules.collate import target_counts
 from src.errors import UserError
 from src.units import counted
 
 from .chat_template import ChatTemplate, HistoryReasoning, Sample
+from .collate import target_counts
 from .control_tokens import ControlTokens
 from .findings import Findings, row_remarks, unread_remark
 from .formats import Conversation, Format, read_row

@@ -16,13 +16,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from src.errors import UserError
-from src.models.learning_rate import warmup_cosine
 
 from .deepseek_v3 import DeepseekV3ForCausalLM, Losses, LossWeights, load_config
 from .deepseek_v3.config_json import mtp_loss_weight_of
 from .deepseek_v3.freezing import frozen
 from .deepseek_v3.sizes import shard_size
 from .kernels import ATTENTION
+from .learning_rate import warmup_cosine
 from .loss import IGNORE_INDEX
 from .metrics import MeanByTarget, ValidationMetrics
 from .strategy import ModelStrategy
@@ -283,9 +283,9 @@ class SFTModule(pl.LightningModule):
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             self._refuse_non_finite_gradient(not all(g.isfinite().all() for g in gradients))
 
-    def _refuse_non_finite_gradient(self, norm: bool) -> None:
+    def _refuse_non_finite_gradient(self, not_finite: bool) -> None:
         """Raises where the gradient was found not to be finite before it touched the weights."""
-        if norm:
+        if not_finite:
             rows, more = self._step_sources[:20], len(self._step_sources) - 20
             raise FloatingPointError(
                 f"optimizer step {self.trainer.global_step + 1}: the gradient is not finite though the loss is; the "

@@ -6,6 +6,8 @@ from typing import Any
 from src.errors import UserError
 from src.models.deepseek_v3.sizes import Sizes
 from src.planner import rates
+from src.strategies.parallel_dims import ParallelDims
+from src.strategies.zero_limits import check_goes_with
 from src.units import counted
 
 _POSITIVE = {  # field: its name in the config
@@ -75,19 +77,21 @@ class Settings:
             whole = isinstance(value, int) or field == "document"
             if not whole or isinstance(value, bool) or not value > 0:
                 raise UserError(f"{option} is {value!r}; it must be a positive integer.")
-        if self.world % self.sp:
-            raise UserError(f"{self.world} processes are not a multiple of sequence_parallel_size {self.sp}.")
-        experts, node = self.sizes.n_routed_experts, self.gpus
-        if self.world % self.ep or experts % self.ep or (node % self.ep and self.ep % node):
-            raise UserError(
-                f"expert_parallel_size {self.ep} must divide {self.world} processes, {experts} experts and the {node} "
-                "GPUs of a node, or be whole nodes."
-            )
-        if self.reduce_dtype == "bf16" and self.stage != 3:
-            raise UserError(f"reduce_dtype bf16 needs ZeRO stage 3, stage is {self.stage}: set reduce_dtype fp32.")
+        self.dims.check_experts(self.sizes.n_routed_experts)
+        for option, on in (("expert_parallel_size above 1", self.ep > 1), ("reduce_dtype bf16", self._bf16)):
+            if on:
+                check_goes_with(option, {"stage": self.stage}, {})
         heads = self.sizes.num_attention_heads
         if heads % self.sp:
             raise UserError(f"num_attention_heads {heads} is not a multiple of sequence_parallel_size {self.sp}.")
+
+    @property
+    def dims(self) -> ParallelDims:
+        return ParallelDims(self.world, self.sp, ep=self.ep, per_node=self.gpus)
+
+    @property
+    def _bf16(self) -> bool:
+        return self.reduce_dtype == "bf16"
 
     @property
     def world(self) -> int:
@@ -105,12 +109,12 @@ class Settings:
     @property
     def halves(self) -> bool:
         """Whether experts' gradients travel in bf16."""
-        return self.reduce_dtype == "bf16" and self.param_bytes == 2 and self.holders > 1
+        return self._bf16 and self.param_bytes == 2 and self.holders > 1
 
     @property
     def holders_per_node(self) -> int:
         """Ranks of a node that have the same experts."""
-        return max(1, self.gpus // self.ep)
+        return self.dims.holders_per_node
 
     @property
     def row_tokens(self) -> int:

@@ -137,11 +137,6 @@ def check_nodes(sizes: Sequence[int]) -> None:
 
 def check_zero(config: dict[str, Any]) -> None:
     """Raises ValueError for settings of DeepSpeed under which its own reduction is taken."""
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage") != 3:
-        raise UserError(f"reduce_dtype bf16 needs ZeRO stage 3, stage is {zero.get('stage')}: set reduce_dtype fp32.")
-    wrong = [f"{name} {zero[name]}" for name, off in _OTHERS.items() if zero.get(name, off) not in (off, None)]
     factor = config.get("gradient_predivide_factor", 1.0)
-    wrong += [] if factor == 1.0 else [f"gradient_predivide_factor {factor}"]
-    if wrong:
-        raise UserError(f"reduce_dtype bf16 does not go with {', '.join(wrong)}: set reduce_dtype fp32.")
+    more = [] if factor == 1.0 else [f"gradient_predivide_factor {factor}"]
+    zero_limits.check_goes_with("reduce_dtype bf16", config.get("zero_optimization", {}), _OTHERS, more)

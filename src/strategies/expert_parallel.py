@@ -12,9 +12,8 @@ import deepspeed.utils.groups as deepspeed_groups
 import torch.distributed as dist
 from torch import Tensor
 
-from src.errors import UserError
-
 from .parallel_dims import ParallelDims
+from .zero_limits import check_goes_with
 
 # Of ZeRO-3's settings those that keep or move weights in a way of their own, with the values that turn them off.
 _OTHERS: dict[str, Any] = {
@@ -62,11 +61,10 @@ def make_groups(dims: ParallelDims, timeout: timedelta | None) -> ProcessGroupEP
 
 def check_zero(zero: dict[str, Any]) -> None:
     """Raises ValueError for settings of ZeRO under which shared experts would be wrong, or nobody has tried them."""
-    if zero.get("stage") != 3:
-        raise UserError(f"expert_parallel_size above 1 needs ZeRO stage 3, stage is {zero.get('stage')}.")
-    wrong = [f"{name} {zero[name]}" for name, off in _OTHERS.items() if zero.get(name, off) not in (off, None)]
-    for what in ("optimizer", "param"):
-        if zero.get(f"offload_{what}", {}).get("device") == "nvme":
-            wrong.append(f"offload_{what} to nvme")
-    if wrong:
-        raise UserError(f"expert_parallel_size above 1 does not go with {', '.join(wrong)}: set one of the two back.")
+    on_disk = [f"offload_{what}" for what in ("optimizer", "param") if _device(zero, what) == "nvme"]
+    check_goes_with("expert_parallel_size above 1", zero, _OTHERS, [f"{name} to nvme" for name in on_disk])
+
+
+def _device(zero: dict[str, Any], what: str) -> str | None:
+    device: str | None = zero.get(f"offload_{what}", {}).get("device")
+    return device

@@ -1,4 +1,7 @@
-"""How much ZeRO-3 gathers ahead, copies and holds; without torch, so that the planner reads what the strategy does."""
+"""ZeRO's limits, and which settings go together; without torch, so that the planner reads what the strategy does."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from src.errors import UserError
 
@@ -44,3 +47,18 @@ def check_stage(stage: int, precision: str) -> None:
             f"trainer.strategy.init_args.stage is 0 with trainer.precision {precision}: DeepSpeed accumulates "
             "gradients of bf16 weights in fp32 at stages 1 to 3 alone; take one, or --trainer.precision 32-true."
         )
+
+
+def check_goes_with(option: str, zero: Mapping[str, Any], off: Mapping[str, Any], more: Sequence[str] = ()) -> None:
+    """Refuses an option that needs stage 3, and none of ZeRO's settings that do the same work in another way.
+
+    Args:
+        zero: ZeRO's settings.
+        off: those settings, with the values that turn them off.
+        more: other settings that it does not go with.
+    """
+    if zero.get("stage") != 3:
+        raise UserError(f"{option} needs ZeRO stage 3, stage is {zero.get('stage')}: set one of the two back.")
+    wrong = [f"{name} {zero[name]}" for name, value in off.items() if zero.get(name, value) not in (value, None)]
+    if wrong := [*wrong, *more]:
+        raise UserError(f"{option} does not go with {', '.join(wrong)}: set one of the two back.")

@@ -7,9 +7,10 @@ from itertools import groupby
 from transformers import PreTrainedTokenizerFast
 
 from src.datamodules.findings import Findings
-from src.datamodules.report.collect import Cut, SetReport
-from src.datamodules.report.segments import printable, segments
-from src.datamodules.report.text import verdict
+
+from .collect import Cut, SetReport
+from .segments import printable, segments
+from .text import verdict
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a;

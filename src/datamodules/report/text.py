@@ -6,10 +6,11 @@ from transformers import PreTrainedTokenizerFast
 
 from src.datamodules.collate import Document
 from src.datamodules.findings import Findings
-from src.datamodules.report.collect import Cut, SetReport
-from src.datamodules.report.segments import printable, segments
 from src.datamodules.rows import RowError
 from src.units import counted
+
+from .collect import Cut, SetReport
+from .segments import printable, segments
 
 # What a terminal shows of each, so that 60 lines hold it; the HTML page has more.
 KINDS, FEWER = 5, 2  # of what is wrong; of what is suspicious, skipped or noted

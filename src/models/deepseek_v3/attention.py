@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import DeepseekV3Config
 
-from src.models.deepseek_v3.sp_group import SequenceParallelGroup, SingleProcess
-
 from ..kernels import AttentionKernel, Packing, assemble_heads, resolve_attention
 from .linear import KeptLinear
 from .norm import RMSNorm
 from .recompute import Kept, unhooked
 from .rope import softmax_scale
 from .row import RowGeometry
+from .sp_group import SequenceParallelGroup, SingleProcess
 
 # DeepSeek's q_a and kv_a norms keep this default whatever config.json's rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6

@@ -81,11 +81,11 @@ class Journey:
         first = places // max(1, tokens) * self._experts  # [S], the receiver's first expert
         numbers = self._chosen[self.tokens] - first[:, None]  # [S, K]
         elsewhere = (numbers < 0) | (numbers >= self._experts)
-        told = [numbers.masked_fill(elsewhere, self._experts).int(), weights[self.tokens].view(torch.int32)]
-        heard = self.group.exchange(torch.cat(told, 1), self.sent, self.received)  # [R, 2K]
+        outgoing = [numbers.masked_fill(elsewhere, self._experts).int(), weights[self.tokens].view(torch.int32)]
+        incoming = self.group.exchange(torch.cat(outgoing, 1), self.sent, self.received)  # [R, 2K]
         sizes, share = here[:, 2:].sum(0), -(-int(here[:, 1].sum()) * top_k // self.group.size)
-        self.local = route(heard[:, :top_k].long(), self._experts, self._shards, sizes)
-        self.weights = heard[:, top_k:].contiguous().view(torch.float32)
+        self.local = route(incoming[:, :top_k].long(), self._experts, self._shards, sizes)
+        self.weights = incoming[:, top_k:].contiguous().view(torch.float32)
         self.piece = share if sizes.sum() >= 2 * share > 0 else None
         self._chosen = None
 

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import DeepseekV3Config
 
-from src.models.deepseek_v3.sp_group import SequenceParallelGroup, SingleProcess
-
 from ..loss import linear_cross_entropy
 from ..offload import HostStack
 from .attention import Attention
@@ -32,6 +30,7 @@ from .recompute import Kept
 from .rope import cos_sin, positions
 from .row import RowGeometry
 from .sizes import attention_output_bytes, layer_input_bytes
+from .sp_group import SequenceParallelGroup, SingleProcess
 
 
 class LossWeights(NamedTuple):

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
-from src.models.deepseek_v3.sp_group import SequenceParallelGroup, SingleProcess
-
 from ..kernels import gated_unit, matmul_fp32
 from .expert_parallel import Journey
 from .experts import Experts
@@ -19,6 +17,7 @@ from .recompute import Kept, recomputing, unhooked
 from .route import Route
 from .row import RowGeometry
 from .sizes import shard_size
+from .sp_group import SequenceParallelGroup, SingleProcess
 
 
 class MLP(nn.Module):

@@ -1,4 +1,4 @@
-"""Who is rank 0, and that no other run writes where this one does; known before anything is loaded."""
+"""No other run writes where this one does; known before anything is loaded."""
 
 import errno
 import fcntl

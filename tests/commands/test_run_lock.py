@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from src.commands.config_command import ConfigCommand
-from src.commands.places import LOCK, lock_run
+from src.commands.run_lock import LOCK, lock_run
 from src.commands.writable import check_writable, unwritable
 from src.errors import UserError
 from src.launcher import is_first_process
 from tests.command import run
 
-HOLD = "import sys; from src.commands.places import lock_run; lock_run(sys.argv[1]); print('held', flush=True); input()"
+HOLD = (
+    "import sys; from src.commands.run_lock import lock_run; lock_run(sys.argv[1]); print('held', flush=True); input()"
+)
 
 
 def holder(root: Path) -> "subprocess.Popen[str]":
