@@ -18,6 +18,7 @@ LOGGED = {
     r"|`Trainer\(val_check_interval=1\.0\)` was configured|Loading `train_dataloader` to estimate",
 }
 WARNED = (
+    r"Total length of `list` across ranks is zero",  # a run without validation
     r"The `srun` command is available on your system but is not used",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"When saving the DeepSpeed Stage 3 checkpoint, each worker will save a shard",  # `export` needs no conversion

@@ -125,7 +125,10 @@ ONE = ["--trainer.devices=1", "--trainer.strategy.init_args.sequence_parallel_si
         (["fit", "--config", TINY, *ONE, '--model.freeze=["no.such*"]'], "no parameter's name matches 'no.such*'"),
         (["fit", "--config", TINY, f"{EP}=2", "--trainer.strategy.stage=2"], "expert_parallel_size above 1 needs ZeRO"),
         (["fit", "--config", TINY, f"{EP}=3", "--trainer.devices=6"], "the 16 experts of a layer. It may be 1, 2."),
-        (["plan", "--config", TINY, f"{EP}=3"], "expert_parallel_size 3 must divide 2 processes, 16 experts and the 2"),
+        (
+            ["plan", "--config", TINY, f"{EP}=3"],
+            "expert_parallel_size 3 must divide the 2 processes of a node, or be whole nodes",
+        ),
         (["plan", "--config", TINY, "--expalin"], "did you mean --explain?"),
         (["export", "--ckpt=x", "--ot=y"], "did you mean --out?"),
         (["verify", "--model=/none"], "/none"),
