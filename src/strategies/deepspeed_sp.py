@@ -18,7 +18,6 @@ from deepspeed.accelerator import get_accelerator
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies.ddp import DDPStrategy
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -37,7 +36,7 @@ from src.weights.source import WeightSource
 from . import bf16_reduction
 from .bf16_reduction import BF16Reduction
 from .checkpointing import CheckpointingStrategy
-from .early_ranks import release
+from .early_launcher import EarlyLauncher
 from .expert_parallel import ProcessGroupEP, check_zero, make_groups
 from .host_optimizer import HostAdamW, allocated_once, step_in_pieces
 from .masters import complete, round_after_steps
@@ -67,22 +66,6 @@ class _ModulePrecision(DeepSpeedPrecision):
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module
-
-
-class _Launcher(_SubprocessScriptLauncher):
-    """Lightning's, which takes the processes that wait already, if there are any."""
-
-    @override
-    def _call_children_scripts(self) -> None:
-        cluster = self.cluster_environment
-        shared = {"MASTER_ADDR": cluster.main_address, "MASTER_PORT": str(cluster.main_port)}
-        shared |= {"NODE_RANK": str(cluster.node_rank()), "WORLD_SIZE": str(self.num_processes * self.num_nodes)}
-        shared |= {name: value for name, value in os.environ.items() if name.startswith("PL_")}  # the seed
-        self.procs = release([shared | {"LOCAL_RANK": str(rank)} for rank in range(1, self.num_processes)])
-        if self.procs:
-            os.environ.update(shared | {"LOCAL_RANK": "0"})
-        else:
-            super()._call_children_scripts()
 
 
 class DeepSpeedSPStrategy(CheckpointingStrategy):
@@ -152,7 +135,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
     @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+        self._launcher = EarlyLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     # -- ranks ----------------------------------------------------------------------------------------------------
 
@@ -185,7 +168,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
             self.sequence_parallel_size,
             self.global_rank,
             self.expert_parallel_size,
-            self.num_processes if self.reduce_dtype == "fp32" else self._node_size,
+            self._node_size,
         )
         with redirect_stdout(io.StringIO()):  # each rank would print that an operator is built
             self._init_deepspeed_distributed()
