@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV3Config
 
-from src.models.deepseek_v3 import load_config
+if TYPE_CHECKING:
+    from transformers import DeepseekV3Config
 
 PEAK = 989e12  # dense bf16 operations a second that NVIDIA states for H100 SXM; MFU is of this
 TRUE_CONFIG = Path(__file__).parent.parent / "configs" / "models" / "deepseek-v3"
@@ -26,8 +27,10 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def true_config(**changes: int) -> DeepseekV3Config:
+def true_config(**changes: int) -> "DeepseekV3Config":
     """DeepSeek-V3's own config.json, its 61 layers or experts cut where asked."""
+    from src.models.deepseek_v3 import load_config  # here, so that a benchmark of torch alone needs nothing else
+
     config = load_config(str(TRUE_CONFIG))
     for name, value in changes.items():
         assert hasattr(config, name), name
