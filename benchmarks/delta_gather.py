@@ -6,8 +6,8 @@
 
 Weights of a shard of experts: the base in e4m3 with a scale per block of 128 x 128, whole in each rank's pinned memory,
 and each rank's part of masters minus base in 8 bits, with the blocks' scales by an all-reduce of their maxima. A
-gathered weight is base plus delta, rounded to bf16. Shards follow each other as in a forward pass: two buffers each, and
-a stream each for the gather, the copy and the computation. Needs torch only.
+gathered weight is base plus delta, rounded to bf16. Shards follow each other as in a forward pass: two buffers each, a
+stream each for the gather, the copy and the computation. Needs torch only.
 
 Legend: E experts of a shard as one matrix [R, C] = [E 3 I, H], W ranks; blocks [r, c] = [R/128, C/128].
 """
