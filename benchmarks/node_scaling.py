@@ -1,6 +1,7 @@
 """DP x SP layouts on the GPUs of one node, each a whole `fit` of the same rows from the same weights.
 
     python -m benchmarks.node_scaling --out FOLDER [--gpus 8] [--layers 2] [--experts 16] [--steps 20]
+    python -m benchmarks.node_scaling --out FOLDER --parts experts --experts 96 --tokens 16384 --no-plan
     python -m benchmarks.node_scaling --out FOLDER --device cpu --gpus 4 --model configs/models/tiny --tokens 128 \\
         --vocab 1024 --steps 4
 
@@ -8,9 +9,10 @@ Every layout trains the same global batches of `gpus` rows of --tokens tokens, o
 micro-batch is SP rows, so that each GPU has as many tokens whatever SP is, and fewer GPUs accumulate. Shown are losses
 beside those of one GPU, tokens/s a GPU, memory, what `plan` says of the same arguments, SP's exchanges by themselves,
 what NCCL's kernels cost and hide, and a checkpoint that half the GPUs resume and that is exported from the running job
-and from the files. Part `hot_path`, if named, runs each layout of all GPUs with DeepSpeed's own gather, reduction and
-step on the host too, and compares gradients, losses and weights bit by bit. With many experts the states of one GPU no
-longer fit: name the layouts that do by --only.
+and from the files. Part `experts`, if named, runs layouts of all GPUs that share experts by 1, 2, ... ranks, with
+gradients sent in fp32, then in bf16. Part `hot_path`, if named, runs each layout of all GPUs with DeepSpeed's own
+gather, reduction and step on the host too, and compares gradients, losses and weights bit by bit. With many experts the
+states of one GPU no longer fit: name the layouts that do by --only.
 Everything is written below --out; FOLDER/results.jsonl has one line a row.
 """
 
@@ -52,16 +54,24 @@ class Layout(NamedTuple):
     dp: int
     sp: int
     offload: bool = False
+    ep: int = 1
+    reduce_dtype: str = "fp32"
 
     @property
     def name(self) -> str:
-        return f"dp{self.dp}_sp{self.sp}" + ("_offload" if self.offload else "")
+        more = ["offload"] * self.offload + [f"ep{self.ep}"] * (self.ep > 1) + ["bf16"] * (self.reduce_dtype == "bf16")
+        return "_".join([f"dp{self.dp}_sp{self.sp}", *more])
 
 
 def layouts(gpus: int) -> list[Layout]:
     sizes = [2**i for i in range(gpus.bit_length()) if 2**i <= gpus]
     plain = [Layout(n // sp, sp) for n in sizes for sp in sizes if sp <= n]
     return plain + [layout._replace(offload=True) for layout in plain if layout.dp * layout.sp == gpus]
+
+
+def expert_layouts(gpus: int) -> list[Layout]:
+    sizes = [2**i for i in range(gpus.bit_length()) if 2**i <= gpus]
+    return [Layout(gpus, 1, ep=ep, reduce_dtype=dtype) for dtype in ("fp32", "bf16") for ep in sizes]
 
 
 def make_model(folder: Path, options: argparse.Namespace) -> None:
@@ -114,6 +124,7 @@ def make_data(path: Path, rows: int, tokens: int, vocab: int, seed: int) -> None
 class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out = options, Path(options.out)
+        self.weights = Path(options.weights or self.out / "model")
         self.log = (self.out / "log.txt").open("a")
         self.lines: list[dict[str, Any]] = []
 
@@ -137,8 +148,9 @@ class Bench:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         return self.run([*launch, *command], shown, **environment)
 
-    def arguments(self, layout: Layout, model: str = "model", tokens: int | None = None) -> list[str]:
-        o = self.options
+    def arguments(self, layout: Layout, other: str | None = None, tokens: int | None = None) -> list[str]:
+        """other: the name below --out of a model and its data, in place of the main ones."""
+        o, model = self.options, str(self.out / other if other else self.weights)
         values = {
             "config": "configs/1gpu_small.yaml",
             "trainer.accelerator": o.device,
@@ -146,18 +158,20 @@ class Bench:
             "trainer.devices": layout.dp * layout.sp,
             "trainer.strategy.init_args.sequence_parallel_size": layout.sp,
             "trainer.strategy.init_args.offload_optimizer": str(layout.offload).lower(),
+            "trainer.strategy.init_args.expert_parallel_size": layout.ep,
+            "trainer.strategy.init_args.reduce_dtype": layout.reduce_dtype,
             "trainer.accumulate_grad_batches": o.gpus // (layout.dp * layout.sp),
             "trainer.max_steps": o.steps,
             "trainer.limit_val_batches": 0,
             "trainer.enable_progress_bar": "false",
-            "model.pretrained": str(self.out / model),
+            "model.pretrained": model,
             "model.from_scratch": "false",
             "model.attention_output": "keep",
             "model.learning_rate": 1e-4,
             "model.min_learning_rate": 1e-5,
-            "data.train_files": f"[{self.out}/{'train' if model == 'model' else model}.jsonl]",
+            "data.train_files": f"[{self.out}/{other or 'train'}.jsonl]",
             "data.val_files": "null",
-            "data.tokenizer": str(self.out / model),
+            "data.tokenizer": model,
             "data.max_length": tokens or o.tokens,
             "data.batch_size": layout.sp,
             "data.cache_dir": str(self.out / "cache"),
@@ -192,12 +206,18 @@ class Bench:
             return {}
 
     def scaling(self) -> None:
+        self.layouts(layouts(self.options.gpus))
+
+    def experts(self) -> None:
+        self.layouts(expert_layouts(self.options.gpus))
+
+    def layouts(self, some: Iterable[Layout]) -> None:
         """Each layout's steps."""
         o = self.options
-        config = load_config(str(self.out / "model"))
+        config = load_config(str(self.weights))
         flops = step_flops(config, [o.tokens] * o.gpus, o.tokens * o.gpus)
         cells, first = [], None
-        for layout in layouts(o.gpus):
+        for layout in some:
             if o.only and layout.name not in o.only:
                 continue
             arguments = self.arguments(layout)
@@ -213,7 +233,7 @@ class Bench:
                 host = sum(line["bytes"] for line in plan["host"]["lines"] if "save" not in line["name"])
                 predicted = [plan["time"]["step_s"], plan["device"]["allocated"] / 2**30, host / 2**30]
             first = first or line
-            line |= {"kind": "layout", "dp": layout.dp, "sp": layout.sp, "offload": layout.offload, "gpus": n}
+            line |= {"kind": "layout", **layout._asdict(), "gpus": n, "tokens": o.tokens}
             line["tokens_per_s_gpu"] = o.tokens * o.gpus / line["step_s"] / n
             line["mfu"] = flops / line["step_s"] / n / PEAK
             line["loss_difference"] = max(abs(a - b) for a, b in zip(line["losses"], first["losses"], strict=True))
@@ -373,6 +393,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="layouts by name, e.g. dp1_sp1 dp1_sp2")
+    parser.add_argument("--weights", help="the folder of the model, made where it is not there yet, and kept")
     parser.add_argument("--no-plan", action="store_true")
     parser.add_argument("--cluster", help="what `preflight --write` has measured here, for plan")
     parser.add_argument("--more", nargs="*", default=[], help="arguments of fit and plan, NAME=VALUE")
@@ -383,13 +404,15 @@ def main() -> None:
         raise SystemExit(f"--gpus {options.gpus}: a power of two is needed")
     out = Path(options.out)
     out.mkdir(parents=True)
-    make_model(out / "model", options)
+    bench = Bench(options)
+    if not bench.weights.exists():
+        make_model(bench.weights, options)
     make_data(out / "train.jsonl", options.gpus * options.steps, options.tokens, options.vocab, options.seed)
     head(f"DP x SP on {options.gpus} {options.device}, {vars(options)}", torch.device(options.device))
-    bench = Bench(options)
     for part in options.parts:
         getattr(bench, part)()
-    shutil.rmtree(out / "model")
+    if not options.weights:
+        shutil.rmtree(bench.weights)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.node_scaling import Bench, layouts, main, packed
+from benchmarks.node_scaling import Bench, expert_layouts, layouts, main, packed
 from benchmarks.timeline import analyse, lines
 from src.rehearsal.timeline import merged, overlap, read
 from tests.command import run
@@ -22,6 +22,8 @@ def test_layouts() -> None:
         "dp1_sp2_offload",
     ]
     assert len(layouts(8)) == 1 + 2 + 3 + 4 + 4
+    names = ["dp2_sp1", "dp2_sp1_ep2", "dp2_sp1_bf16", "dp2_sp1_ep2_bf16"]
+    assert [layout.name for layout in expert_layouts(2)] == names
 
 
 def test_overlap() -> None:
@@ -90,15 +92,16 @@ def test_four_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         "--tokens": 64,
         "--vocab": 512,
         "--steps": 2,
-        "--only": "dp2_sp2",
+        "--only": "dp4_sp1_ep2_bf16",
+        "--weights": tmp_path / "weights",
     }
     arguments = [str(x) for pair in options.items() for x in pair]
-    monkeypatch.setattr("sys.argv", ["node_scaling", *arguments, "--parts", "scaling", "exchanges"])
+    monkeypatch.setattr("sys.argv", ["node_scaling", *arguments, "--parts", "experts", "exchanges"])
     main()
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     layout, *exchanges = lines
-    assert (layout["dp"], layout["sp"], layout["gpus"], len(layout["losses"])) == (2, 2, 4, 2)
+    assert (layout["dp"], layout["ep"], layout["gpus"], len(layout["losses"])) == (4, 2, 4, 2)
     assert layout["losses"][1] < layout["losses"][0] < 7 and layout["plan"]
     assert [line["sp"] for line in exchanges] == [2, 4]
     assert all(line["latents_mib"] < line["expanded_mib"] for line in exchanges)
-    assert "| dp2_sp2 |" in capsys.readouterr().out
+    assert "| dp4_sp1_ep2_bf16 |" in capsys.readouterr().out
