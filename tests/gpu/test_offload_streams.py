@@ -72,17 +72,16 @@ def test_what_is_taken_waits_for_its_copy_in(stack: HostStack) -> None:
 
 
 def test_memory_is_not_fetched_into_before_its_last_use(stack: HostStack) -> None:
-    first, second = stack.put(full(3)), stack.put(full(7))
-    third = stack.put(full(9))
+    items = [stack.put(full(value)) for value in range(8)]
     torch.cuda.synchronize()
     stack.ahead = 0  # each is fetched when it is asked for
-    taken = stack.take(third)
+    taken = stack.take(items.pop())
     place = taken.data_ptr()
     torch.cuda._sleep(CYCLES)
     used = taken.clone()  # on the stream that computes, which is held back
     del taken
-    later = [stack.take(second), stack.take(first)]
+    later = [stack.take(item) for item in reversed(items)]  # more than the allocator has free places for
     torch.cuda.synchronize()
-    assert torch.equal(used, full(9))
-    assert place not in [t.data_ptr() for t in later]
-    assert torch.equal(later[0], full(7)) and torch.equal(later[1], full(3))
+    assert torch.equal(used, full(7))
+    assert place not in [tensor.data_ptr() for tensor in later]
+    assert all(torch.equal(tensor, full(value)) for tensor, value in zip(later, range(6, -1, -1), strict=True))

@@ -9,7 +9,7 @@ import torch
 
 from src.commands.export import export
 from src.weights.side_files import copy_side_files
-from tests.checkpoints.tiny import oracle, save_mtp, save_oracle
+from tests.checkpoints.tiny import list_files, oracle, save_mtp, save_oracle
 from tests.checkpoints.workers import DTYPES, SETTINGS, live_export
 
 pytestmark = pytest.mark.gpu
@@ -26,6 +26,7 @@ def test_weights_in_and_out(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-6000:]
     for label in SETTINGS:
         copy_side_files(base, folder / label / "hf")
+        list_files(folder / label)
         for dtype in DTYPES:
             out = folder / "exported" / label / dtype  # a label may end like another with a dtype
             export(str(folder / label), str(out), dtype, max_shard_size="100KB")
