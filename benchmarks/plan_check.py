@@ -28,7 +28,7 @@ MACHINE = Cluster(
 )  # fmt: skip
 FOUR = Cluster(
     gpus_per_node=4, host_memory_gib=503.8, cpu_cores=64, matmul_tflops=767.6, nccl_intra_node_gb_s=331.3,
-    pcie_in_gb_s=40.7, pcie_out_gb_s=32.5, cpu_adam_gparams_s=7.34,
+    exchange_intra_node_gb_s=331.3, pcie_in_gb_s=40.7, pcie_out_gb_s=32.5, cpu_adam_gparams_s=7.34,
 )  # fmt: skip
 
 

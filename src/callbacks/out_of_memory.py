@@ -56,6 +56,9 @@ def remedies(trainer: pl.Trainer, pl_module: Any) -> list[Setting]:
     if shard > 1:
         smaller = max(n for n in range(1, shard) if shard % n == 0)
         changes.append(Setting("--model.experts_per_shard", shard, smaller, "smaller products and exchanges"))
+    if getattr(strategy, "reduce_dtype", "fp32") == "bf16":
+        cost = "less memory for NCCL and a node's sums, twice the bytes of experts' gradients"
+        changes.append(Setting(f"{STRATEGY}reduce_dtype", "bf16", "fp32", cost))
     ep = getattr(strategy, "expert_parallel_size", 1)
     if ep > 1:
         node = trainer.num_devices

@@ -29,6 +29,9 @@ class Cluster:
     matmul_tflops: a bf16 product of 8192 x 8192 matrices; kernel rates measured on an H100 are scaled by it.
     host_memory_gib, cpu_cores, nics_per_node, disk_*: of a node. nic_gbit: of one NIC.
     nccl_inter_node_gb_s, nccl_intra_node_gb_s: bus bandwidth a GPU of an all-gather over all nodes, within one node.
+    exchange_inter_node_gb_s: what a GPU sends in an all-to-all with those of its number on the other nodes, while all
+        GPUs do; by default the all-gather's bandwidth over the GPUs of a node. exchange_intra_node_gb_s: to the others
+        of its node; by default as the all-gather's.
     pcie_in_gb_s, pcie_out_gb_s: pinned copy to and from a GPU while all GPUs of the node copy.
     cpu_adam_gparams_s: 1e9 parameters a second that DeepSpeedCPUAdam updates on a node, all its ranks together.
     disk_write_gb_s, disk_read_gb_s: the run's file system from one node while all nodes use it; by default 20 GB/s for
@@ -46,6 +49,8 @@ class Cluster:
     nic_gbit: float = H100.nic_gbit
     nccl_inter_node_gb_s: float = 370.0
     nccl_intra_node_gb_s: float = INTRA_GB_S
+    exchange_inter_node_gb_s: float = 46.25
+    exchange_intra_node_gb_s: float = INTRA_GB_S
     pcie_in_gb_s: float = PCIE_IN_GB_S
     pcie_out_gb_s: float = PCIE_OUT_GB_S
     cpu_adam_gparams_s: float = 11.0
@@ -164,7 +169,12 @@ def cluster_of(given: Mapping[str, Any]) -> Cluster:
         "pcie_out_gb_s": PCIE_OUT_GB_S * card.pcie_gb_s / H100.pcie_gb_s,
     } | dict(given)
     line_rate = values["nics_per_node"] * values["nic_gbit"] / 8
-    return Cluster(**({"nccl_inter_node_gb_s": OF_LINE_RATE * line_rate} | values), measured=frozenset(given))
+    values = {"nccl_inter_node_gb_s": OF_LINE_RATE * line_rate} | values
+    exchanges = {
+        "exchange_inter_node_gb_s": values["nccl_inter_node_gb_s"] / cluster.gpus_per_node,
+        "exchange_intra_node_gb_s": values["nccl_intra_node_gb_s"],
+    }
+    return Cluster(**(exchanges | values), measured=frozenset(given))
 
 
 def write_cluster(path: str | Path, values: Mapping[str, Any]) -> None:

@@ -26,6 +26,8 @@ MEASURED, ASSUMED, KERNELS = 0.05, 0.30, 0.05
 RATES = (
     "nccl_inter_node_gb_s",
     "nccl_intra_node_gb_s",
+    "exchange_inter_node_gb_s",
+    "exchange_intra_node_gb_s",
     "pcie_in_gb_s",
     "pcie_out_gb_s",
     "cpu_adam_gparams_s",

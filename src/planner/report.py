@@ -53,7 +53,9 @@ def time_lines(plan: Plan) -> list[tuple[str, str, str]]:
     add("  compute", t.streams[COMPUTE], f"{flops / 1e15:.2f}e15 {again}")
     bus, bandwidth = ("inter", c.nccl_inter_node_gb_s) if s.nodes > 1 else ("intra", c.nccl_intra_node_gb_s)
     sent = f"{t.schedule.gathered / 1e9:.0f}e9 weights x {s.param_bytes} bytes + {t.schedule.reduced / 1e9:.0f}e9 "
-    halved = f" ({t.schedule.halved / 1e9:.0f}e9 of them, of experts, x 2 bytes)" if t.schedule.halved else ""
+    halved = (
+        f" ({t.schedule.halved / 1e9:.0f}e9 of them, of experts, x 2 bytes, by all-to-all)" if t.schedule.halved else ""
+    )
     sent += f"gradients x 4 bytes{halved}, x {s.world - 1}/{s.world} = {network_bytes(s, t) / 1e12:.2f} TB"
     if s.ep > 1:
         halves = ", whose gradients are x 2 bytes" if halved else ""

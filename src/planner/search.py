@@ -65,6 +65,8 @@ def _changes(settings: Settings, host_is_full: bool) -> Iterator[Change]:
     if s.batch_size > 1:
         yield f"--data.batch_size {s.batch_size // 2}", {"batch_size": s.batch_size // 2}
     yield f"--trainer.strategy.init_args.sequence_parallel_size {2 * s.sp}", {"sp": 2 * s.sp}
+    if s.halves:  # its groups have buffers of their own, and a node's sums take memory
+        yield "--trainer.strategy.init_args.reduce_dtype fp32", {"reduce_dtype": "fp32"}
     half = s.sizes.experts_per_shard // 2
     if half:
         yield f"--model.experts_per_shard {half}", {"experts_per_shard": half}
@@ -162,8 +164,8 @@ def search(
     best: int = 10,
     nodes: Sequence[int] | None = None,
 ) -> list[Plan]:
-    """The fastest a GPU of the grid that fit, best first; shards of half the experts, and half as many ranks that share
-    them, are tried where that is fast.
+    """The fastest a GPU of the grid that fit, best first; shards of half the experts, half as many ranks that share
+    them, and gradients in bf16 are tried where that is fast.
 
     Simulated on this process's cores, up to 16, by new processes: __main__ must be importable.
     """
@@ -179,6 +181,8 @@ def search(
         halves = [_possible(s, experts_per_shard=s.sizes.experts_per_shard // 2) for _, s in rated_best]
         halves += [_possible(s, ep=s.ep // 2) for _, s in rated_best if s.ep > 2]
         rated_best += fastest([half for half in halves if half])
+        wide = [s for _, s in rated_best if s.stage == 3 and s.reduce_dtype == "fp32"]
+        rated_best += fastest([half for s in wide if (half := s.but(reduce_dtype="bf16")).halves])
     plans = [make_plan(s, cluster, data, quick=True) for _, s in rated_best]
     return sorted(plans, key=lambda plan: -plan.rate())[:best]
 

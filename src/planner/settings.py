@@ -153,6 +153,7 @@ class Settings:
             _POSITIVE["ep"]: self.ep,
             f"{strategy}offload_optimizer": self.offload_optimizer,
             f"{strategy}offload_parameters": self.offload_parameters,
+            f"{strategy}reduce_dtype": self.reduce_dtype,
             "data.batch_size": self.batch_size,
             "trainer.accumulate_grad_batches": self.accumulate,
             "model.attention_output": self.attention_output,
@@ -166,6 +167,7 @@ class Settings:
         offload = "optimizer" if self.offload_optimizer else "nothing"
         offload = "optimizer and parameters" if self.offload_parameters else offload
         groups = f"SP {self.sp}, EP {self.ep}" if self.ep > 1 else f"SP {self.sp}"
+        groups += ", reduce_dtype bf16" if self._bf16 else ""
         return (
             f"{counted(self.nodes, 'node')}, {groups}, batch {self.batch_size}, accumulate {self.accumulate}, "
             f"offload {offload}, attention_output {self.attention_output}, layer_input {self.layer_input}, "

@@ -89,8 +89,8 @@ def _slowed(spans: list[Span]) -> float:
 def step_seconds(settings: Settings, cluster: Cluster, time: StepTime, other: Cluster, kernels: float) -> float:
     """A step's seconds on a cluster of other rates, kernels `kernels` times as slow: the same schedule played again."""
     network = "nccl_inter_node_gb_s" if settings.nodes > 1 else "nccl_intra_node_gb_s"
-    exchange = "nccl_inter_node_gb_s" if settings.sp > settings.gpus else "nccl_intra_node_gb_s"
-    travel = "nccl_inter_node_gb_s" if settings.ep > settings.gpus else "nccl_intra_node_gb_s"
+    exchange = "nccl_inter_node_gb_s" if settings.sp > settings.gpus else "exchange_intra_node_gb_s"
+    travel = "nccl_inter_node_gb_s" if settings.ep > settings.gpus else "exchange_intra_node_gb_s"
     rates = {GATHER: network, SP: exchange, EP: travel, TO_HOST: "pcie_out_gb_s", FROM_HOST: "pcie_in_gb_s"}
     factors = {stream: getattr(cluster, name) / getattr(other, name) for stream, name in rates.items()}
     factors |= {COMPUTE: kernels, CAST: kernels}

@@ -105,7 +105,7 @@ class Work:
         if s.ep == 1:
             return 0.0
         elements = rows * self.tokens * self.reach * self.imbalance * self.hidden * (s.ep - 1) / s.ep
-        bandwidth = self.cluster.nccl_intra_node_gb_s if s.ep <= s.gpus else self.cluster.nccl_inter_node_gb_s
+        bandwidth = self.cluster.exchange_intra_node_gb_s if s.ep <= s.gpus else self.cluster.nccl_inter_node_gb_s
         latency = rates.COLLECTIVE + rates.COLLECTIVE_RANK * s.ep
         return elements * s.param_bytes / (bandwidth * 1e9) + latency
 
@@ -119,7 +119,7 @@ class Work:
         if s.sp == 1:
             return 0.0
         inside = s.sp <= s.gpus
-        bandwidth = self.cluster.nccl_intra_node_gb_s if inside else self.cluster.nccl_inter_node_gb_s
+        bandwidth = self.cluster.exchange_intra_node_gb_s if inside else self.cluster.nccl_inter_node_gb_s
         latency = rates.COLLECTIVE + rates.COLLECTIVE_RANK * s.sp
         return elements_received * s.param_bytes / (bandwidth * 1e9) + latency + self._skew()
 

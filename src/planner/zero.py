@@ -40,17 +40,19 @@ def collective_seconds(settings: Settings, cluster: Cluster, nbytes: float, shar
 
 
 def halved_seconds(settings: Settings, cluster: Cluster, elements: float) -> float:
-    """All-to-all of experts' gradients (`src/strategies/bf16_reduction.py`), at a gather's rates (assumed).
+    """All-to-all of experts' gradients (`src/strategies/bf16_reduction.py`).
 
     In two exchanges the pieces overlap: the longer one takes its whole time, the other that of one piece.
     """
-    s, here = settings, settings.holders_per_node
-    if here in (1, s.holders):
-        return collective_seconds(s, cluster, 2 * elements, s.ep > 1)
-    nodes, latency = s.holders // here, rates.COLLECTIVE + rates.COLLECTIVE_RANK * here
-    within = latency + 2 * elements * (here - 1) / here / (cluster.nccl_intra_node_gb_s * 1e9)
-    between = rates.COLLECTIVE + (rates.COLLECTIVE_NODE + rates.COLLECTIVE_RANK) * nodes
-    between += 2 * elements * s.ep * (nodes - 1) / nodes / (cluster.nccl_inter_node_gb_s * 1e9)
+    here = min(settings.holders_per_node, settings.holders)
+    nodes = settings.holders // here
+    within = between = 0.0
+    if here > 1:
+        within = rates.COLLECTIVE + rates.COLLECTIVE_RANK * here
+        within += 2 * elements * (here - 1) / here / (cluster.exchange_intra_node_gb_s * 1e9)
+    if nodes > 1:
+        between = rates.COLLECTIVE + (rates.COLLECTIVE_NODE + rates.COLLECTIVE_RANK) * nodes
+        between += 2 * elements / here * (nodes - 1) / nodes / (cluster.exchange_inter_node_gb_s * 1e9)
     return max(within, between) + min(within, between) / max(1, -(-elements // PIECE))
 
 

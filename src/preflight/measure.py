@@ -1,4 +1,4 @@
-"""What the ranks measure together: arithmetic, copies, all-gathers and the optimizer on the host."""
+"""What the ranks measure together: arithmetic, copies, all-gathers, all-to-alls and the optimizer on the host."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from .ranks import Ranks
 
-_GATHERED = 2 << 30  # bytes that an all-gather gives to each rank: about an expert shard of DeepSeek-V3
+_GATHERED = 2 << 30  # bytes that a collective gives to each rank: about an expert shard of DeepSeek-V3
 _COPIED = 1 << 30
 _SIZE = 8192  # of the square matrices whose product is timed
 _STEPPED = {"cuda": 1 << 26, "cpu": 1 << 20}  # parameters a rank; 16 bytes each, far more than caches hold
@@ -66,16 +66,33 @@ def host_optimizer(device: torch.device) -> Callable[[], float]:
 
 def all_gather(group: dist.ProcessGroup | None, device: torch.device) -> tuple[float, list[int]]:
     """Bus bandwidth a rank in GB/s, and the ranks of the group whose part did not arrive as it was sent."""
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    rank = dist.get_rank(group)
+    expected, received = _parts(group, device)
+    sent = expected + rank
+    return _rate(lambda: dist.all_gather_into_tensor(received.view(-1), sent, group=group), expected, received)
+
+
+def all_to_all(group: dist.ProcessGroup, device: torch.device) -> tuple[float, list[int]]:
+    """GB/s that a rank sends to the others, and the ranks whose part did not arrive as it was sent."""
+    size, rank = group.size(), group.rank()
+    expected, received = _parts(group, device)
+    sent = (torch.arange(size, dtype=torch.int32, device=device) * size + rank)[:, None] + expected  # to each its own
+    return _rate(lambda: dist.all_to_all_single(received, sent, group=group), expected + rank * size, received)
+
+
+def _parts(group: dist.ProcessGroup | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of which rank r sends those r larger [part], and where all parts arrive [W, part]."""
+    size = dist.get_world_size(group)
     part = (_GATHERED if device.type == "cuda" else 1 << 20) // size // 4
-    sent = torch.arange(part, dtype=torch.int32, device=device) + rank
-    received = torch.empty(size * part, dtype=torch.int32, device=device)
-    seconds = _seconds(
-        lambda: dist.all_gather_into_tensor(received, sent, group=group), device, 10 if device.type == "cuda" else 2
-    )
-    expected = torch.arange(part, dtype=torch.int32, device=device)
-    wrong = [r for r, got in enumerate(received.view(size, part)) if not torch.equal(got - r, expected)]
-    return (size - 1) * part * 4 / seconds / 1e9, wrong
+    numbers = torch.arange(part, dtype=torch.int32, device=device)
+    return numbers, torch.empty(size, part, dtype=torch.int32, device=device)
+
+
+def _rate(collective: Callable[[], object], expected: torch.Tensor, received: torch.Tensor) -> tuple[float, list[int]]:
+    """GB/s from the other ranks, and those of which other numbers arrived than the expected ones plus the rank."""
+    seconds = _seconds(collective, received.device, 10 if received.is_cuda else 2)
+    wrong = [r for r, got in enumerate(received) if not torch.equal(got - r, expected)]
+    return received[1:].nbytes / seconds / 1e9, wrong
 
 
 def ring(nodes: int) -> list[list[tuple[int, int]]]:
@@ -90,8 +107,9 @@ def ring(nodes: int) -> list[list[tuple[int, int]]]:
 
 
 def network(ranks: Ranks, device: torch.device) -> dict[str, Any]:
-    """Called by all ranks. `world`, `intra`: GB/s; `pairs`: the same by neighbour node; `wrong`: ranks whose data did
-    not arrive as sent."""
+    """Called by all ranks. GB/s: `world`, `intra`, and by neighbour node `pairs`, of all-gathers; `exchange_intra` and
+    `exchange_inter` of all-to-alls in each node, and between its GPUs and those of the same number elsewhere, all at
+    once. `wrong`: ranks whose data did not arrive as sent."""
     measured: dict[str, Any] = {"pairs": {}, "wrong": []}
     own, per_node = ranks.rank // ranks.ranks_per_node, ranks.ranks_per_node
 
@@ -100,8 +118,9 @@ def network(ranks: Ranks, device: torch.device) -> dict[str, Any]:
 
     if per_node > 1:
         group, _ = dist.new_subgroups_by_enumeration([of_nodes(node) for node in range(ranks.nodes)])
-        measured["intra"], wrong = all_gather(group, device)
-        measured["wrong"] += [of_nodes(own)[index] for index in wrong]
+        for name, collective in (("intra", all_gather), ("exchange_intra", all_to_all)):
+            measured[name], wrong = collective(group, device)
+            measured["wrong"] += [of_nodes(own)[index] for index in wrong]
     for pairs in ring(ranks.nodes):
         mine = next((pair for pair in pairs if own in pair), None)
         for pair in pairs:  # every rank makes every group
@@ -116,4 +135,9 @@ def network(ranks: Ranks, device: torch.device) -> dict[str, Any]:
     if ranks.nodes > 1:
         measured["world"], wrong = all_gather(None, device)
         measured["wrong"] += wrong
+        peers = [list(range(local, ranks.world_size, per_node)) for local in range(per_node)]
+        group, _ = dist.new_subgroups_by_enumeration(peers)
+        dist.barrier()
+        measured["exchange_inter"], wrong = all_to_all(group, device)
+        measured["wrong"] += [peers[ranks.rank % per_node][index] for index in wrong]
     return measured

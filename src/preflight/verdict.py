@@ -139,7 +139,13 @@ def cluster(reports: list[Report], cuda: bool) -> dict[str, Any]:
             rates = [report.rates[name] for report in reports if name in report.rates]
             if rates:
                 fields[name] = round(min(rates), 1)
-        for name, key in (("nccl_inter_node_gb_s", "world"), ("nccl_intra_node_gb_s", "intra")):
+        networks = {
+            "nccl_inter_node_gb_s": "world",
+            "nccl_intra_node_gb_s": "intra",
+            "exchange_inter_node_gb_s": "exchange_inter",
+            "exchange_intra_node_gb_s": "exchange_intra",
+        }
+        for name, key in networks.items():
             rates = [report.network[key] for report in reports if key in report.network]
             if rates:
                 fields[name] = round(min(rates), 1)

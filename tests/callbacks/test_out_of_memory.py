@@ -76,8 +76,12 @@ def test_remedies_come_by_cost_and_are_of_what_can_change() -> None:
         ("experts_per_shard", 32, 16),
     ]
     strategy.offloads_optimizer, trainer.datamodule.batch_size, trainer.world_size = True, 1, 4
+    strategy.reduce_dtype = "bf16"
     found = remedies(trainer, module(layer_input="offload", attention_output="offload", activation_checkpointing=True))
-    assert [s.option for s in found] == ["--model.experts_per_shard"]
+    assert [(s.option, s.less) for s in found] == [
+        ("--model.experts_per_shard", 16),
+        ("--trainer.strategy.init_args.reduce_dtype", "fp32"),
+    ]
 
 
 @pytest.mark.parametrize(("ep", "node", "less"), [(8, 8, 4), (2, 8, 1), (24, 8, 8), (16, 8, 8), (6, 6, 3)])

@@ -130,6 +130,7 @@ def test_what_the_search_finds_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     found = search(settings, Cluster(), ROWS, best=4)
     assert len(found) >= 2 and all(plan.fits for plan in found)
+    assert found[0].settings.halves and {plan.settings.halves for plan in found} == {False, True}
     assert [plan.rate() for plan in found] == sorted((plan.rate() for plan in found), reverse=True)
     assert all(make_plan(plan.settings, Cluster(), ROWS).fits for plan in found)
 
@@ -165,7 +166,7 @@ def test_what_the_search_prints_can_be_pasted(config: list[str], step: int) -> N
     asked = command.plan.settings
     chosen = candidates(asked, [asked.nodes, 16])[::step]
     assert {settings.ep for settings in chosen} == {1, 8}
-    for found in chosen:
+    for found in [*chosen, *(settings.but(reduce_dtype="bf16") for settings in chosen[:1])]:
         again = Quiet([*config, *found.arguments(asked).split()]).plan.settings
         assert again.sizes == found.sizes
         assert again.arguments(found) == "" and again.rows_per_step == found.rows_per_step

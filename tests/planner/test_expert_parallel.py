@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from src.models.deepseek_v3.sizes import read_sizes
-from src.planner.cluster import Cluster
+from src.planner.cluster import Cluster, cluster_of
 from src.planner.ledger import SHARDS
 from src.planner.micro_step import micro_step
 from src.planner.settings import Settings
@@ -72,6 +72,26 @@ def test_an_exchange_in_two_waits_for_the_longer_one() -> None:
     between = 2 * 2**30 * 31 / 32 / (cluster.nccl_inter_node_gb_s * 1e9)
     expected = max(within, between) + min(within, between) / 4  # four pieces
     assert halved_seconds(settings, cluster, 2**30) == pytest.approx(expected, rel=0.1)  # and latencies
+
+
+def test_an_exchange_takes_what_was_measured_of_exchanges() -> None:
+    slow = cluster_of({"exchange_inter_node_gb_s": 10.0, "exchange_intra_node_gb_s": 20.0})
+    assert slow.nccl_inter_node_gb_s == Cluster().nccl_inter_node_gb_s
+    between = 2 * 2**36 * 31 / 32 / 10e9
+    shared_by_all, in_two = shared(8, reduce_dtype="bf16"), shared(1, reduce_dtype="bf16")
+    assert halved_seconds(shared_by_all, slow, 2**36) == pytest.approx(between, rel=1e-3)
+    within = 2 * 2**36 * 7 / 8 / 20e9
+    assert halved_seconds(in_two, slow, 2**36) == pytest.approx(within + between / 8 / 256, rel=1e-3)
+    alone = shared(1, nodes=1, reduce_dtype="bf16")
+    assert halved_seconds(alone, slow, 2**36) == pytest.approx(within, rel=1e-3)
+    tokens = Work(shared_by_all, slow).travel(1) / Work(shared_by_all, Cluster()).travel(1)
+    assert tokens == pytest.approx(370 / 20, rel=1e-2)
+
+
+def test_exchanges_that_were_not_measured_go_at_the_rate_of_gathers() -> None:
+    known = cluster_of({"nccl_inter_node_gb_s": 160.0, "nccl_intra_node_gb_s": 300.0, "gpus_per_node": 4})
+    assert (known.exchange_inter_node_gb_s, known.exchange_intra_node_gb_s) == (40.0, 300.0)
+    assert {"exchange_inter_node_gb_s", "exchange_intra_node_gb_s"} <= {*known.assumed}
 
 
 def test_on_one_node_nothing_of_the_experts_is_gathered_or_held() -> None:

@@ -119,7 +119,7 @@ def test_an_sp_ranks_time_is_what_was_measured(sp: int, measured: float) -> None
 
 def test_sp_exchanges_what_was_counted() -> None:
     """benchmarks/RESULTS.md: 291 MiB a layer forward at SP = 4, as much backward; here the recomputation besides."""
-    cluster = replace(Cluster(), nccl_intra_node_gb_s=1e-3)  # so slow that latency is nothing
+    cluster = replace(Cluster(), exchange_intra_node_gb_s=1e-3)  # so slow that latency is nothing
     seconds = busy(micro_step(guide(sp=4), cluster).ops)[SP]
     assert seconds * 1e6 / 2**20 / 61 == pytest.approx(3 * 291, rel=0.01)
 

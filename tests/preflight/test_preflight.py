@@ -102,7 +102,7 @@ def test_the_cluster_is_as_its_weakest_node(tmp_path: Path) -> None:
             rank,
             rates={"matmul_tflops": 700.0 - rank, "pcie_in_gb_s": 50.0, "pcie_out_gb_s": 51.0},
             values={"gpu": "H100", "host_memory_gib": 2000.0 - rank, "nics_per_node": 8} if rank % 2 == 0 else {},
-            network={"world": 300.0 + rank, "intra": 350.0},
+            network={"world": 300.0 + rank, "intra": 350.0, "exchange_intra": 340.0, "exchange_inter": 40.0 + rank},
             disk=(10**9, 1.0 + rank // 2, 0.5),
             adam=2.0 + rank,
         )
@@ -112,6 +112,7 @@ def test_the_cluster_is_as_its_weakest_node(tmp_path: Path) -> None:
     read = read_cluster(tmp_path / "cluster.yaml")
     assert (read.matmul_tflops, read.host_memory_gib, read.nics_per_node) == (697.0, 1998.0, 8)
     assert (read.nccl_inter_node_gb_s, read.disk_write_gb_s, read.disk_read_gb_s) == (300.0, 1.0, 4.0)
+    assert (read.exchange_inter_node_gb_s, read.exchange_intra_node_gb_s) == (40.0, 340.0)
     assert read.cpu_adam_gparams_s == 5.0  # a node's ranks together
     reports[2].adam = None
     assert cluster(reports, cuda=True)["cpu_adam_gparams_s"] == 5.0
@@ -267,6 +268,28 @@ def test_all_gathers_over_pairs_and_over_all_nodes() -> None:
     for rank, (network, wrong, nodes, rate) in enumerate(run_distributed(_measure, 3)):
         assert nodes == 3 and network["wrong"] == [] and wrong == [1]
         assert set(network["pairs"]) == {0, 1, 2} - {rank} and network["world"] > 0 and rate > 0
+        assert "exchange_intra" not in network and network["exchange_inter"] > 0  # nodes of one rank
+
+
+def _exchange(bit: int) -> dict[str, Any]:
+    ranks = Ranks.from_environment(os.environ | {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2"})
+    meet(ranks, "gloo")
+    exchange = dist.all_to_all_single
+
+    def corrupted(received: torch.Tensor, sent: torch.Tensor, group: Any = None) -> None:
+        exchange(received, sent, group=group)
+        received[1, 5] ^= bit  # of the second rank's part
+
+    dist.all_to_all_single = corrupted  # type: ignore[assignment]
+    network = measure.network(ranks, torch.device("cpu"))
+    dist.destroy_process_group()
+    return network
+
+
+def test_all_to_alls_in_a_node_and_between_ranks_of_the_same_number() -> None:
+    for network in run_distributed(_exchange, 4, 0):
+        assert network["wrong"] == [] and network["exchange_intra"] > 0 and network["exchange_inter"] > 0
+    assert [network["wrong"] for network in run_distributed(_exchange, 4, 1)] == [[1, 2], [1, 3], [3, 2], [3, 3]]
 
 
 def _differ(rank_without: int) -> tuple[float | None, list[str]]:
