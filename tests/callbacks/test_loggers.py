@@ -84,7 +84,8 @@ class Save(pl.Callback):
 def test_loggers_count_a_runs_steps_as_its_progress_does(tmp_path: Path) -> None:
     """One session, and two of which the second resumes: each value stands at its own step, and none is there twice."""
     resumed: list[dict[str, Any]] = [{"max_steps": 2}, {"ckpt_path": f"{tmp_path}/2/step=2.ckpt"}]
-    for sessions in ([{}], resumed):
+    whole: list[dict[str, Any]] = [{}]
+    for sessions in (whole, resumed):
         root = tmp_path / str(len(sessions))
         other = Fake()
         for settings in sessions:
