@@ -25,12 +25,18 @@ SAID = (
 )
 
 
-def test_a_fit_says_nothing_that_nobody_can_act_on(inputs: Path, tmp_path: Path) -> None:
+def test_a_fit_says_and_imports_nothing_that_nobody_needs(inputs: Path, tmp_path: Path) -> None:
     arguments = [argument for argument in fit_args(inputs, tmp_path) if "progress_bar" not in argument]
     arguments += ["--trainer.max_steps=1", "--trainer.val_check_interval=2", f"--data.cache_dir={tmp_path}/cache"]
+    imported = tmp_path / "imported"
+    arguments += ["--trainer.callbacks+=tests.commands.imported.Imported", f"--trainer.callbacks.file={imported}"]
     result = start_afresh(*arguments)
     said = result.stderr.splitlines() + result.stdout.splitlines()
     assert [line for line in said if not any(re.fullmatch(pattern, line) for pattern in SAID)] == []
+    # What takes seconds, and what the first step needs none of.
+    assert {"torch._dynamo.debug_utils", "torch._inductor.compile_fx", "transformers.modeling_utils"}.isdisjoint(
+        imported.read_text().split()
+    )
     assert [pattern for pattern in SAID if not any(re.fullmatch(pattern, line) for line in said)] == []
 
 
