@@ -56,7 +56,7 @@ def prepare_builds() -> None:
 
 def import_muon() -> None:
     """Before an engine: DeepSpeed's Muon, which every engine imports, without the seconds that compiling it takes."""
-    compiled, torch.compile = torch.compile, lambda function: function
+    compiled, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
     try:
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
