@@ -13,6 +13,7 @@ from jsonargparse import auto_cli
 from transformers import AutoModelForCausalLM
 
 from src.callbacks.export_at_end import ExportAtEnd
+from src.callbacks.loggers import count_steps_from_one
 from src.callbacks.progress import Progress
 from src.callbacks.run_record import RunRecord
 from src.callbacks.step_checkpoint import StepCheckpoint
@@ -51,6 +52,7 @@ def main(root: Path = Path("runs/example"), max_steps: int = -1) -> None:
             ExportAtEnd(str(root / "hf")),
         ],
     )
+    count_steps_from_one(trainer)  # loggers, as the progress bar and checkpoints do
     trainer.fit(module, data)
     trainer.validate(module, data)
     if trainer.is_global_zero:

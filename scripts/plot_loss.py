@@ -25,9 +25,7 @@ def read_curves(run: Path, tags: list[str]) -> dict[str, Curve]:
         events = EventAccumulator(str(file), size_guidance={"scalars": 0})
         events.Reload()
         for tag in set(tags) & set(events.Tags()["scalars"]):
-            # Lightning writes a training step under the number of steps before it; here the first is 1.
-            first = 1 if tag.startswith("train/") else 0
-            points[tag].update({event.step + first: event.value for event in events.Scalars(tag)})
+            points[tag].update({event.step: event.value for event in events.Scalars(tag)})
     return {tag: sorted(values.items()) for tag, values in points.items() if values}
 
 

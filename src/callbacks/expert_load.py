@@ -78,10 +78,9 @@ class ExpertLoad(pl.Callback):
         shared = getattr(trainer.strategy, "expert_parallel_size", 1)
         for name, value in scalars(load, first, shared).items():
             pl_module.log(name, value)
-        # In step with the scalars, which Lightning writes at the number of steps before this one.
-        before = self._step - 1
-        if trainer.is_global_zero and self.heat_map_every_n_steps and before % self.heat_map_every_n_steps == 0:
-            log_image(trainer, "expert_load/heat_map", heat_map(load), before)
+        every = self.heat_map_every_n_steps
+        if trainer.is_global_zero and every and (self._step - 1) % every == 0:
+            log_image(trainer, "expert_load/heat_map", heat_map(load), self._step)
 
 
 def scalars(load: FloatArray, first_layer: int, ranks: int = 1) -> dict[str, float]:

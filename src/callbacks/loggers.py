@@ -126,6 +126,25 @@ def outlive_full_disks(logger: Logger) -> None:
         setattr(logger, name, spared(name, getattr(logger, name)))
 
 
+def count_steps_from_one(trainer: pl.Trainer) -> None:
+    """Makes loggers number a value by its optimizer step, as the progress bar and the checkpoints' names do.
+
+    The first step is 1; a validation has the number of the step after which it ran. Lightning, and those of its
+    callbacks that write to loggers themselves, number a step by the steps before it, and its validation likewise.
+    """
+
+    def numbered(log_metrics: Callable[..., Any]) -> Callable[..., Any]:
+        def log_by_step(metrics: Any, step: int | None = None) -> Any:
+            if trainer.state.fn == "fit" and step == trainer.fit_loop.epoch_loop._batches_that_stepped:
+                step = trainer.global_step if trainer.validating else step + 1
+            return log_metrics(metrics, step)
+
+        return log_by_step
+
+    for logger in trainer.loggers:
+        logger.log_metrics = numbered(logger.log_metrics)  # type: ignore[method-assign]
+
+
 def _quiet_about_writers(hook: Any) -> Any:
     """The hook for threads that end by an error, but for TensorBoard's, whose callers get the error too."""
 

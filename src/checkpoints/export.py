@@ -191,7 +191,6 @@ def _start(record: Path, base: str | None) -> HFDirectorySource | None:
     """What to measure beside: `base`, or else where training started from as recorded. Says why where there is none."""
     recorded = base or read_record(record).get("base")
     if from_scratch(record):
-        log.info("how much of the training the export keeps is not measured: it started from random weights")
         return None
     try:
         if recorded is None:

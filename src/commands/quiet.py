@@ -1,6 +1,7 @@
 """What libraries say to everybody and nobody can act on, silenced where it is said; errors and other warnings stay."""
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -13,9 +14,11 @@ LOGGED = {
     "DeepSpeed": r"Setting accelerator to CPU\.",  # whether a GPU was asked for is checked by the strategy
     "lightning.pytorch.strategies.deepspeed": r"initializing deepspeed distributed",  # by each rank
     "lightning.pytorch.trainer.connectors.checkpoint_connector": r"`weights_only` was not set",
-    "lightning.fabric.utilities.seed": r"\[rank: [1-9]",  # once for all ranks is enough
-    "lightning.pytorch.utilities.rank_zero": r".*(litlogger|litmodels)|TPU available: False"
-    r"|`Trainer\(val_check_interval=1\.0\)` was configured|Loading `train_dataloader` to estimate",
+    "lightning.fabric.utilities.seed": r"(\[rank: \d+\] )?Seed set to",  # the config says it
+    "lightning.pytorch.utilities.rank_zero": r".*(litlogger|litmodels)"
+    r"|TPU available: False|GPU available: False, used: False"
+    r"|`Trainer\(val_check_interval=1\.0\)` was configured|Loading `train_dataloader` to estimate"
+    r"|`Trainer\.fit` stopped: `max_(steps|epochs)=\d+` reached",  # the last step's line says so
 }
 WARNED = (
     r"Total length of `list` across ranks is zero",  # a run without validation
@@ -44,7 +47,8 @@ class _Without(logging.Filter):
 
 
 def silence() -> None:
-    """Before the libraries are imported, or after."""
+    """Before the libraries are imported, or after; the bars of `datasets` before."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for name, pattern in LOGGED.items():
         logging.getLogger(name).addFilter(_Without(pattern))
     for message in WARNED:

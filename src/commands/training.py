@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.export_at_end import ExportAtEnd
-from src.callbacks.loggers import RunLogger, outlive_full_disks
+from src.callbacks.loggers import RunLogger, count_steps_from_one, outlive_full_disks
 from src.callbacks.loss_spike import LossSpike
 from src.callbacks.out_of_memory import OutOfMemory
 from src.callbacks.progress import Progress
@@ -204,6 +204,7 @@ class TrainingCLI(LightningCLI):
         for logger in trainer.loggers:
             if not isinstance(logger, RunLogger):
                 outlive_full_disks(logger)
+        count_steps_from_one(trainer)
         strategy: Any = trainer.strategy
         if hasattr(strategy, "wait_at_least"):
             strategy.wait_at_least(self._get(self.config_init, "watchdog").collective_minutes)

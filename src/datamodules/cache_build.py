@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -18,13 +19,17 @@ from transformers import PreTrainedTokenizerFast
 
 from src.disk.space import named_if_full
 from src.errors import UserError
+from src.units import counted
 
 from .files import digest
 from .reader import scan
 from .tokenization import Report, TokenizeOptions, tokenize_spans
 
+log = logging.getLogger(__name__)
+
 FORMAT_VERSION = 5  # raise it when rendering, masking, the columns or the report change
 WRITTEN_AT_ONCE = 64  # samples that a process holds before it writes them
+SHARE = 8 << 20  # bytes that a process tokenises in some ten seconds; it takes seconds to start
 SKIPPED = "skipped.jsonl"  # the rows that were skipped, with the reasons
 
 BUILDING = ".building-"  # in the name of a folder that is not a cache yet
@@ -148,6 +153,14 @@ class CacheBuild:
         datasets.mkdir()
         if work and (all_errors or not problems):
             processes = min(self.num_proc or self._processes(), len(work))
+            if self._size > SHARE:
+                log.info(
+                    "tokenizing %s, %.2f GB, with %s; kept in %s",
+                    counted(len(self.paths), "file"),
+                    self._size / 1e9,
+                    counted(processes, "process", "processes"),
+                    self.directory,
+                )
             template = self.options.template(self.tokenizer)
             try:
                 Dataset.from_generator(
@@ -183,9 +196,11 @@ class CacheBuild:
         return report
 
     def _processes(self) -> int:
-        """A process takes seconds to start, as long as a few MB of text take to tokenise."""
-        size = sum(os.path.getsize(path) for path in self.paths)
-        return max(1, min(len(os.sched_getaffinity(0)), size // (8 << 20)))
+        return max(1, min(len(os.sched_getaffinity(0)), self._size // SHARE))
+
+    @property
+    def _size(self) -> int:
+        return sum(os.path.getsize(path) for path in self.paths)
 
 
 def _gather(reports: Path) -> Report:

@@ -40,7 +40,7 @@ from .early_launcher import EarlyLauncher
 from .expert_parallel import ProcessGroupEP, check_zero, make_groups
 from .host_optimizer import HostAdamW, allocated_once, step_in_pieces
 from .masters import complete, round_after_steps
-from .operators import prepare_builds
+from .operators import import_muon, prepare_builds
 from .parallel_dims import ParallelDims
 from .parallelize import (
     apply_activation_checkpointing,
@@ -306,6 +306,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRScheduler | None = None
     ) -> tuple[deepspeed.DeepSpeedEngine, Optimizer]:
+        import_muon()
         # As Lightning's, but for device_rank, which must be an int on CPU too.
         with allocated_once():
             engine, deepspeed_optimizer, _, _ = deepspeed.initialize(

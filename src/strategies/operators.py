@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+import torch
 from filelock import FileLock, Timeout
 from torch.utils import cpp_extension
 
@@ -51,6 +52,15 @@ def prepare_builds() -> None:
 
     guarded.one_process_at_a_time = True  # type: ignore[attr-defined]
     cpp_extension.load = guarded
+
+
+def import_muon() -> None:
+    """Before an engine: DeepSpeed's Muon, which every engine imports, without the seconds that compiling it takes."""
+    compiled, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        torch.compile = compiled
 
 
 def _say(text: str) -> None:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from src.units import counted
 from src.weights.key_map import StackedExperts, mtp_copies, mtp_layer
+from src.weights.random_source import RandomSource
 from src.weights.source import WeightSource, chunks, raise_listed
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def load(
     sinks = [sink_of(view, name, tensor) for name, tensor in tensors.items()]
     if lower_halves:
         sinks = [_cut(sink) if tensors[sink.name].requires_grad else sink for sink in sinks]
-    fill(sinks, "Loading weights", threads, progress)
+    fill(sinks, "Random weights" if isinstance(source, RandomSource) else "Loading weights", threads, progress)
     return {sink.name: sink.low for sink in sinks if sink.low is not None}
 
 

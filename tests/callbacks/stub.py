@@ -6,6 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from src.callbacks.loggers import count_steps_from_one
+
 ACCUMULATION = 2
 STEPS = 4
 LENGTHS: tuple[list[int], ...] = ([3, 5], [7], [4, 4, 2], [])  # of the documents of each micro-batch, in turn
@@ -54,7 +56,13 @@ class Stub(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def train(module: pl.LightningModule, *callbacks: pl.Callback, validate: bool = False, **settings: Any) -> pl.Trainer:
+def train(
+    module: pl.LightningModule,
+    *callbacks: pl.Callback,
+    validate: bool = False,
+    ckpt_path: str | None = None,
+    **settings: Any,
+) -> pl.Trainer:
     has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
     defaults: dict[str, Any] = {"accelerator": "cpu", "logger": False, "log_every_n_steps": 1}
     trainer = pl.Trainer(
@@ -67,6 +75,7 @@ def train(module: pl.LightningModule, *callbacks: pl.Callback, validate: bool = 
         num_sanity_val_steps=0,
         **(defaults | settings),
     )
+    count_steps_from_one(trainer)
     loader: Any = torch.utils.data.DataLoader(batches(), batch_size=None)  # type: ignore[arg-type]
-    trainer.fit(module, loader, loader if validate else None)
+    trainer.fit(module, loader, loader if validate else None, ckpt_path=ckpt_path)
     return trainer

@@ -15,6 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.callbacks.expert_load import CELL, ExpertLoad, heat_map, scalars
+from src.callbacks.loggers import count_steps_from_one
 
 # Of each optimizer step, two MoE layers of four experts: even, two of four, all on one, uneven.
 LOADS = torch.tensor([[[5, 5, 5, 5], [10, 10, 0, 0]], [[0, 8, 0, 0], [1, 1, 2, 4]], [[3, 3, 3, 3], [3, 3, 3, 3]]])
@@ -56,7 +57,7 @@ class Stub(pl.LightningModule):
 
 def train(module: Stub, callback: ExpertLoad, logger: Logger) -> None:
     data = torch.utils.data.TensorDataset(torch.ones(ACCUMULATION * len(LOADS), 1))
-    pl.Trainer(
+    trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,
         accumulate_grad_batches=ACCUMULATION,
@@ -66,7 +67,9 @@ def train(module: Stub, callback: ExpertLoad, logger: Logger) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-    ).fit(module, torch.utils.data.DataLoader(data))
+    )
+    count_steps_from_one(trainer)
+    trainer.fit(module, torch.utils.data.DataLoader(data))
 
 
 def events(logger: TensorBoardLogger) -> EventAccumulator:
@@ -93,20 +96,20 @@ def test_values_are_those_by_hand_once_an_optimizer_step(tmp_path: Path) -> None
     assert set(module.logged_at) == {1, 3, 5}
 
 
-@pytest.mark.parametrize(("every", "steps"), [(0, []), (1, [0, 1, 2]), (2, [0, 2]), (50, [0])])
+@pytest.mark.parametrize(("every", "steps"), [(0, []), (1, [1, 2, 3]), (2, [1, 3]), (50, [1])])
 def test_heat_maps_stand_at_the_steps_of_their_scalars(tmp_path: Path, every: int, steps: list[int]) -> None:
     logger = TensorBoardLogger(tmp_path)
     train(Stub(), ExpertLoad(heat_map_every_n_steps=every), logger)
     found = events(logger)
-    assert [event.step for event in found.Scalars("expert_load/entropy")] == [0, 1, 2]
+    assert [event.step for event in found.Scalars("expert_load/entropy")] == [1, 2, 3]
     assert found.Tags()["images"] == (["expert_load/heat_map"] if steps else [])
     images = found.Images("expert_load/heat_map") if steps else []
     assert [image.step for image in images] == steps
     for image in images:
-        layers, experts = LOADS[image.step].shape
+        layers, experts = LOADS[image.step - 1].shape
         assert (image.height, image.width) == (layers * CELL, experts * CELL)
         pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
-        np.testing.assert_array_equal(pixels, heat_map(LOADS[image.step].double().numpy()))
+        np.testing.assert_array_equal(pixels, heat_map(LOADS[image.step - 1].double().numpy()))
 
 
 def test_colours_are_of_the_load_over_the_layers_mean() -> None:

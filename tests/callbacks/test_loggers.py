@@ -5,16 +5,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
+from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.callbacks.expert_load import ExpertLoad
 from src.callbacks.loggers import RunLogger, log_image, log_texts, outlive_full_disks
+from src.callbacks.throughput import Throughput
 from tests.disk.full import full_disk
 
-from .test_expert_load import Stub
+from .stub import ACCUMULATION, STEPS, Stub, train
+from .test_expert_load import Stub as Experts
 from .test_expert_load import train as train_experts
 
 
@@ -46,10 +50,59 @@ class Fake(Logger):
 
 def test_expert_load_with_another_logger() -> None:
     logger = Fake()
-    train_experts(Stub(), ExpertLoad(heat_map_every_n_steps=2), logger)
-    assert [(key, step) for key, _, step in logger.images] == [("expert_load/heat_map", 0), ("expert_load/heat_map", 2)]
+    train_experts(Experts(), ExpertLoad(heat_map_every_n_steps=2), logger)
+    assert [(key, step) for key, _, step in logger.images] == [("expert_load/heat_map", 1), ("expert_load/heat_map", 3)]
     assert all(image.dtype == np.uint8 and image.ndim == 3 for _, (image,), _ in logger.images)
-    assert logger.metrics[1]["expert_load/max_over_mean_worst"] == 4
+    assert logger.metrics[2]["expert_load/max_over_mean_worst"] == 4
+
+
+class Logs(pl.Callback):
+    """Logs the optimizer step under way or just done wherever a user's callback may."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        module.log("batch_start", trainer.global_step + 1.0)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        module.log("epoch_end", float(trainer.global_step))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        module.log("validation", float(trainer.global_step))
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({"own": trainer.global_step}, trainer.global_step)
+
+
+class Save(pl.Callback):
+    """Saves in the middle of training, as StepCheckpoint does."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step == 2 and not trainer.fit_loop._should_accumulate():
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "step=2.ckpt")
+
+
+def test_loggers_count_a_runs_steps_as_its_progress_does(tmp_path: Path) -> None:
+    """One session, and two of which the second resumes: each value stands at its own step, and none is there twice."""
+    resumed: list[dict[str, Any]] = [{"max_steps": 2}, {"ckpt_path": f"{tmp_path}/2/step=2.ckpt"}]
+    whole: list[dict[str, Any]] = [{}]
+    for sessions in (whole, resumed):
+        root = tmp_path / str(len(sessions))
+        other = Fake()
+        for settings in sessions:
+            board = RunLogger(root, name="tensorboard", version="", default_hp_metric=False)
+            callbacks = [Logs(), Save(), Throughput(), LearningRateMonitor("step"), DeviceStatsMonitor()]
+            settings |= {"logger": [board, other], "default_root_dir": root, "val_check_interval": ACCUMULATION}
+            train(Stub(), *callbacks, validate=True, **settings)
+        events = EventAccumulator(board.log_dir, {"scalars": 0}).Reload()
+        every = list(range(1, STEPS + 1))
+        for name in ("train/loss", "batch_start", "validation", "own"):
+            assert [(event.step, event.value) for event in events.Scalars(name)] == [(n, n) for n in every], name
+            assert [other.metrics[n][name] for n in every] == every, name
+        for name in ("train/step_seconds", "val/loss", "lr-SGD"):
+            assert sorted({event.step for event in events.Scalars(name)}) == every, name
+        assert {event.step for event in events.Scalars("epoch_end")} <= {2, STEPS}
+        assert all(event.step == event.value for event in events.Scalars("epoch_end"))
+        assert sorted(other.metrics) == every  # DeviceStatsMonitor's too
 
 
 def test_text_goes_where_it_is_shown(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_a_step_adds_up(peak: float | None, tmp_path: Path, monkeypatch: pytest.
     train(stub, Throughput(), logger=logger)
     rows = [row for row in rows_of(Path(logger.log_dir)) if "train/tokens_per_second" in row]
     tokens = [sum(map(sum, LENGTHS[:2])), sum(map(sum, LENGTHS[2:]))] * (STEPS // 2)
-    assert [row["step"] for row in rows] == list(range(STEPS))
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row, count in zip(rows, tokens, strict=True):
         assert row["train/tokens_per_second"] * row["train/step_seconds"] == pytest.approx(count)
         assert sum(row[f"time/{phase}"] for phase in TRAINING) == pytest.approx(row["train/step_seconds"])

@@ -154,7 +154,7 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> At
     if name == "auto":
         name = next(candidate for candidate, problem in problems.items() if problem is None)
         passed = "; ".join(f"not {candidate}: {problem}" for candidate, problem in problems.items() if problem)
-        log.info("attention kernel: %s%s", name, f" ({passed})" if passed else "")
+        log.info("attention kernel: %s%s", name, f" ({passed})" if passed and device.type == "cuda" else "")
     elif problems[name]:
         raise UserError(f"attention_kernel {name!r} cannot run: {problems[name]}. Use auto or sdpa.")
     return ATTENTION[name]
