@@ -106,8 +106,9 @@ def alone(plan: Plan, gather: float | None = None) -> Plan:
     """Without a save, loaders, and with a network of `gather` bytes a second; experts' ranks have even rows."""
     cluster = plan.cluster
     if gather is not None:
-        rates = ("nccl_inter_node_gb_s", "nccl_intra_node_gb_s", "exchange_inter_node_gb_s", "exchange_intra_node_gb_s")
-        cluster = replace(cluster, **dict.fromkeys(rates, gather / 1e9))
+        rate = gather / 1e9
+        cluster = replace(cluster, nccl_inter_node_gb_s=rate, nccl_intra_node_gb_s=rate)
+        cluster = replace(cluster, exchange_inter_node_gb_s=rate, exchange_intra_node_gb_s=rate)
     return make_plan(plan.settings.but(async_save=False, num_workers=0, imbalance=1.0), cluster, plan.data)
 
 
