@@ -10,7 +10,7 @@ from typing import Any
 
 from src.commands.early import read
 from src.commands.options import OF_FUNCTIONS, options_of
-from src.commands.quiet import BesideBars, silence
+from src.commands.quiet import BesideBars, log_our_warnings, silence
 from src.errors import UserError
 from src.launcher import is_first_process
 from src.strategies.early_ranks import start, wait
@@ -77,6 +77,7 @@ def _command(name: str) -> Callable[..., Any]:
         command: Callable[..., Any] = resolve_name(name)
     for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric")):
         logger.handlers = [BesideBars() for _ in logger.handlers]
+    log_our_warnings()
     return command
 
 

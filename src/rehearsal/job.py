@@ -206,8 +206,12 @@ def rehearse(
     backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None
     join(job.world)
-    # The nodes of one process below are no nodes: `plan` and `preflight` say where an EP group would leave one.
-    warnings.filterwarnings("ignore", r"expert_parallel_size \d+ is more than the 1 processes")
+    for message in (
+        r"expert_parallel_size \d+ is more than the 1 processes",  # the nodes of one process below are no nodes
+        r"You defined a `validation_step` but have no `val_dataloader`",
+        r"The 'train_dataloader' does not have many workers",
+    ):
+        warnings.filterwarnings("ignore", f".*{message}")
     runner = pl.Trainer(
         **trainer,
         devices=1,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from src.commands.quiet import LOGGED, BesideBars, silence
+from src.commands.quiet import LOGGED, SOURCE, BesideBars, log_our_warnings, silence
 from tests.command import start_afresh
 from tests.commands.test_cli import fit_args
 
@@ -55,6 +55,19 @@ def test_other_messages_of_the_same_loggers_pass(caplog: pytest.LogCaptureFixtur
         silence()
         warnings.warn("a deprecated thing", UserWarning, stacklevel=1)
     assert [str(warning.message) for warning in caught] == ["a deprecated thing"]
+
+
+def test_our_own_warnings_are_lines_of_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    log_our_warnings()
+    warnings.showwarning("40 samples cut", UserWarning, str(SOURCE / "datamodules" / "sft.py"), 233)
+    warnings.showwarning("theirs", UserWarning, "/elsewhere/sft.py", 1)
+    assert [(record.name, record.getMessage()) for record in caplog.records] == [
+        ("src.datamodules.sft", "40 samples cut")
+    ]
+    assert [str(warning.message) for warning in recwarn] == ["theirs"]
 
 
 def test_a_line_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
