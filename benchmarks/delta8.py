@@ -259,7 +259,7 @@ def main() -> None:
     table(["in one direction", "lr", "steps", *GATHERS], rows)
     columns = ["rows per step", "bf16 gathers, tokens/s per GPU", "delta8", "on one link", "micro-steps, s"]
     columns += ["base per GPU, copies per pass", "host GiB per node", "GPU GiB", "fits"]
-    for network in (370.0, 300.0):
+    for network in (370.0, 300.0, 185.0):
         print(f"32 nodes of 8 H100, experts shared by 8, reduce_dtype bf16, a network of {network:.0f} GB/s.\n")
         table(columns, planned(network))
 

@@ -150,18 +150,21 @@ SHARED: list[tuple[int, dict[str, object]]] = [
 
 
 def table_shared(plans: list[Plan]) -> list[str]:
-    """What shared experts are predicted to gain beside `plans`, those of BY_ROWS."""
+    """What shared experts and gradients sent in bf16 are predicted to gain beside `plans`, those of BY_ROWS."""
     lines = [
-        "| rows per step | tokens/s per GPU, experts not shared | shared by 8 | GiB per GPU | host GiB per node |",
-        "| --- | --- | --- | --- | --- |",
+        "| rows per step | tokens/s per GPU, experts not shared | and `reduce_dtype bf16` | shared by 8 "
+        "| and `reduce_dtype bf16` | GiB per GPU | host GiB per node |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for before, (shard, changes) in zip(plans, SHARED, strict=True):
-        after = _by_rows({"ep": 8, **changes}, shard)
-        assert before.settings.rows_per_step == after.settings.rows_per_step and before.fits and after.fits
-        lines.append(
-            f"| {before.settings.rows_per_step:,} | {before.rate():.0f} | {after.rate():.0f} | "
-            f"{after.device_total / GIB:.1f} | {after.host_total / GIB:,.0f} |"
-        )
+    half = {"reduce_dtype": "bf16"}
+    for before, (_, own), (shard, changes) in zip(plans, BY_ROWS, SHARED, strict=True):
+        shared = {"ep": 8, **changes}
+        both = _by_rows(shared | half, shard)
+        all_plans = [before, _by_rows(own | half), _by_rows(shared, shard), both]
+        assert len({plan.settings.rows_per_step for plan in all_plans}) == 1 and all(plan.fits for plan in all_plans)
+        rates = " | ".join(f"{plan.rate():.0f}" for plan in all_plans)
+        size = f"{both.device_total / GIB:.1f} | {both.host_total / GIB:,.0f}"
+        lines.append(f"| {before.settings.rows_per_step:,} | {rates} | {size} |")
     return lines
 
 

@@ -95,8 +95,17 @@ class Bench:
         (loader,) = data.val_dataloader()
         return list(loader)[: self.options.val_rows]
 
-    def fit(self, name: str, train: str, steps: int, batch: int, rate: float, **settings: object) -> Path:
-        """Trains in a process of its own; returns its last checkpoint."""
+    def fit(
+        self,
+        name: str,
+        train: str,
+        steps: int,
+        batch: int,
+        rate: float,
+        launch: dict[str, Any] | None = None,
+        **settings: object,
+    ) -> Path:
+        """Trains in processes of its own, by `launch` of `tests.command.run` one; returns its last checkpoint."""
         root = self.folder / name
         defaults: dict[str, object] = {
             "trainer.devices": 1,
@@ -120,7 +129,7 @@ class Bench:
             "data.cache_dir": self.folder / "cache",
         }
         args = [f"--{key}={value}" for key, value in (defaults | settings).items()]
-        run("fit", "--config=configs/tiny_cpu.yaml", *args)
+        run("fit", "--config=configs/tiny_cpu.yaml", *args, **(launch or {}))
         return root / "checkpoints" / "last.ckpt"
 
     @torch.no_grad()
