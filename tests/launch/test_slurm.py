@@ -107,7 +107,7 @@ def readmes_job(cluster: SlurmCluster, inputs: Path, tmp_path_factory: pytest.Te
             assert "0: preflight: 2 nodes ready" in end(cluster, job, log)
             assert cluster.state(job)["Restarts"] == "0"
         else:
-            run(*words[2:], **{"DS_ACCELERATOR": "cpu"})
+            run(*words[2:], DS_ACCELERATOR="cpu")
     assert (out / "model.safetensors").is_file()
     return root
 
