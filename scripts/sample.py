@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--learned", type=Path, help="JSONL of the conversations that it was trained on")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     args = parser.parse_args()
+    if not (args.folder / "config.json").is_file():
+        raise SystemExit(f"{args.folder} is no exported model: it has no config.json")
     logging.set_verbosity_error()  # what is missing or unexpected, we say ourselves
     logging.disable_progress_bar()
     model = load(args.folder)

@@ -1,4 +1,7 @@
-"""README and docs: their commands are accepted as printed, and README's own-data example runs from its own text."""
+"""README and docs: their commands are accepted as printed, and README's own-data example runs from its own text.
+
+tests/launch/test_slurm.py runs README's job on a cluster and the overview's dry run.
+"""
 
 import json
 import os

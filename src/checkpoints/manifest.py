@@ -109,6 +109,8 @@ def check_manifest(
         dist.all_gather_object(reports, (problems, unlisted))
         problems = sorted({problem for part, _ in reports for problem in part})
         unlisted = reports[0][1]
+    if (problems or unlisted) and not path.is_dir():
+        raise UserError(f"there is no checkpoint {path}; give a directory such as runs/NAME/checkpoints/last.ckpt")
     if problems or unlisted:
         trusted = "" if problems else "if you trust it, --accept_unlisted true; else "
         count = counted(len(problems) + len(unlisted), "bad file")

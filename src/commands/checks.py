@@ -10,6 +10,7 @@ from src.callbacks.step_checkpoint import LAST, checkpoint_folder, step_of
 from src.commands.mtp_weight import has_weights
 from src.datamodules import SFTDataModule
 from src.errors import UserError
+from src.models.deepseek_v3.config_json import read_fields
 from src.strategies.parallel_dims import ParallelDims
 from src.weights.hf_reader import stored_dtypes
 
@@ -61,6 +62,8 @@ def find_checkpoint(path: str, root: str) -> Path:
 
 
 def check_weights(directory: str) -> None:
+    if not Path(directory).is_dir():
+        read_fields(directory, "--model.pretrained")  # refuses it
     if not has_weights(directory):
         raise UserError(
             f"{directory} holds no weights (*.safetensors): give the model's directory with --model.pretrained, "

@@ -27,7 +27,7 @@ LOGGED = {
     r"|`Trainer\.fit` stopped: `max_(steps|epochs)=\d+` reached",  # the last step's line says so
 }
 WARNED = (
-    r"Total length of `list` across ranks is zero",  # a run without validation
+    r"Total length of `list` across ranks is zero|but have no `val_dataloader`",  # a run without validation
     r"The `srun` command is available on your system but is not used",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"When saving the DeepSpeed Stage 3 checkpoint, each worker will save a shard",  # `export` needs no conversion

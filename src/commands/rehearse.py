@@ -12,6 +12,7 @@ import torch
 from jsonargparse import Namespace
 
 from src.callbacks.out_of_memory import OutOfMemory
+from src.callbacks.progress import Progress
 from src.commands.config_command import ConfigCommand
 from src.commands.instances import errors_as_raised
 from src.commands.mtp_weight import mtp_loss_weight
@@ -76,7 +77,7 @@ class RehearseCLI(ConfigCommand):
             job,
             made.model,
             config.steps,
-            [OutOfMemory(arguments)],
+            [OutOfMemory(arguments), Progress()],
             Path(config.timeline) if config.timeline else None,
             accelerator=trainer.accelerator,
             strategy=made.trainer.strategy,

@@ -10,7 +10,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 
 from src.disk.json_file import read_object
-from src.errors import UserError
+from src.errors import UserError, hub_remedy
 
 from . import tiktoken_vocabulary
 
@@ -44,11 +44,11 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
     elif (directory / tiktoken_vocabulary.VOCABULARY).is_file():
         tokenizer = _converted(directory)
     else:
-        raise UserError(
-            f"tokenizer {spec!r}: no {TOKENIZER} in {directory}; give a directory that has one, or 'deepseek' for "
-            "DeepSeek-V3/R1's. tiktoken.model serves as Moonlight and Kimi publish it, with tokenizer_config.json; "
-            "another format is converted by transformers' save_pretrained"
+        remedy = hub_remedy(spec, "--data.tokenizer") or (
+            "give a directory that has one, or 'deepseek' for DeepSeek-V3/R1's. tiktoken.model serves as Moonlight and "
+            "Kimi publish it, with tokenizer_config.json; another format is converted by transformers' save_pretrained"
         )
+        raise UserError(f"tokenizer {spec!r}: no {TOKENIZER} in {directory}; {remedy}")
     if not tokenizer.chat_template:
         raise UserError(
             f"tokenizer {spec!r}: {directory} has no chat template (tokenizer_config.json's chat_template or "

@@ -221,6 +221,7 @@ def rehearse(
         max_steps=steps,
         accumulate_grad_batches=job.accumulate,
         limit_val_batches=0,
+        log_every_n_steps=1,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

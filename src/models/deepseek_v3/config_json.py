@@ -4,13 +4,12 @@ Without torch and transformers: whoever plans reads and refuses what whoever tra
 """
 
 import math
-import re
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from src.disk.json_file import read_object
-from src.errors import UserError
+from src.errors import UserError, hub_remedy
 
 # Kimi-K2 is DeepSeek-V3 under its own name.
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
@@ -74,14 +73,8 @@ def read_fields(directory: str | Path, option: str = "--model.pretrained") -> di
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        name = str(directory)
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(directory).exists():
-            local = name.partition("/")[2]
-            raise UserError(
-                f"{path} does not exist; if {name} is a model of the Hugging Face Hub, download it, "
-                f"`hf download {name} --local-dir {local}`, and give that directory: {option} {local}"
-            )
-        raise UserError(f"{path} does not exist; {option} must be a Hugging Face directory of a DeepSeek-V3 model.")
+        remedy = hub_remedy(directory, option) or f"{option} must be a Hugging Face directory of a DeepSeek-V3 model."
+        raise UserError(f"{path} does not exist; {remedy}")
     fields = read_object(path)
     check_fields(fields, str(path))
     return fields
