@@ -62,7 +62,7 @@ class _Group:
 
     op: int
     flat: str | None
-    small: set[str]
+    small: tuple[str, ...]
 
 
 class Zero:
@@ -179,7 +179,7 @@ class Zero:
             after = (add(FROM_HOST, size / (self.cluster.pcie_in_gb_s * 1e9), f"partitions of {what}", *after),)
         if not self._alone:
             after = (add(GATHER, self._collective(params, settings.param_bytes), f"gather {what}", *after),)
-        group = _Group(after[0], flat, set(small))
+        group = _Group(after[0], flat, tuple(small))
         self._available |= params
         self._groups |= dict.fromkeys(params, group)
         for name, n in params.items():
