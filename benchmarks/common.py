@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from benchmarks.markdown import markdown
+
 if TYPE_CHECKING:
     from transformers import DeepseekV3Config
 
@@ -110,9 +112,5 @@ def head(title: str, device: torch.device) -> None:
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    columns = list(columns)
-    print("| " + " | ".join(columns) + " |")
-    print("| " + " | ".join("---" for _ in columns) + " |")
-    for row in rows:
-        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
-    print(flush=True)
+    cells = ([f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows)
+    print("\n".join(markdown(columns, cells)), end="\n\n", flush=True)

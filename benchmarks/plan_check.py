@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import markdown
 from src.models.deepseek_v3.sizes import sizes_of
 from src.planner.account import allocated
 from src.planner.cluster import Cluster
+from src.planner.ledger import total
 from src.planner.settings import Settings
 from src.planner.timing import StepTime, step_time
 from src.units import GIB
@@ -85,7 +87,7 @@ def settings_of(line: dict[str, Any]) -> Settings:
 def compare(line: dict[str, Any]) -> Comparison:
     settings = settings_of(line)
     time: StepTime = step_time(settings, FOUR if line.get("machine") == "four" else MACHINE)
-    peak = sum(item.nbytes for item in allocated(settings, time.schedule)[0]) / GIB
+    peak = total(allocated(settings, time.schedule)[0]) / GIB
     options = line["options"]
     name = f"{options['layers']} x {options['experts']} experts, {line['mix']}, {line['place']}, "
     name += f"{options['attention_output']}/{options['layer_input']}, x {options['accumulate']}"
@@ -113,30 +115,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["options"].get("device", "cuda") == "cuda"]
 
 
+COLUMNS = ("", "peak GiB, plan", "measured", "off", "step s, plan", "measured", "off", "forward", "backward", "after")
+
+
 def table(lines: list[dict[str, Any]]) -> list[str]:
-    columns = [
-        "",
-        "peak GiB, plan",
-        "measured",
-        "off",
-        "step s, plan",
-        "measured",
-        "off",
-        "forward",
-        "backward",
-        "after",
-    ]
-    rows = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
-    for line in lines:
-        c = compare(line)
+    rows = []
+    for c in map(compare, lines):
         cells = [c.name]
         for (predicted, measured), error in ((c.peak, c.memory_error), (c.step, c.time_error)):
-            cells += (
-                [f"{predicted:.2f}", f"{measured:.2f}", f"{error:+.0%}"] if measured else [f"{predicted:.2f}", "", ""]
-            )
-        cells += [f"{a:.2f} / {b:.2f}" if b else "" for a, b in (c.forward, c.backward, c.after)]
-        rows.append("| " + " | ".join(cells) + " |")
-    return rows
+            cells += [f"{predicted:.2f}", *((f"{measured:.2f}", f"{error:+.0%}") if measured else ("", ""))]
+        rows.append(cells + [f"{a:.2f} / {b:.2f}" if b else "" for a, b in (c.forward, c.backward, c.after)])
+    return markdown(COLUMNS, rows)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from benchmarks import plan_check
+from benchmarks.markdown import markdown
 from benchmarks.plan_check import LINES
 from src.commands.plan import plan_file, verdict
 from src.models.deepseek_v3.sizes import read_sizes
@@ -58,26 +59,26 @@ def plan_row(nodes: int, sp: int, offload: bool, batch: int, mtp: bool = True, *
     if fitting:
         best = max(fitting, key=lambda plan: plan.rate())
         return make_plan(best.settings, best.cluster, best.data)
-    return min(plans, key=lambda plan: (plan.host_total > plan.host_room, plan.device_total))
+    return min(plans, key=lambda plan: (plan.host_total > plan.cluster.host_room, plan.device_total))
+
+
+def _gib(plan: Plan) -> str:
+    return f"{'' if plan.fits else 'does not fit: '}{plan.device_total / GIB:.1f}"
 
 
 def guide_table() -> list[str]:
-    lines = [
-        "| nodes | SP | optimizer | batch | the guide | ours: GiB per GPU | host GiB | attention outputs, layer inputs "
-        "| s per step of 4 | tokens/s per GPU |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = (
+        "nodes | SP | optimizer | batch | the guide | ours: GiB per GPU | host GiB | attention outputs, layer inputs "
+        "| s per step of 4 | tokens/s per GPU"
+    )
+    rows = []
     for nodes, sp, offload, batch, reported in ROWS:
         plan = plan_row(nodes, sp, offload, batch)
-        s = plan.settings
-        place = "host" if offload else "GPU"
-        times = f"{plan.time.step:.0f} ({plan.fastest:.0f} to {plan.slowest:.0f}) | {plan.rate():.0f}"
-        lines.append(
-            f"| {nodes} | {sp} | {place} | {batch} | {reported} | "
-            f"{'' if plan.fits else 'does not fit: '}{plan.device_total / GIB:.1f} | {plan.host_total / GIB:.0f} | "
-            f"{s.attention_output}, {s.layer_input} | {times if plan.fits else ' | '} |"
-        )
-    return lines
+        asked = [str(nodes), str(sp), "host" if offload else "GPU", str(batch), reported]
+        kept = f"{plan.settings.attention_output}, {plan.settings.layer_input}"
+        times = [f"{plan.time.step:.0f} ({plan.fastest:.0f} to {plan.slowest:.0f})", f"{plan.rate():.0f}"]
+        rows.append([*asked, _gib(plan), f"{plan.host_total / GIB:.0f}", kept, *(times if plan.fits else ["", ""])])
+    return markdown(columns.split(" | "), rows)
 
 
 # Published figures at 4k tokens: Megatron Core and NeMo, DeepSeek-V3 on H100, tokens/s per GPU (docs/planning.md).
@@ -85,87 +86,69 @@ AT_4K = [(32, 1, 4), (32, 1, 8), (32, 1, 16), (128, 1, 4), (128, 1, 8), (128, 1,
 
 
 def table_4k() -> list[str]:
-    lines = [
-        "| GPUs | tokens per GPU and micro-step | GiB per GPU | tokens/s per GPU | MFU | compute waits |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = "GPUs | tokens per GPU and micro-step | GiB per GPU | tokens/s per GPU | MFU | compute waits"
+    rows = []
     for nodes, sp, batch in AT_4K:
         plan = plan_row(nodes, sp, nodes < 128, batch, mtp=False, max_length=4096, document=4096)
-        rates = f"{plan.rate(plan.slowest):.0f} to {plan.rate(plan.fastest):.0f}"
-        lines.append(
-            f"| {plan.settings.world} | {plan.settings.tokens:,} | "
-            f"{'' if plan.fits else 'does not fit: '}{plan.device_total / GIB:.1f} | {plan.rate():.0f} ({rates}) | "
-            f"{plan.mfu():.1%} | {plan.time.exposed / plan.time.micro:.0%} |"
-        )
-    return lines
+        rates = f"{plan.rate():.0f} ({plan.rate(plan.slowest):.0f} to {plan.rate(plan.fastest):.0f})"
+        waits = f"{plan.time.exposed / plan.time.micro:.0%}"
+        s = plan.settings
+        rows.append([str(s.world), f"{s.tokens:,}", _gib(plan), rates, f"{plan.mfu():.1%}", waits])
+    return markdown(columns.split(" | "), rows)
 
 
-# The fastest settings on 32 nodes by rows of 32k tokens per step, which `plan --search` finds: a config, and Settings.
-BY_ROWS: list[tuple[str, dict[str, object]]] = [
-    ("32n_64rows.yaml", {"sp": 4, "offload_optimizer": False, "layer_input": "offload"}),
-    ("32n_128rows.yaml", {"sp": 2, "offload_optimizer": False, "layer_input": "offload"}),
-    ("32n_sp1_bs1.yaml --trainer.accumulate_grad_batches 1", {}),
-    (
-        "32n_32k.yaml --trainer.accumulate_grad_batches 1",
-        {"batch_size": 2, "attention_output": "recompute", "layer_input": "offload"},
+# The fastest settings on 32 nodes by rows of 32k tokens per step, which `plan --search` finds; and, for as many rows,
+# with experts shared by a node's GPUs.
+BY_ROWS = (
+    "32n_64rows.yaml",
+    "32n_128rows.yaml",
+    "32n_sp1_bs1.yaml --trainer.accumulate_grad_batches 1",
+    "32n_32k.yaml --trainer.accumulate_grad_batches 1",
+    "32n_32k.yaml",
+)
+SHARED = (
+    "32n_64rows.yaml --model.experts_per_shard 32",
+    "32n_128rows.yaml --model.experts_per_shard 16",
+    *(
+        "32n_sp1_bs1.yaml --model.experts_per_shard 32 --model.layer_input offload "
+        f"--trainer.accumulate_grad_batches {accumulate}"
+        for accumulate in (1, 2, 4)
     ),
-    (
-        "32n_32k.yaml",
-        {"batch_size": 2, "accumulate": 2, "attention_output": "recompute", "layer_input": "offload"},
-    ),
-]
+)
 
 
-def _by_rows(changes: dict[str, object], experts_per_shard: int | None = None) -> Plan:
-    sizes = read_sizes(MODEL, experts_per_shard, True)
-    base = Settings(sizes, 32, 8, offload_optimizer=True, attention_output="offload", num_workers=4)
-    settings = base.but(**changes)
-    return make_plan(settings, Cluster(), Data(100_000, 100_000 * settings.max_length, 1, "100,000 full rows"))
+def _memory(plan: Plan) -> list[str]:
+    return [f"{plan.device_total / GIB:.1f}", f"{plan.host_total / GIB:,.0f}"]
 
 
 def table_by_rows(plans: list[Plan]) -> list[str]:
-    lines = [
-        "| rows per step | config | tokens per GPU and micro-step | GiB per GPU | host GiB per node | s per step "
-        "| tokens/s per GPU |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for (config, _), plan in zip(BY_ROWS, plans, strict=True):
-        settings = plan.settings
-        lines.append(
-            f"| {settings.rows_per_step:,} | `{config}` | {settings.tokens:,} | {plan.device_total / GIB:.1f} | "
-            f"{plan.host_total / GIB:,.0f} | {plan.time.step:.1f} ({plan.fastest:.0f} to {plan.slowest:.0f}) | "
-            f"{plan.rate():.0f} |"
-        )
-    return lines
-
-
-# The fastest for as many rows as BY_ROWS has, with experts shared by a node's GPUs: experts_per_shard, and Settings.
-SHARED: list[tuple[int, dict[str, object]]] = [
-    (32, {"sp": 4, "offload_optimizer": False, "layer_input": "offload"}),
-    (16, {"sp": 2, "offload_optimizer": False, "layer_input": "offload"}),
-    (32, {"layer_input": "offload"}),
-    (32, {"layer_input": "offload", "accumulate": 2}),
-    (32, {"layer_input": "offload", "accumulate": 4}),
-]
+    columns = (
+        "rows per step | config | tokens per GPU and micro-step | GiB per GPU | host GiB per node | s per step "
+        "| tokens/s per GPU"
+    )
+    rows = []
+    for config, plan in zip(BY_ROWS, plans, strict=True):
+        which = [f"{plan.settings.rows_per_step:,}", f"`{config}`", f"{plan.settings.tokens:,}"]
+        step = f"{plan.time.step:.1f} ({plan.fastest:.0f} to {plan.slowest:.0f})"
+        rows.append([*which, *_memory(plan), step, f"{plan.rate():.0f}"])
+    return markdown(columns.split(" | "), rows)
 
 
 def table_shared(plans: list[Plan]) -> list[str]:
     """What shared experts and gradients sent in bf16 are predicted to gain beside `plans`, those of BY_ROWS."""
-    lines = [
-        "| rows per step | tokens/s per GPU, experts not shared | and `reduce_dtype bf16` | shared by 8 "
-        "| and `reduce_dtype bf16` | GiB per GPU | host GiB per node |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    half = {"reduce_dtype": "bf16"}
-    for before, (_, own), (shard, changes) in zip(plans, BY_ROWS, SHARED, strict=True):
-        shared = {"ep": 8, **changes}
-        both = _by_rows(shared | half, shard)
-        all_plans = [before, _by_rows(own | half), _by_rows(shared, shard), both]
-        assert len({plan.settings.rows_per_step for plan in all_plans}) == 1 and all(plan.fits for plan in all_plans)
-        rates = " | ".join(f"{plan.rate():.0f}" for plan in all_plans)
-        size = f"{both.device_total / GIB:.1f} | {both.host_total / GIB:,.0f}"
-        lines.append(f"| {before.settings.rows_per_step:,} | {rates} | {size} |")
-    return lines
+    columns = (
+        "rows per step | tokens/s per GPU, experts not shared | and `reduce_dtype bf16` | shared by 8 "
+        "| and `reduce_dtype bf16` | GiB per GPU | host GiB per node"
+    )
+    half, rows = "--trainer.strategy.reduce_dtype bf16", []
+    for before, own, config in zip(plans, BY_ROWS, SHARED, strict=True):
+        shared = f"{config} --trainer.strategy.expert_parallel_size 8"
+        others = [plan_file(*f"configs/{text}".split()) for text in (f"{own} {half}", shared, f"{shared} {half}")]
+        both = [before, *others]
+        assert len({plan.settings.rows_per_step for plan in both}) == 1 and all(plan.fits for plan in both)
+        rates = [f"{plan.rate():.0f}" for plan in both]
+        rows.append([f"{before.settings.rows_per_step:,}", *rates, *_memory(both[-1])])
+    return markdown(columns.split(" | "), rows)
 
 
 WALKTHROUGH = "configs/32n_128rows.yaml"
@@ -183,7 +166,7 @@ HEAD = re.compile(r"^# plan: .*$", re.MULTILINE)
 
 
 def tables() -> dict[str, list[str]]:
-    by_rows = [_by_rows(changes) for _, changes in BY_ROWS]
+    by_rows = [plan_file(*f"configs/{config}".split()) for config in BY_ROWS]
     return {
         "rows": table_by_rows(by_rows),
         "shared": table_shared(by_rows),

@@ -13,7 +13,7 @@ from src.commands.training import TrainingCLI
 
 
 class ConfigCommand(TrainingCLI):
-    """Parses as `fit` does, then runs `run_command`; subclasses give `name`."""
+    """Parses as `fit` does, then runs `run_command`; subclasses give `name`. `parser` and `config` are set by then."""
 
     name: ClassVar[str]
 
@@ -35,17 +35,10 @@ class ConfigCommand(TrainingCLI):
         self.run_command()
 
     def run_command(self) -> None:
-        """`self.config` holds the arguments."""
-        raise NotImplementedError
+        """Nothing, where only the arguments are wanted."""
 
 
 def parse(name: str, args: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     """A command's parser and its arguments, parsed with all classes."""
-
-    class Parsed(ConfigCommand):
-        def run_command(self) -> None:
-            pass
-
-    Parsed.name = name
-    command = Parsed(args)
+    command = type("Parsed", (ConfigCommand,), {"name": name})(args)
     return command.parser, command.config

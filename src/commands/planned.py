@@ -4,21 +4,21 @@ The tokenizer's libraries are imported where there is data to count; torch and L
 """
 
 import os
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from jsonargparse import Namespace
 
 from src.commands.mtp_weight import mtp_loss_weight
+from src.commands.options import STRATEGY
 from src.datamodules.files import NoMatch, expand
 from src.errors import UserError
 from src.models.deepseek_v3.sizes import read_sizes, trained_part
 from src.planner import account
-from src.planner.cluster import Cluster
+from src.planner.cluster import Cluster, read_cluster
+from src.planner.ledger import total
 from src.planner.plan import Data, Plan, make_plan
-from src.planner.settings import Settings
-from src.planner.work import Work
+from src.planner.settings import OPTIONS, Settings
 from src.units import GIB, counted
 
 ASSUMED_ROWS = 100_000
@@ -27,17 +27,18 @@ PACKED = (".parquet", ".gz", ".zst")
 BYTES_A_TOKEN = 4.2  # of JSON with English text: gsm8k's files have 4.1
 
 
-def plan_of(config: Namespace, cluster: Cluster) -> Plan:
+def plan_of(config: Namespace) -> Plan:
     """The plan of parsed arguments. Raises ValueError where they contradict each other or a file is not there."""
+    cluster = read_cluster(config.cluster) if config.cluster else Cluster()
     settings = settings_of(config, cluster)
     data, document = data_of(config, settings)
-    if getattr(config, "document_length", None) is not None:
-        document = config.document_length
-    return make_plan(replace(settings, document=document), cluster, data)
+    if config.get("document_length") is None:
+        settings = settings.but(document=document)
+    return make_plan(settings, cluster, data)
 
 
 def settings_of(config: Namespace, cluster: Cluster) -> Settings:
-    trainer, model, data = config.trainer, config.model, config.data
+    trainer, model = config.trainer, config.model
     if not isinstance(trainer.strategy, Namespace):
         raise UserError(f"trainer.strategy is {trainer.strategy!r}; plan knows src.strategies.DeepSpeedSPStrategy.")
     options: dict[str, Any] = trainer.strategy.get("init_args", Namespace()).as_dict()
@@ -45,45 +46,29 @@ def settings_of(config: Namespace, cluster: Cluster) -> Settings:
     for name, known in (("config", None), ("offload_optimizer_device", "cpu"), ("offload_params_device", "cpu")):
         if options.get(name, known) != known:
             raise UserError(
-                f"trainer.strategy.init_args.{name} is {options[name]!r}: plan reads no DeepSpeed configuration and "
-                "knows no nvme; give stage, offload_optimizer, offload_parameters and reduce_bucket_size as arguments."
+                f"{STRATEGY}{name} is {options[name]!r}: plan reads no DeepSpeed configuration and knows no nvme; "
+                "give stage, offload_optimizer, offload_parameters and reduce_bucket_size as arguments."
             )
-    gpus = _devices(trainer.devices, cluster)
     experts = None if model.experts_per_shard == "auto" else model.experts_per_shard
-    ep = options.get("expert_parallel_size", 1)
-    sizes = read_sizes(model.pretrained, experts, model.mtp_loss_weight != 0, ep)
-    if sizes.mtp or model.mtp_loss_weight:
-        sizes = replace(sizes, mtp=mtp_loss_weight(model) > 0)
-    kernel = {"auto": "flash_attn_4"}.get(model.attention_kernel, model.attention_kernel)
+    mtp = model.mtp_loss_weight != 0 and mtp_loss_weight(model) > 0
+    sizes = read_sizes(model.pretrained, experts, mtp, options.get("expert_parallel_size", 1))
+    given = {f"{STRATEGY}{name}": value for name, value in options.items()}
+    same = {field: given.get(option, config.get(option)) for field, option in OPTIONS.items()}
+    named = {
+        "gpus": _devices(trainer.devices, cluster),
+        "document": config.get("document_length", None) or config.data.max_length,
+        "attention_kernel": "flash_attn_4" if model.attention_kernel == "auto" else model.attention_kernel,
+        "experts_per_shard": None,  # sizes has it
+    }
     return Settings(
         sizes=sizes,
-        nodes=trainer.num_nodes,
-        gpus=gpus,
-        sp=options.get("sequence_parallel_size", 1),
-        stage=options.get("stage", 3),
-        offload_optimizer=options.get("offload_optimizer", False),
-        offload_parameters=options.get("offload_parameters", False),
-        batch_size=data.batch_size,
-        max_length=data.max_length,
-        accumulate=trainer.accumulate_grad_batches,
-        document=data.max_length,
-        activation_checkpointing=model.activation_checkpointing,
-        attention_output=model.attention_output,
-        layer_input=model.layer_input,
-        attention_kernel=kernel,
         param_bytes=4 if str(trainer.precision).startswith("32") else 2,
         trained=trained_part(sizes, model.freeze or []),
-        reduce_bucket=options.get("reduce_bucket_size", 200_000_000),
-        num_workers=data.num_workers,
-        checkpoint_every=config.checkpoint.every_n_train_steps,
-        keep=config.checkpoint.keep,
-        async_save=config.checkpoint.async_save,
         weights_kept=config.weights.keep if config.weights.every_n_train_steps else 0,
         export=config.export.out is not None,
         uncounted=_uncounted(config),
         cpu=trainer.accelerator == "cpu",
-        ep=ep,
-        reduce_dtype=options.get("reduce_dtype", "fp32"),
+        **{field: value for field, value in (same | named).items() if value is not None},
     )
 
 
@@ -93,12 +78,11 @@ def host_memory(config: Namespace, available: int) -> tuple[str, bool]:
     Raises:
         ValueError: as `settings_of`.
     """
-    settings, cluster = settings_of(config, Cluster()), Cluster()
-    lines = account.host(settings, Work(settings, cluster))
-    total = sum(line.nbytes for line in lines)
+    lines = account.host(settings_of(config, Cluster()))
+    needed = total(lines)
     parts = ", ".join(f"{line.name} {line.nbytes / GIB:.0f} GiB {line.when}" for line in lines)
-    said = f"host memory of a node: {parts}; total {total / GIB:.0f} GiB by the plan, {available / GIB:.0f} are free"
-    return said, total > available
+    said = f"host memory of a node: {parts}; total {needed / GIB:.0f} GiB by the plan, {available / GIB:.0f} are free"
+    return said, needed > available
 
 
 def _devices(devices: Any, cluster: Cluster) -> int:

@@ -23,8 +23,8 @@ from src.errors import UserError
 from src.models.deepseek_v3.config_json import read_fields
 from src.planner import account
 from src.planner.cluster import Cluster, write_cluster
+from src.planner.ledger import total
 from src.planner.settings import Settings
-from src.planner.work import Work
 from src.preflight import files, measure, node
 from src.preflight.ranks import Absent, Ranks, meet
 from src.preflight.verdict import Report, cluster, lines, problems
@@ -169,8 +169,7 @@ def _needs(settings: Namespace) -> tuple[float | None, float | None]:
     """GiB of a node's host memory and bytes on the disk by plan's account."""
     if (planned := _planned(settings)) is None:
         return None, None
-    host = sum(line.nbytes for line in account.host(planned, Work(planned, Cluster())))
-    return host / GIB, sum(line.nbytes for line in account.disk(planned))
+    return total(account.host(planned)) / GIB, total(account.disk(planned))
 
 
 def _check_room(report: Report, root: str, needed: float) -> None:

@@ -18,7 +18,7 @@ from src.commands.instances import errors_as_raised
 from src.commands.mtp_weight import mtp_loss_weight
 from src.commands.planned import plan_of, row_lengths
 from src.errors import UserError
-from src.planner.cluster import Cluster, read_cluster
+from src.planner.cluster import HOST_PART
 from src.planner.plan import Plan, make_plan
 from src.planner.settings import Settings
 from src.planner.streams import makespan
@@ -40,11 +40,11 @@ class RehearseCLI(ConfigCommand):
         if config.steps < 2:
             self.parser.error(f"--steps is {config.steps}; the first compiles, so that two are the fewest")
         try:
-            plan = plan_of(config, read_cluster(config.cluster) if config.cluster else Cluster())
+            plan = plan_of(config)
         except UserError as error:
             self.parser.error(str(error))
         s, needed = plan.settings, alone(plan).host_total / plan.settings.gpus
-        margin = (1 - Cluster().host_part) * psutil.virtual_memory().total  # the machine's own
+        margin = (1 - HOST_PART) * psutil.virtual_memory().total  # the machine's own
         available = usable_memory() - margin
         if needed > available:
             self.parser.error(

@@ -3,10 +3,10 @@
 from collections import Counter
 
 from src.models.deepseek_v3.sizes import small_parameters
-from src.planner.ledger import GRADIENTS, INPUTS, KEPT, LAYER, LOSS, SHARDS, Line
+from src.planner.ledger import GROUPS, Line, total
 from src.planner.schedule import Schedule
 from src.planner.settings import Settings
-from src.planner.work import Work
+from src.planner.tensors import Tensors
 from src.units import GIB, counted
 
 # Assumed, since nothing here has measured them on many nodes: what the driver takes for a process, NCCL's channels and
@@ -19,30 +19,28 @@ DISK_HEADERS = 1.001
 AT_START, IN_FIRST_STEP, AT_FIRST_SAVE = "at the start", "in the first micro-step", "at the first save"
 
 
-def _g(value: float) -> str:
+def billions(value: float) -> str:
     return f"{value / 1e9:.3f}e9"
 
 
 def states(settings: Settings) -> list[Line]:
     """What lies on the device between steps."""
-    s, own = settings, settings.partition
-    each = "parameters" if s.stage < 3 else f"parameters / {counted(s.world, 'rank')}"
+    s, b, parameters = settings, settings.param_bytes, settings.sizes.parameters
     lines = []
     if not s.offload_parameters:
-        name = f"{'bf16' if s.param_bytes == 2 else 'fp32'} weights{', partitions' if s.stage == 3 else ''}"
-        why = f"{_g(s.sizes.parameters)} {each} x {s.param_bytes} bytes"
-        lines.append(Line(name, own * s.param_bytes, why))
+        name = f"{'bf16' if b == 2 else 'fp32'} weights{', partitions' if s.stage == 3 else ''}"
+        each = "parameters" if s.stage < 3 else f"parameters / {counted(s.world, 'rank')}"
+        lines.append(Line(name, s.partition * b, f"{billions(parameters)} {each} x {b} bytes"))
     if not s.offload_optimizer:
-        trained = s.sizes.parameters * s.trained / (s.world if s.stage else 1)
-        master = 12 if s.param_bytes == 2 else 8  # in fp32 the weights are their own masters
-        what = "fp32 master and two moments" if master == 12 else "two moments"
-        of = f"{_g(s.sizes.parameters * s.trained)} trained / {counted(s.world if s.stage else 1, 'rank')}"
-        lines.append(Line(what, master * trained, f"{of} x {master} bytes"))
-        lines.append(Line("accumulated gradient, fp32", 4 * trained, f"{of} x 4 bytes"))
+        of = f"{billions(parameters * s.trained)} trained / {counted(s.world if s.stage else 1, 'rank')}"
+        # In fp32 the weights are their own masters.
+        adam = ("fp32 master and two moments", 12) if b == 2 else ("two moments", 8)
+        for name, nbytes in (adam, ("accumulated gradient, fp32", 4)):
+            lines.append(Line(name, nbytes * s.stepped, f"{of} x {nbytes} bytes"))
     if s.stage == 3:
         layers, small = s.sizes.num_hidden_layers, sum(small_parameters(s.sizes).values())
-        kept = s.param_bytes * (layers * small + s.sizes.hidden_size)
-        lines.append(Line("norms, whole", kept, f"{counted(layers, 'layer')} x {small:,} x {s.param_bytes} bytes"))
+        why = f"{counted(layers, 'layer')} x {small:,} x {b} bytes"
+        lines.append(Line("norms, whole", b * (layers * small + s.sizes.hidden_size), why))
     if s.stage in (1, 2):
         why = f"reduce_bucket_size {s.reduce_bucket:,} x 4 bytes"
         lines.append(Line("reduction bucket, fp32", 4 * s.reduce_bucket, why))
@@ -51,28 +49,22 @@ def states(settings: Settings) -> list[Line]:
 
 def allocated(settings: Settings, schedule: Schedule) -> tuple[list[Line], str]:
     """What torch.cuda.max_memory_allocated counts, and when: the micro-step's worst moment, or the optimizer's step."""
-    held = states(settings)
-    ledger = schedule.ledger
-    stepping = _optimizer_step(settings)
-    if stepping.nbytes > ledger.peak:
-        return [*held, stepping], "optimizer step"
-    lines = []
-    for group in (SHARDS, GRADIENTS, INPUTS, KEPT, LAYER, LOSS):
+    lines, ledger = states(settings), schedule.ledger
+    flattened = 0.0
+    if settings.stage == 3 and not settings.offload_optimizer:
+        flattened = 4 * settings.stepped
+    if flattened > ledger.peak:
+        why = f"{billions(settings.stepped)} x 4 bytes: the gradient, flattened"
+        return [*lines, Line("optimizer step", flattened, why)], "optimizer step"
+    for group in GROUPS:
         items = [item for item in ledger.at_peak.values() if item.name == group]
         if items:
             count = Counter(item.why for item in items)
             size = {item.why: count[item.why] * item.nbytes for item in items}
             largest = sorted(count, key=lambda why: -size[why])
             why = " + ".join(f"{count[w]} x ({w})" if count[w] > 1 else f"({w})" for w in largest)
-            lines.append(Line(group, sum(item.nbytes for item in items), why))
-    return [*held, *lines], ledger.moment
-
-
-def _optimizer_step(settings: Settings) -> Line:
-    if settings.offload_optimizer or settings.stage < 3:
-        return Line("optimizer step", 0.0, "on the host")
-    own = settings.partition * settings.trained
-    return Line("optimizer step", 4 * own, f"{_g(own)} x 4 bytes: the gradient, flattened")
+            lines.append(Line(group, total(items), why))
+    return lines, ledger.moment
 
 
 def overhead(settings: Settings, nbytes: float) -> list[Line]:
@@ -82,42 +74,44 @@ def overhead(settings: Settings, nbytes: float) -> list[Line]:
         Line("CUDA context", CONTEXT, "assumed"),
     ]
     if settings.world > 1:
-        two = settings.halves and 1 < settings.holders_per_node < settings.holders
-        others = (settings.sp > 1) + 2 * (settings.ep > 1) + 2 * two
+        others = (settings.sp > 1) + 2 * (settings.ep > 1) + 2 * settings.two_exchanges
         shared = ", as much each of the two of shared experts" if settings.ep > 1 else ""
-        shared += ", of the two of reduce_dtype bf16" if two else ""
+        shared += ", of the two of reduce_dtype bf16" if settings.two_exchanges else ""
         why = f"assumed: {NCCL_WORLD / GIB} GiB the world's group, {NCCL_SP / GIB} GiB SP's{shared}"
         lines.append(Line("NCCL", NCCL_WORLD + others * NCCL_SP, why))
     return lines
 
 
-def host(settings: Settings, work: Work) -> list[Line]:
+def host(settings: Settings) -> list[Line]:
     """Host memory of a node."""
-    s, ranks = settings, settings.gpus
-    own, trained = s.partition, s.partition * s.trained
-    lines = []
+    s, b, tensors, lines = settings, settings.param_bytes, Tensors(settings), list[Line]()
+    ranks = counted(s.gpus, "rank")
+
+    def states(name: str, elements: float, each: int, what: str, when: str) -> None:
+        why = f"{ranks} x {billions(elements)} x {each} bytes{what}"
+        lines.append(Line(name, s.gpus * each * elements, why, when))
+
     if s.offload_optimizer:
-        why = f"{counted(ranks, 'rank')} x {_g(trained)} x 16 bytes: master and gradient (pinned), two moments, in fp32"
-        lines.append(Line("optimizer states and gradient", ranks * 16 * trained, why, AT_START))
+        what = ": master and gradient (pinned), two moments, in fp32"
+        states("optimizer states and gradient", s.partition * s.trained, 16, what, AT_START)
     if s.offload_parameters:
-        why = f"{counted(ranks, 'rank')} x {_g(own)} x {s.param_bytes} bytes"
-        lines.append(Line("weights, pinned", ranks * s.param_bytes * own, why, AT_START))
+        states("weights, pinned", s.partition, b, "", AT_START)
     if s.activation_checkpointing:
         layers = s.sizes.layers
-        waiting = {"attention outputs": s.attention_output, "layer inputs": s.layer_input}
-        for (name, kept), line in zip(waiting.items(), (work.kept_output(), work.layer_input()), strict=True):
-            if kept == "offload":
+        for name, place, line in (
+            ("attention outputs, pinned", s.attention_output, tensors.kept_output()),
+            ("layer inputs, pinned", s.layer_input, tensors.layer_input()),
+        ):
+            if place == "offload":
                 of_layer = f"{line.nbytes / GIB:.2f} GiB ({line.why})"
-                why = f"{counted(ranks, 'rank')} x {counted(layers, 'layer')} x {of_layer}, of the longest row"
-                lines.append(Line(f"{name}, pinned", ranks * layers * line.nbytes, why, IN_FIRST_STEP))
+                why = f"{ranks} x {counted(layers, 'layer')} x {of_layer}, of the longest row"
+                lines.append(Line(name, s.gpus * layers * line.nbytes, why, IN_FIRST_STEP))
     if s.async_save:
-        each = 12 if s.param_bytes == 2 else 8 + s.param_bytes
-        why = f"{counted(ranks, 'rank')} x {_g(trained)} x {each} bytes, {AT_FIRST_SAVE} and kept"
-        lines.append(Line("copy written by a save, pageable", ranks * each * trained, why, AT_FIRST_SAVE))
-    loaders = counted(s.num_workers, "worker")
-    process = CPU_PROCESS if s.cpu else PROCESS
-    why = f"{counted(ranks, 'rank')} x ({process / GIB:.1f} GiB + {loaders} x {WORKER / GIB} GiB), assumed"
-    lines.append(Line("processes and loaders", ranks * (process + s.num_workers * WORKER), why, AT_START))
+        what, each = f", {AT_FIRST_SAVE} and kept", 12 if b == 2 else 8 + b
+        states("copy written by a save, pageable", s.partition * s.trained, each, what, AT_FIRST_SAVE)
+    process, loaders = CPU_PROCESS if s.cpu else PROCESS, counted(s.num_workers, "worker")
+    why = f"{ranks} x ({process / GIB:.1f} GiB + {loaders} x {WORKER / GIB} GiB), assumed"
+    lines.append(Line("processes and loaders", s.gpus * (process + s.num_workers * WORKER), why, AT_START))
     return lines
 
 
@@ -127,22 +121,21 @@ def checkpoint_bytes(settings: Settings) -> float:
     return DISK_HEADERS * (12 * s * settings.trained + settings.param_bytes * s * (1 - settings.trained))
 
 
+def export_bytes(settings: Settings) -> int:
+    """The weights in BF16."""
+    return 2 * settings.sizes.parameters
+
+
 def disk(settings: Settings) -> list[Line]:
-    one = checkpoint_bytes(settings)
-    kept = settings.keep + 1
-    export = 2 * settings.sizes.parameters
-    lines = [
-        Line(
-            f"checkpoints: {settings.keep} kept and the one being written",
-            kept * one,
-            f"{kept} x {one / 1e12:.3f} TB, {_g(settings.sizes.parameters * settings.trained)} trained x 12 bytes",
-        ),
-    ]
-    if settings.weights_kept:
-        many = settings.weights_kept + 1
-        why = f"{many} x {export / 1e12:.3f} TB, {_g(settings.sizes.parameters)} x 2 bytes"
-        name = f"weights, BF16: {settings.weights_kept} kept and the one being written"
-        lines.append(Line(name, many * export, why))
-    if settings.export:
-        lines.append(Line("export at the end, BF16", export, f"{_g(settings.sizes.parameters)} x 2 bytes"))
+    s, parameters, lines = settings, settings.sizes.parameters, list[Line]()
+
+    def kept(name: str, keep: int, one: float, of: str) -> None:
+        why = f"{keep + 1} x {one / 1e12:.3f} TB, {of}"
+        lines.append(Line(f"{name}: {keep} kept and the one being written", (keep + 1) * one, why))
+
+    kept("checkpoints", s.keep, checkpoint_bytes(s), f"{billions(parameters * s.trained)} trained x 12 bytes")
+    if s.weights_kept:
+        kept("weights, BF16", s.weights_kept, export_bytes(s), f"{billions(parameters)} x 2 bytes")
+    if s.export:
+        lines.append(Line("export at the end, BF16", export_bytes(s), f"{billions(parameters)} x 2 bytes"))
     return lines

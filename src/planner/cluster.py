@@ -19,6 +19,7 @@ from src.units import GIB
 # bandwidth over a node's NVLink and over eight NICs of 400G; measured on four, pinned copies while all GPUs copy.
 TFLOPS, COPY, INTRA_GB_S, PCIE_IN_GB_S, PCIE_OUT_GB_S = 760.0, 2.95e12, 370.0, 41.0, 33.0
 OF_LINE_RATE = 0.925  # what NCCL reaches of the NICs' line rate
+HOST_PART = 0.96  # of a node's memory: the rest stays for the system and for what comes at once
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,7 @@ class Cluster:
     @property
     def host_room(self) -> float:
         """Bytes of a node that a run may take."""
-        return self.host_part * self.host_memory_gib * GIB
-
-    @property
-    def host_part(self) -> float:
-        """Of a node's memory: the rest stays for the system and for what comes at once."""
-        return 0.96
+        return HOST_PART * self.host_memory_gib * GIB
 
     @property
     def assumed(self) -> list[str]:
@@ -137,9 +133,6 @@ def read_cluster(path: str | Path) -> Cluster:
         given = {}
     if not isinstance(given, Mapping):
         raise UserError(f"{path} holds no fields but {given!r}; write lines such as `nics_per_node: 8`.")
-    unknown = [str(name) for name in given if name not in _TYPES]
-    if unknown:
-        raise UserError(f"{path}: unknown {', '.join(unknown)}; a cluster has {', '.join(_TYPES)}.")
     try:
         return cluster_of(given)
     except ValueError as error:
@@ -152,7 +145,7 @@ def cluster_of(given: Mapping[str, Any]) -> Cluster:
     The others are the default's, but for what follows from the GPU's data sheet (memory, product, bandwidths of its
     links); from the GPUs of a node, which have a NIC each; and from the NICs, of whose line rate NCCL reaches 0.925.
     """
-    cluster = Cluster(**given)  # refuses bad values
+    cluster = _checked(given)
     card = card_of(cluster.gpu)
     if card is None and (absent := [name for name in ("gpu_memory_gib", "matmul_tflops") if name not in given]):
         raise UserError(
@@ -177,11 +170,15 @@ def cluster_of(given: Mapping[str, Any]) -> Cluster:
     return Cluster(**(exchanges | values), measured=frozenset(given))
 
 
+def _checked(given: Mapping[str, Any]) -> Cluster:
+    """The default cluster with the fields `given`."""
+    if unknown := [str(name) for name in given if name not in _TYPES]:
+        raise UserError(f"unknown {', '.join(unknown)}; a cluster has {', '.join(_TYPES)}.")
+    return Cluster(**given)
+
+
 def write_cluster(path: str | Path, values: Mapping[str, Any]) -> None:
     """Writes the fields that were measured; raises as `read_cluster` for unknown ones and bad values."""
-    unknown = [name for name in values if name not in _TYPES]
-    if unknown:
-        raise UserError(f"unknown {', '.join(unknown)}; a cluster has {', '.join(_TYPES)}.")
-    Cluster(**values)
+    _checked(values)
     ordered = {name: values[name] for name in _TYPES if name in values}
     Path(path).write_text(yaml.safe_dump(ordered, sort_keys=False), encoding="utf-8")

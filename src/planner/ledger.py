@@ -1,9 +1,10 @@
 """Device memory followed in the order in which the host allocates and frees it, which is what the allocator counts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 # The account's lines of what a micro-step allocates.
-SHARDS, GRADIENTS, INPUTS, KEPT, LAYER, LOSS = (
+GROUPS = SHARDS, GRADIENTS, INPUTS, KEPT, LAYER, LOSS = (
     "gathered weights",
     "whole gradients",
     "layer inputs",
@@ -23,12 +24,16 @@ class Line:
     when: str = ""
 
 
+def total(lines: Iterable[Line]) -> float:
+    return sum(line.nbytes for line in lines)
+
+
 @dataclass
 class Ledger:
     """What is allocated now, and what was at the worst moment.
 
-    live: by the name of what is allocated, with the line of the account that it belongs to. peak: their sum at the
-    worst moment; at_peak: what was live then; moment: what was running.
+    live: by the name of what is allocated, with the line of the account that it belongs to. total: its bytes.
+    peak: the total at the worst moment; at_peak: what was live then; moment: what was running.
     """
 
     live: dict[str, Line] = field(default_factory=dict)

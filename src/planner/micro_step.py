@@ -4,14 +4,13 @@ from src.planner.cluster import Cluster
 from src.planner.schedule import Schedule
 from src.planner.settings import Settings
 from src.planner.steps import Visit, visits
-from src.planner.streams import COMPUTE, FROM_HOST, TO_HOST
-from src.planner.work import Work
+from src.planner.streams import COMPUTE, FROM_HOST, TO_HOST, Op
 from src.planner.zero import Zero
 
 
 def micro_step(settings: Settings, cluster: Cluster, last: bool = True) -> Schedule:
     """Of one rank; `last` of its optimizer step, when an offloaded gradient crosses PCIe once more."""
-    order, schedule = list(visits(settings, Work(settings, cluster))), Schedule()
+    order, schedule = list(visits(settings, cluster)), Schedule()
     zero = Zero(settings, cluster, order, schedule, last)
     fetched: dict[str, int] = {}  # the copies that bring tensors back from the host
     for visit in order:
@@ -31,13 +30,14 @@ def _visit(visit: Visit, schedule: Schedule, zero: Zero, cluster: Cluster, fetch
     if visit.during is not None:
         ledger.passing(visit.during)
     done = -1
-    for stream, seconds, what, beside in visit.parts:
-        if seconds == 0.0 and stream != COMPUTE:
-            continue
-        if stream == COMPUTE:  # casts and copies of other streams take the device's bandwidth: it lasts as much longer
+    for part in visit.parts:
+        seconds = part.seconds
+        if part.stream == COMPUTE:  # casts and copies on other streams take the device's bandwidth: it lasts longer
             seconds += schedule.stolen
             schedule.paid, schedule.stolen = schedule.paid + schedule.stolen, 0.0
-        done = schedule.add(stream, seconds, f"{visit.name} {what}".rstrip(), *waits, beside=beside)
+        elif seconds == 0.0:
+            continue
+        done = schedule.add(part._replace(seconds=seconds, name=f"{visit.name} {part.name}".rstrip(), after=waits))
         waits = (done,)
     if visit.backward:
         zero.gradients(visit, done)
@@ -45,7 +45,7 @@ def _visit(visit: Visit, schedule: Schedule, zero: Zero, cluster: Cluster, fetch
     if visit.syncs:
         schedule.host_works(0.0, done)
     for name, nbytes in visit.stows.items():
-        schedule.add(TO_HOST, nbytes / (cluster.pcie_out_gb_s * 1e9), name, done)
+        schedule.add(Op(TO_HOST, nbytes / (cluster.pcie_out_gb_s * 1e9), name, (done,)))
     for name in visit.gives:
         ledger.give(name)
     for name, line in (*visit.leaves.items(), *visit.fetches.items()):
@@ -53,5 +53,5 @@ def _visit(visit: Visit, schedule: Schedule, zero: Zero, cluster: Cluster, fetch
     if visit.fetches:
         nbytes = sum(line.nbytes for line in visit.fetches.values())
         what = f"{', '.join(visit.fetches)} from the host"
-        copy = schedule.add(FROM_HOST, nbytes / (cluster.pcie_in_gb_s * 1e9), what, done)
+        copy = schedule.add(Op(FROM_HOST, nbytes / (cluster.pcie_in_gb_s * 1e9), what, (done,)))
         fetched |= dict.fromkeys(visit.fetches, copy)

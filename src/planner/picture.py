@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import UserError
-from src.planner.streams import CAST, COMPUTE, EP, FROM_HOST, GATHER, HOST, SP, STREAMS, TO_HOST, Span, makespan
+from src.planner.streams import CAST, COMPUTE, EP, FROM_HOST, HOST, SP, STREAMS, TO_HOST, ZERO, Span, makespan
 
 COLOURS = {
     COMPUTE: "#0072B2",
-    GATHER: "#D55E00",
+    ZERO: "#D55E00",
     SP: "#E69F00",
     EP: "#F0E442",
     TO_HOST: "#CC79A7",

@@ -2,23 +2,23 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from src.models.deepseek_v3.flops import packed_flops
 from src.planner import account
 from src.planner.cluster import Cluster
-from src.planner.ledger import Line
+from src.planner.ledger import Line, total
 from src.planner.settings import Settings
 from src.planner.timing import (
+    HIDDEN,
     StepTime,
     busiest,
     load_seconds,
-    optimizer_seconds,
     save_stall,
     step_seconds,
     step_time,
     write_seconds,
 )
-from src.planner.work import Work
 from src.units import GIB
 
 # How far off an input may be: what a file of measurements gave, what is assumed, and the kernels' own rates.
@@ -33,6 +33,8 @@ RATES = (
     "cpu_adam_gparams_s",
     "disk_write_gb_s",
 )
+LONG_OPTIMIZER = 0.4  # of a step: then the optimizer is what it waits for
+STOP_MARGIN = 60  # seconds that a stop has besides what is planned for it
 
 
 @dataclass(frozen=True)
@@ -48,43 +50,81 @@ class Data:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes and seconds. device, overhead, host, disk: the lines of the account; moment: when the device is fullest."""
+    """Bytes and seconds. slowest, fastest: of a step, with every input at its worst and at its best."""
 
     settings: Settings
     cluster: Cluster
     data: Data
-    device: list[Line]
-    overhead: list[Line]
-    moment: str
-    host: list[Line]
-    disk: list[Line]
     time: StepTime
-    slowest: float  # seconds a step, with every input at its worst and at its best
+    slowest: float
     fastest: float
+
+    # -- memory and disk: the lines of the account --------------------------------------------------------------------
+
+    @cached_property
+    def _allocated(self) -> tuple[list[Line], str]:
+        return account.allocated(self.settings, self.time.schedule)
+
+    @property
+    def device(self) -> list[Line]:
+        return self._allocated[0]
+
+    @property
+    def moment(self) -> str:
+        """When the device is fullest."""
+        return self._allocated[1]
+
+    @cached_property
+    def overhead(self) -> list[Line]:
+        return [] if self.settings.cpu else account.overhead(self.settings, self.allocated)
+
+    @cached_property
+    def host(self) -> list[Line]:
+        return account.host(self.settings)
+
+    @property
+    def disk(self) -> list[Line]:
+        return account.disk(self.settings)
 
     @property
     def allocated(self) -> float:
-        return sum(line.nbytes for line in self.device)
+        return total(self.device)
 
     @property
     def device_total(self) -> float:
-        return self.allocated + sum(line.nbytes for line in self.overhead)
+        return self.allocated + total(self.overhead)
 
     @property
     def host_total(self) -> float:
-        return sum(line.nbytes for line in self.host)
+        return total(self.host)
 
     @property
     def device_room(self) -> float:
         return self.cluster.gpu_memory_gib * GIB
 
     @property
-    def host_room(self) -> float:
-        return self.cluster.host_room
-
-    @property
     def fits(self) -> bool:
-        return (self.settings.cpu or self.device_total <= self.device_room) and self.host_total <= self.host_room
+        return not self._problems
+
+    @cached_property
+    def _problems(self) -> list[str]:
+        """What does not fit."""
+        problems = []
+        if not self.settings.cpu and self.device_total > self.device_room:
+            largest = max(self.device, key=lambda line: line.nbytes)
+            problems.append(
+                f"GPU memory at {self.moment}: {self.device_total / GIB:.1f} GiB of {self.device_room / GIB:.1f}, "
+                f"most of it {largest.name} ({largest.nbytes / GIB:.1f} GiB)"
+            )
+        if self.host_total > self.cluster.host_room:
+            largest = max(self.host, key=lambda line: line.nbytes)
+            problems.append(
+                f"host memory: {self.host_total / GIB:.0f} GiB per node of {self.cluster.host_room / GIB:.0f}, "
+                f"most of it {largest.name} ({largest.nbytes / GIB:.0f} GiB)"
+            )
+        return problems
+
+    # -- time ---------------------------------------------------------------------------------------------------------
 
     @property
     def step_tokens(self) -> float:
@@ -92,13 +132,19 @@ class Plan:
         fill = self.data.tokens / (self.data.rows * self.settings.max_length)
         return self.settings.rows_per_step * self.settings.max_length * min(1.0, fill)
 
-    def rate(self, seconds: float | None = None) -> float:
-        """Tokens a second and GPU."""
-        return self.step_tokens / self.settings.world / (seconds or self.time.step)
+    @property
+    def gpu_flops(self) -> float:
+        """Useful operations per GPU and micro-step; every token a target."""
+        s, tokens = self.settings, self.settings.row_tokens
+        squares = int(tokens * min(s.document, s.max_length))
+        return packed_flops(s.sizes, tokens, squares, tokens * (2 if s.sizes.mtp else 1), mtp=s.sizes.mtp) / s.sp
 
-    def mfu(self, seconds: float | None = None) -> float:
-        flops = step_flops(self.settings) * self.settings.dp * self.settings.accumulate
-        return flops / self.settings.world / (seconds or self.time.step) / (1e12 * self.cluster.card.peak)
+    def rate(self, step: float | None = None) -> float:
+        """Tokens/s per GPU; where not of the planned step, of one of so many seconds. So do `mfu` and `wall`."""
+        return self.step_tokens / self.settings.world / (step or self.time.step)
+
+    def mfu(self, step: float | None = None) -> float:
+        return self.gpu_flops * self.settings.accumulate / (step or self.time.step) / (1e12 * self.cluster.card.peak)
 
     @property
     def steps(self) -> int:
@@ -112,63 +158,49 @@ class Plan:
         every = self.settings.checkpoint_every
         return max(1, math.ceil(self.steps / every)) if every else 1
 
-    def wall(self, step_seconds: float | None = None) -> float:
+    def wall(self, step: float | None = None) -> float:
         """Seconds from reading the weights to the last checkpoint on the disk."""
         stalls = self.saves * save_stall(self.settings, self.cluster)
         last = write_seconds(self.settings, self.cluster) if self.settings.async_save else 0.0
-        load = load_seconds(self.settings, self.cluster)
-        return load + self.steps * (step_seconds or self.time.step) + stalls + last
+        return load_seconds(self.settings, self.cluster) + self.steps * (step or self.time.step) + stalls + last
+
+    @property
+    def slowest_write(self) -> float:
+        """Seconds of a checkpoint at the slowest disk."""
+        return write_seconds(self.settings, shifted(self.cluster, worse=True))
+
+    @property
+    def stop_lead(self) -> float:
+        """Seconds before the end of a job's time in which `src.callbacks.stop` has to begin."""
+        return self.slowest + 2 * self.slowest_write + STOP_MARGIN
+
+    # -- in a line ----------------------------------------------------------------------------------------------------
 
     @property
     def binding(self) -> str:
-        """What stands in the way, or, where the run fits, what its step waits for."""
-        s, problems = self.settings, []
-        if not s.cpu and self.device_total > self.device_room:
-            largest = max(self.device, key=lambda line: line.nbytes)
-            problems.append(
-                f"GPU memory at {self.moment}: {self.device_total / GIB:.1f} GiB of {self.device_room / GIB:.1f}, "
-                f"most of it {largest.name} ({largest.nbytes / GIB:.1f} GiB)"
-            )
-        if self.host_total > self.host_room:
-            largest = max(self.host, key=lambda line: line.nbytes)
-            problems.append(
-                f"host memory: {self.host_total / GIB:.0f} GiB per node of {self.host_room / GIB:.0f}, "
-                f"most of it {largest.name} ({largest.nbytes / GIB:.0f} GiB)"
-            )
-        if problems:
-            return "; ".join(problems)
-        if s.cpu:
+        """Why the run does not fit, or, where it fits, what its step waits for."""
+        time = self.time
+        if self._problems:
+            return "; ".join(self._problems)
+        if self.settings.cpu:
             return "the CPU: no rates were measured for it"
-        if self.time.optimizer > 0.4 * self.time.step:
-            return f"the optimizer's step on the host, {self.time.optimizer:.1f} s of {self.time.step:.1f}"
-        waits = self.time.exposed / self.time.micro
-        return f"{busiest(self.time)}" + (
-            f", on which compute stalls for {waits:.0%} of a micro-step" if waits > 0.05 else ""
-        )
+        if time.optimizer > LONG_OPTIMIZER * time.step:
+            return f"the optimizer's step on the host, {time.optimizer:.1f} s of {time.step:.1f}"
+        waits = time.exposed / time.micro
+        return busiest(time) + (f", on which compute stalls for {waits:.0%} of a micro-step" if waits > HIDDEN else "")
 
     @property
     def verdict(self) -> str:
         """One line, as the configs carry it in a comment."""
-        if self.settings.cpu:
-            memory = self.device_total / GIB * self.settings.gpus + self.host_total / GIB
-            return (
-                f"CPU: about {memory:.0f} GiB per node, no rates measured"
-                if self.fits
-                else f"does not fit: {self.binding}"
-            )
         if not self.fits:
             return f"does not fit: {self.binding}"
+        if self.settings.cpu:
+            memory = self.device_total / GIB * self.settings.gpus + self.host_total / GIB
+            return f"CPU: about {memory:.0f} GiB per node, no rates measured"
         return (
             f"fits: {self.device_total / GIB:.1f} of {self.device_room / GIB:.1f} GiB, "
             f"{self.rate():.0f} tokens/s per GPU, MFU {self.mfu():.1%}"
         )
-
-
-def step_flops(settings: Settings) -> int:
-    """Useful operations of one SP group's micro-step; every token a target."""
-    s, tokens = settings.sizes, settings.row_tokens
-    squares = int(tokens * min(settings.document, settings.max_length))
-    return packed_flops(s, tokens, squares, tokens * (2 if s.mtp else 1), mtp=s.mtp)
 
 
 def shifted(cluster: Cluster, worse: bool) -> Cluster:
@@ -183,25 +215,8 @@ def shifted(cluster: Cluster, worse: bool) -> Cluster:
 def make_plan(settings: Settings, cluster: Cluster, data: Data, quick: bool = False) -> Plan:
     """quick: without the range, and the step from one micro-step: for many plans at once."""
     time = step_time(settings, cluster, quick)
-    device, moment = account.allocated(settings, time.schedule)
     slowest = fastest = time.step
     if not quick:
-        slowest = step_seconds(settings, cluster, time, shifted(cluster, True), 1 + KERNELS)
-        fastest = step_seconds(settings, cluster, time, shifted(cluster, False), 1 - KERNELS)
-    return Plan(
-        settings,
-        cluster,
-        data,
-        device,
-        [] if settings.cpu else account.overhead(settings, sum(line.nbytes for line in device)),
-        moment,
-        account.host(settings, Work(settings, cluster)),
-        account.disk(settings),
-        time,
-        slowest,
-        fastest,
-    )
-
-
-def optimizer_why(plan: Plan) -> str:
-    return optimizer_seconds(plan.settings, plan.cluster)[1]
+        slowest = step_seconds(settings, cluster, time, shifted(cluster, worse=True), 1 + KERNELS)
+        fastest = step_seconds(settings, cluster, time, shifted(cluster, worse=False), 1 - KERNELS)
+    return Plan(settings, cluster, data, time, slowest, fastest)

@@ -61,6 +61,11 @@ IMBALANCE = 1.15
 COLLECTIVE, COLLECTIVE_NODE, COLLECTIVE_RANK = 20e-6, 5e-6, 1e-6
 
 
+def latency(ranks: int, nodes: int = 0) -> float:
+    """nodes: of a group that goes from node to node."""
+    return COLLECTIVE + COLLECTIVE_NODE * nodes + COLLECTIVE_RANK * ranks
+
+
 def interpolate(table: Table, size: float) -> float:
     """Between rows in the logarithm of the size; above the last its rate; below the first the time of the first's."""
     if size <= table[0][0]:

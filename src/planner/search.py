@@ -4,26 +4,22 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import combinations, product
 
 from src.models.deepseek_v3.sizes import auto_experts_per_shard
 from src.planner.account import host, states
 from src.planner.cluster import Cluster
+from src.planner.ledger import total
 from src.planner.plan import Data, Plan, make_plan
-from src.planner.settings import Settings
-from src.planner.work import Work
+from src.planner.settings import Settings, argument
 from src.units import GIB
 
-TOKENS = (8192, 16384, 32768, 65536)  # a GPU and micro-step, that --search tries
+TOKENS = (8192, 16384, 32768, 65536)  # per GPU and micro-step, that --search tries
+PAYS = 1.6  # times as fast as half the GPUs: less does not pay
 
-Change = tuple[str, dict[str, object]]
+Change = tuple[str, object]  # a field of Settings, and its value
 Progress = Callable[[Iterable[float], int], Iterable[float]]  # of results, as they come, and their number
-
-
-def _with_shard(settings: Settings, experts: int) -> Settings:
-    return settings.but(sizes=replace(settings.sizes, experts_per_shard=experts))
 
 
 def _possible(settings: Settings, **changes: object) -> Settings | None:
@@ -40,44 +36,45 @@ def _possible(settings: Settings, **changes: object) -> Settings | None:
     if isinstance(experts, int):
         if not 1 <= experts <= here or here % experts:
             return None
-        changed = _with_shard(changed, experts)
-    if (changed.offload_parameters or changed.ep > 1) and changed.stage != 3:
-        return None
-    return changed
+        changed = changed.but(experts_per_shard=experts)
+    return None if changed.offload_parameters and changed.stage != 3 else changed
 
 
 def _changes(settings: Settings, host_is_full: bool) -> Iterator[Change]:
-    """Single steps away from `settings`, each as its command-line argument and what it sets."""
+    """Single steps away from `settings`."""
     s = settings
     if s.stage != 3:
-        yield "--trainer.strategy.init_args.stage 3", {"stage": 3}
+        yield "stage", 3
     if not s.activation_checkpointing:
-        yield "--model.activation_checkpointing true", {"activation_checkpointing": True}
+        yield "activation_checkpointing", True
     for output in ("offload", "recompute"):
         if s.attention_output != output:
-            yield f"--model.attention_output {output}", {"attention_output": output}
-    other = "keep" if s.layer_input == "offload" else "offload"
-    yield f"--model.layer_input {other}", {"layer_input": other}
+            yield "attention_output", output
+    yield "layer_input", "keep" if s.layer_input == "offload" else "offload"
     if not s.offload_optimizer:
-        yield "--trainer.strategy.init_args.offload_optimizer true", {"offload_optimizer": True}
+        yield "offload_optimizer", True
     if s.async_save and host_is_full:
-        yield "--checkpoint.async_save false", {"async_save": False}
+        yield "async_save", False
     if s.batch_size > 1:
-        yield f"--data.batch_size {s.batch_size // 2}", {"batch_size": s.batch_size // 2}
-    yield f"--trainer.strategy.init_args.sequence_parallel_size {2 * s.sp}", {"sp": 2 * s.sp}
+        yield "batch_size", s.batch_size // 2
+    yield "sp", 2 * s.sp
     if s.halves:  # its groups have buffers of their own, and a node's sums take memory
-        yield "--trainer.strategy.init_args.reduce_dtype fp32", {"reduce_dtype": "fp32"}
-    half = s.sizes.experts_per_shard // 2
-    if half:
-        yield f"--model.experts_per_shard {half}", {"experts_per_shard": half}
+        yield "reduce_dtype", "fp32"
+    if s.experts_per_shard > 1:
+        yield "experts_per_shard", s.experts_per_shard // 2
     for factor in (2, 4):
-        yield f"--trainer.num_nodes {factor * s.nodes}", {"nodes": factor * s.nodes}
+        yield "nodes", factor * s.nodes
 
 
-def _same_rows(changed: Settings, rows: int) -> Settings | None:
+def _with_rows(settings: Settings, rows: int) -> Settings | None:
     """With the accumulation that gives `rows` a step; None where there is none."""
-    once = changed.but(accumulate=1).rows_per_step
-    return None if rows % once else changed.but(accumulate=rows // once)
+    once = settings.but(accumulate=1).rows_per_step
+    return None if rows % once else settings.but(accumulate=rows // once)
+
+
+def _near_rows(settings: Settings, rows: int) -> Settings:
+    """With the accumulation that comes nearest to `rows` a step."""
+    return settings.but(accumulate=max(1, round(rows / settings.but(accumulate=1).rows_per_step)))
 
 
 def nearest(settings: Settings, cluster: Cluster, data: Data) -> tuple[str, Plan] | None:
@@ -86,22 +83,19 @@ def nearest(settings: Settings, cluster: Cluster, data: Data) -> tuple[str, Plan
     Among as many, those on the fewest nodes, then the fastest a GPU. Accumulation follows, so that the rows of a step
     stay; it counts as no change of its own.
     """
-    steps = list(_changes(settings, _host_bytes(settings, cluster) > cluster.host_room))
+    steps = list(_changes(settings, total(host(settings)) > cluster.host_room))
     for count in (1, 2, 3):
         fitting = []
         for chosen in combinations(steps, count):
-            names = [name for _, values in chosen for name in values]
-            if len(names) != len(set(names)):
+            if len(dict(chosen)) < count:
                 continue  # two values of one setting
-            changed = _possible(settings, **{k: v for _, values in chosen for k, v in values.items()})
-            changed = changed and _same_rows(changed, settings.rows_per_step)
+            changed = _possible(settings, **dict(chosen))
+            changed = changed and _with_rows(changed, settings.rows_per_step)
             if changed and _may_fit(changed, cluster):
                 plan = make_plan(changed, cluster, data, quick=True)
                 if plan.fits:
-                    arguments = [text for text, _ in chosen]
-                    if changed.accumulate != settings.accumulate:
-                        arguments.append(f"--trainer.accumulate_grad_batches {changed.accumulate}")
-                    fitting.append((" ".join(arguments), plan))
+                    follows = [("accumulate", changed.accumulate)] * (changed.accumulate != settings.accumulate)
+                    fitting.append((" ".join(argument(*change) for change in [*chosen, *follows]), plan))
         if fitting:
             return min(fitting, key=lambda item: (item[1].settings.nodes, -item[1].rate()))
     return None
@@ -113,7 +107,7 @@ def candidates(settings: Settings, nodes: Sequence[int] | None = None) -> list[S
     Args:
         nodes: numbers of nodes to try; by default that of `settings` alone.
     """
-    s, rows = settings, settings.rows_per_step
+    s = settings
     offloads = ((False, False), (True, False), (True, True))
     kept = (
         ("recompute", "keep"), ("recompute", "offload"), ("offload", "keep"), ("offload", "offload"), ("keep", "keep"),
@@ -126,32 +120,22 @@ def candidates(settings: Settings, nodes: Sequence[int] | None = None) -> list[S
         nodes or [s.nodes], shared, batches, offloads, kept
     ):
         for batch in batches[sp]:
-            base = _possible(s, nodes=n, ep=ep, sp=sp, batch_size=batch, accumulate=1)
+            base = _possible(s, nodes=n, ep=ep, sp=sp, batch_size=batch)
             if base is not None:
-                grid.append(
-                    base.but(
-                        accumulate=max(1, round(rows / base.rows_per_step)),
-                        offload_optimizer=optimizer,
-                        offload_parameters=parameters,
-                        attention_output=output,
-                        layer_input=layer,
-                    )
-                )
+                with_rows = _near_rows(base, s.rows_per_step)
+                kept_so = {"attention_output": output, "layer_input": layer}
+                grid.append(with_rows.but(offload_optimizer=optimizer, offload_parameters=parameters, **kept_so))
     return grid
-
-
-def _host_bytes(settings: Settings, cluster: Cluster) -> float:
-    return sum(line.nbytes for line in host(settings, Work(settings, cluster)))
 
 
 def _may_fit(settings: Settings, cluster: Cluster) -> bool:
     """By the states of the device and by host memory, for which no schedule is needed."""
-    held = sum(line.nbytes for line in states(settings))
-    return held < cluster.gpu_memory_gib * GIB and _host_bytes(settings, cluster) <= cluster.host_room
+    device = total(states(settings))
+    return device < cluster.gpu_memory_gib * GIB and total(host(settings)) <= cluster.host_room
 
 
 def _rate(cluster: Cluster, data: Data, settings: Settings) -> float:
-    """Tokens a second and GPU; 0 where it does not fit."""
+    """Tokens/s per GPU; 0 where it does not fit."""
     plan = make_plan(settings, cluster, data, quick=True)
     return plan.rate() if plan.fits else 0.0
 
@@ -178,7 +162,7 @@ def search(
             return sorted((pair for pair in rated if pair[0]), key=lambda pair: -pair[0])[:best]
 
         rated_best = fastest(grid)
-        halves = [_possible(s, experts_per_shard=s.sizes.experts_per_shard // 2) for _, s in rated_best]
+        halves = [_possible(s, experts_per_shard=s.experts_per_shard // 2) for _, s in rated_best]
         halves += [_possible(s, ep=s.ep // 2) for _, s in rated_best if s.ep > 2]
         rated_best += fastest([half for half in halves if half])
         wide = [s for _, s in rated_best if s.stage == 3 and s.reduce_dtype == "fp32"]
@@ -189,24 +173,22 @@ def search(
 
 def scale(settings: Settings, cluster: Cluster, data: Data, most: int = 4096) -> list[Plan]:
     """The same settings on 8 to `most` GPUs, accumulation so that the rows of a step stay as near as they can."""
-    rows, plans = settings.rows_per_step, []
-    gpus = settings.gpus
+    plans, gpus = [], settings.gpus
     while gpus <= most:
-        if base := _possible(settings, nodes=gpus // settings.gpus, accumulate=1):
-            times = max(1, round(rows / base.rows_per_step))
-            plans.append(make_plan(base.but(accumulate=times), cluster, data, quick=True))
+        if changed := _possible(settings, nodes=gpus // settings.gpus):
+            plans.append(make_plan(_near_rows(changed, settings.rows_per_step), cluster, data, quick=True))
         gpus *= 2
     return plans
 
 
 def pays_until(plans: list[Plan]) -> Plan | None:
-    """The largest of doubling sizes whose doubling still made the run at least 1.6 times as fast; None: none fits."""
+    """The largest of doubling sizes whose doubling still made the run at least PAYS times as fast; None: none fits."""
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         return None
     last = fitting[0]
     for plan in fitting[1:]:
-        if last.wall() / plan.wall() < 1.6:
+        if last.wall() / plan.wall() < PAYS:
             break
         last = plan
     return last

@@ -1,6 +1,7 @@
-"""What decides a run's memory and time, gathered from a config's values; ranks' arithmetic included."""
+"""What decides a run's memory and time, as the planner takes it from a config; with the ranks' arithmetic."""
 
 from dataclasses import dataclass, replace
+from math import comb
 from typing import Any
 
 from src.errors import UserError
@@ -10,31 +11,44 @@ from src.strategies.parallel_dims import ParallelDims
 from src.strategies.zero_limits import check_goes_with
 from src.units import counted
 
-_POSITIVE = {  # field: its name in the config
-    "sp": "trainer.strategy.init_args.sequence_parallel_size",
-    "ep": "trainer.strategy.init_args.expert_parallel_size",
-    "batch_size": "data.batch_size",
-    "accumulate": "trainer.accumulate_grad_batches",
+_STRATEGY = "trainer.strategy.init_args."
+OPTIONS = {  # field: its name in the config
     "nodes": "trainer.num_nodes",
     "gpus": "trainer.devices",
+    "stage": f"{_STRATEGY}stage",
+    "sp": f"{_STRATEGY}sequence_parallel_size",
+    "ep": f"{_STRATEGY}expert_parallel_size",
+    "offload_optimizer": f"{_STRATEGY}offload_optimizer",
+    "offload_parameters": f"{_STRATEGY}offload_parameters",
+    "reduce_bucket": f"{_STRATEGY}reduce_bucket_size",
+    "reduce_dtype": f"{_STRATEGY}reduce_dtype",
+    "batch_size": "data.batch_size",
     "max_length": "data.max_length",
+    "num_workers": "data.num_workers",
+    "accumulate": "trainer.accumulate_grad_batches",
+    "activation_checkpointing": "model.activation_checkpointing",
+    "attention_output": "model.attention_output",
+    "layer_input": "model.layer_input",
+    "attention_kernel": "model.attention_kernel",
+    "experts_per_shard": "model.experts_per_shard",
+    "checkpoint_every": "checkpoint.every_n_train_steps",
+    "keep": "checkpoint.keep",
+    "async_save": "checkpoint.async_save",
     "document": "document_length",
 }
-
-SHARD = "model.experts_per_shard"
+_POSITIVE = ("sp", "ep", "batch_size", "accumulate", "nodes", "gpus", "max_length", "document")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One training run; names as in the config where it has them.
+    """One training run.
 
-    gpus: of a node. rows: micro-batch of a data-parallel rank, batch_size packed rows of max_length tokens.
-    document: tokens of a document, as far as attention's time goes. param_bytes: 2 in bf16, 4 in fp32.
+    gpus: per node. batch_size: packed rows of max_length tokens in a micro-step of a data-parallel rank.
+    document: tokens per document, which attention's time depends on. param_bytes: 2 in bf16, 4 in fp32.
     trained: part of the parameters that `freeze` leaves to be trained.
+    checkpoint_every: optimizer steps; 0: at the end only. weights_kept: `weights.keep`; 0: none are saved.
+    export: whether the run exports at its end. uncounted: what takes time in the run and in no plan.
     imbalance: where ranks share the experts, the busiest rank's rows over the mean.
-    checkpoint_every: optimizer steps, 0 at the end only. weights_kept: `weights.keep`, 0 where none are saved.
-    export: whether the end exports. uncounted: what the run spends time on that no plan counts.
-
     reduce_dtype: of experts' gradients between ranks, fp32 or bf16.
 
     Raises:
@@ -72,26 +86,27 @@ class Settings:
     reduce_dtype: str = "fp32"
 
     def __post_init__(self) -> None:
-        for field, option in _POSITIVE.items():
+        for field in _POSITIVE:
             value = getattr(self, field)
             whole = isinstance(value, int) or field == "document"
             if not whole or isinstance(value, bool) or not value > 0:
-                raise UserError(f"{option} is {value!r}; it must be a positive integer.")
+                raise UserError(f"{OPTIONS[field]} is {value!r}; it must be a positive integer.")
         self.dims.check_experts(self.sizes.n_routed_experts)
-        for option, on in (("expert_parallel_size above 1", self.ep > 1), ("reduce_dtype bf16", self._bf16)):
+        for option, on in (
+            ("expert_parallel_size above 1", self.ep > 1),
+            ("reduce_dtype bf16", self.reduce_dtype == "bf16"),
+        ):
             if on:
                 check_goes_with(option, {"stage": self.stage}, {})
         heads = self.sizes.num_attention_heads
         if heads % self.sp:
             raise UserError(f"num_attention_heads {heads} is not a multiple of sequence_parallel_size {self.sp}.")
 
+    # -- ranks --------------------------------------------------------------------------------------------------------
+
     @property
     def dims(self) -> ParallelDims:
         return ParallelDims(self.world, self.sp, ep=self.ep, per_node=self.gpus)
-
-    @property
-    def _bf16(self) -> bool:
-        return self.reduce_dtype == "bf16"
 
     @property
     def world(self) -> int:
@@ -107,14 +122,49 @@ class Settings:
         return self.world // self.ep
 
     @property
-    def halves(self) -> bool:
-        """Whether experts' gradients travel in bf16."""
-        return self._bf16 and self.param_bytes == 2 and self.holders > 1
-
-    @property
     def holders_per_node(self) -> int:
         """Ranks of a node that have the same experts."""
         return self.dims.holders_per_node
+
+    @property
+    def halves(self) -> bool:
+        """Whether experts' gradients travel in bf16."""
+        return self.reduce_dtype == "bf16" and self.param_bytes == 2 and self.holders > 1
+
+    @property
+    def two_exchanges(self) -> bool:
+        """Whether those gradients travel within nodes first, and their sums between nodes."""
+        return self.halves and 1 < self.holders_per_node < self.holders
+
+    def link(self, ranks: int) -> str:
+        """The rate of `Cluster` at which a group of so many consecutive ranks exchanges."""
+        return "exchange_intra_node_gb_s" if ranks <= self.gpus else "nccl_inter_node_gb_s"
+
+    @property
+    def zero_link(self) -> str:
+        """The rate of `Cluster` at which ZeRO gathers over the world."""
+        return "nccl_intra_node_gb_s" if self.nodes == 1 else "nccl_inter_node_gb_s"
+
+    @property
+    def load(self) -> float:
+        """Rows of experts on the busiest rank over the mean: 1 where every rank computes its own tokens."""
+        return self.imbalance if self.ep > 1 else 1.0
+
+    @property
+    def reach(self) -> float:
+        """Ranks of an EP group that have one of a token's experts, all choices as likely; 0 without such groups."""
+        s, ep = self.sizes, self.ep
+        if ep == 1:
+            return 0.0
+        groups = max(1, s.n_group // ep)  # of experts, with a part on a rank
+        part, chosen = s.n_routed_experts // max(ep, s.n_group), s.n_routed_experts * s.topk_group // s.n_group
+        missed = 0.0
+        for n in range(min(groups, s.topk_group) + 1):  # of a rank's groups among the chosen
+            likely = comb(groups, n) * comb(s.n_group - groups, s.topk_group - n) / comb(s.n_group, s.topk_group)
+            missed += likely * comb(chosen - n * part, s.num_experts_per_tok) / comb(chosen, s.num_experts_per_tok)
+        return ep * (1 - missed)
+
+    # -- tokens and parameters ----------------------------------------------------------------------------------------
 
     @property
     def row_tokens(self) -> int:
@@ -127,49 +177,57 @@ class Settings:
         return -(-self.row_tokens // self.sp)
 
     @property
+    def targets(self) -> int:
+        """Of those, through the head: each twice where the multi-token prediction is trained."""
+        return self.tokens * (2 if self.sizes.mtp else 1)
+
+    @property
     def rows_per_step(self) -> int:
         return self.dp * self.batch_size * self.accumulate
 
     @property
     def partition(self) -> float:
-        """Parameters of which a rank holds the states."""
+        """Parameters of which a rank holds the weights."""
         return self.sizes.parameters / (self.world if self.stage == 3 else 1)
 
+    @property
+    def stepped(self) -> float:
+        """Parameters that a rank's optimizer updates."""
+        return self.sizes.parameters * self.trained / (self.world if self.stage else 1)
+
+    @property
+    def experts_per_shard(self) -> int:
+        return self.sizes.experts_per_shard
+
+    # -- other settings -----------------------------------------------------------------------------------------------
+
     def but(self, **changes: Any) -> "Settings":
+        if (experts := changes.pop("experts_per_shard", None)) is not None:
+            changes["sizes"] = replace(self.sizes, experts_per_shard=experts)
         return replace(self, **changes)
 
     def arguments(self, asked: "Settings") -> str:
         """The command-line arguments that make `asked` these settings."""
-        mine, theirs = self._varied(), asked._varied()
-        if self.ep != asked.ep:
-            theirs[SHARD] = "auto"  # maybe: then it is another number with another ep
-        return " ".join(f"--{name} {value}" for name, value in mine.items() if value != theirs[name])
-
-    def _varied(self) -> dict[str, str]:
-        strategy = "trainer.strategy.init_args."
-        values = {
-            "trainer.num_nodes": self.nodes,
-            _POSITIVE["sp"]: self.sp,
-            _POSITIVE["ep"]: self.ep,
-            f"{strategy}offload_optimizer": self.offload_optimizer,
-            f"{strategy}offload_parameters": self.offload_parameters,
-            f"{strategy}reduce_dtype": self.reduce_dtype,
-            "data.batch_size": self.batch_size,
-            "trainer.accumulate_grad_batches": self.accumulate,
-            "model.attention_output": self.attention_output,
-            "model.layer_input": self.layer_input,
-            SHARD: self.sizes.experts_per_shard,
-        }
-        return {name: str(value).lower() for name, value in values.items()}
+        return " ".join(
+            argument(field, getattr(self, field))
+            for field in OPTIONS
+            if getattr(self, field) != getattr(asked, field)
+            or (field == "experts_per_shard" and self.ep != asked.ep)  # 'auto' takes another number with another ep
+        )
 
     def options(self) -> str:
         """What the search varies, for people."""
         offload = "optimizer" if self.offload_optimizer else "nothing"
         offload = "optimizer and parameters" if self.offload_parameters else offload
         groups = f"SP {self.sp}, EP {self.ep}" if self.ep > 1 else f"SP {self.sp}"
-        groups += ", reduce_dtype bf16" if self._bf16 else ""
+        groups += ", reduce_dtype bf16" if self.reduce_dtype == "bf16" else ""
         return (
             f"{counted(self.nodes, 'node')}, {groups}, batch {self.batch_size}, accumulate {self.accumulate}, "
             f"offload {offload}, attention_output {self.attention_output}, layer_input {self.layer_input}, "
-            f"experts_per_shard {self.sizes.experts_per_shard}"
+            f"experts_per_shard {self.experts_per_shard}"
         )
+
+
+def argument(field: str, value: object) -> str:
+    """A setting as an argument of the command line."""
+    return f"--{OPTIONS[field]} {str(value).lower()}"

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from src.models.deepseek_v3.sizes import attention_weights, mlp_weights
-from src.planner.ledger import INPUTS, KEPT, LAYER, LOSS, Line
+from src.planner.cluster import Cluster
+from src.planner.ledger import INPUTS, KEPT, LAYER, Line
+from src.planner.network import Exchange
 from src.planner.rates import (
     ATTENTION_BESIDE,
     ELEMENTWISE_BACKWARD_ATTENTION,
@@ -20,34 +22,37 @@ from src.planner.rates import (
     PRODUCTS_BESIDE,
 )
 from src.planner.settings import Settings
-from src.planner.streams import COMPUTE, EP, SP
+from src.planner.streams import COMPUTE, EP, SP, Op
+from src.planner.tensors import Tensors
 from src.planner.work import Work
 
 
-class Part(NamedTuple):
-    """Of a visit's work; beside: as `Op`'s."""
+class Weight(NamedTuple):
+    """A parameter of `size` elements, partitioned over `ranks`. expert: of a shard of experts."""
 
-    stream: str
-    seconds: float
-    what: str = ""
-    beside: tuple[float, float] = PRODUCTS_BESIDE
+    name: str
+    size: int
+    ranks: int
+    expert: bool = False
+
+
+Weights = tuple[Weight, ...]
 
 
 @dataclass(frozen=True)
 class Visit:
     """One call of a module, or of its backward. Memory is by name, with the line of the account that it belongs to.
 
-    params: the weights that it uses, and their elements; experts: of a shard of experts. parts: its work, one
-    after the other. backward: its weights' gradients come out. syncs: the host waits for its end. host: seconds that
-    the host needs besides those of its weights.
+    weights: that it uses, in the order of their use. parts: its work, one after the other. backward: the weights'
+    gradients come out. syncs: the host waits for its end. host: seconds that the host needs besides the weights'.
     takes: allocated before its weights are fetched. during: there until gradients come out; beside: until all are.
     gives: freed behind it; leaves: allocated behind it; stows: copied to the host behind it, in bytes.
     fetches: fetched from the host behind it; awaits: fetched before it, and used here.
     """
 
     name: str
-    params: Mapping[str, int]
-    parts: tuple[Part, ...] = (Part(COMPUTE, 0.0),)
+    weights: Weights
+    parts: tuple[Op, ...] = (Op(COMPUTE, 0.0, beside=PRODUCTS_BESIDE),)
     backward: bool = False
     syncs: bool = False
     host: float = 0.0
@@ -59,27 +64,25 @@ class Visit:
     stows: Mapping[str, float] = field(default_factory=dict)
     fetches: Mapping[str, Line] = field(default_factory=dict)
     awaits: tuple[str, ...] = ()
-    experts: bool = False
 
 
-def visits(settings: Settings, work: Work) -> Iterator[Visit]:
+def visits(settings: Settings, cluster: Cluster) -> Iterator[Visit]:
     """Forward and backward of one micro-step."""
-    s = settings.sizes
-    layers = [_Layer(settings, work, index) for index in range(s.layers)]
-    embedding, head = {"embedding": s.embedding}, {"head": s.embedding}
+    s, work, tensors = settings.sizes, Work(settings, cluster), Tensors(settings)
+    layers = [_Layer(settings, work, tensors, index) for index in range(s.layers)]
+    embedding, head = ((Weight(name, s.embedding, settings.world),) for name in ("embedding", "head"))
     yield Visit("embedding", embedding)
     for layer in layers:
         yield from layer.forward()
-    loss = {what: Line(LOSS, *size) for what, size in work.head_work().items()}
-    logits = ("logits of a chunk", "gradients of logits")
-    yield Visit("head and loss", head, (Part(COMPUTE, work.head()),), takes=loss, gives=logits)
+    loss, logits = tensors.head(), ("logits of a chunk", "gradients of logits")
+    yield Visit("head and loss", head, (_compute(work.head()),), takes=loss, gives=logits)
     between = "gradient between layers"
     yield Visit(
         "head backward",
         head,
         backward=True,
         gives=tuple(what for what in loss if what not in logits),
-        leaves={between: Line(LAYER, *work.layer_input())},
+        leaves={between: tensors.layer_input()},
         fetches=layers[-1].waiting(),
     )
     for layer in reversed(layers):
@@ -87,141 +90,153 @@ def visits(settings: Settings, work: Work) -> Iterator[Visit]:
     yield Visit("embedding backward", embedding, backward=True, gives=(between,))
 
 
+def _compute(seconds: float, what: str = "", beside: tuple[float, float] = PRODUCTS_BESIDE) -> Op:
+    return Op(COMPUTE, seconds, what, beside=beside)
+
+
+def _exchange(stream: str, exchange: Exchange, what: str) -> Op:
+    return Op(stream, exchange.seconds, what, nbytes=exchange.nbytes)
+
+
 class _Layer:
-    def __init__(self, settings: Settings, work: Work, index: int) -> None:
+    def __init__(self, settings: Settings, work: Work, tensors: Tensors, index: int) -> None:
         s = settings.sizes
         self.mtp = mtp = index == s.num_hidden_layers
-        self.settings, self.work, self.index = settings, work, index
+        self.settings, self.work, self.tensors, self.index = settings, work, tensors, index
         self.dense, self.again = s.dense(index), settings.activation_checkpointing
         self.name = "MTP block" if mtp else f"layer {index}"
         self.mlp_name = f"{self.name} {'MLP' if self.dense else 'router, shared'}"
-        self.inputs = work.layer_input(2 if mtp else 1)
+        one = tensors.layer_input()
+        self.input = replace(one, nbytes=2 * one.nbytes) if mtp else one  # its block has two
         projections = ({"eh_proj": 2 * s.hidden_size**2} if mtp else {}) | attention_weights(s)
-        self.attention = {f"{self.name} {name}": size for name, size in projections.items()}
-        self.mlp = {f"{self.name} {name}": size for name, size in mlp_weights(s, self.dense).items()}
+        self.attention = self._weights(projections, settings.world)
+        self.mlp = self._weights(mlp_weights(s, self.dense), settings.world)
         self._host = 0.0 if self.dense else HOST_ROUTE
         self.shards = [
-            {f"{self.name} shard {shard} {name}": size for name, size in s.shard.items()}
+            self._weights({f"shard {shard} {name}": size for name, size in s.shard.items()}, settings.holders, True)
             for shard in range(0 if self.dense else s.shards // settings.ep)
         ]
 
-    def _own(self, line: str, **sizes: tuple[float, str]) -> dict[str, Line]:
-        """Memory of this layer by name."""
-        return {f"{self.name} {name}": Line(line, *size) for name, size in sizes.items()}
+    def _weights(self, sizes: Mapping[str, int], ranks: int, expert: bool = False) -> Weights:
+        return tuple(Weight(f"{self.name} {name}", size, ranks, expert) for name, size in sizes.items())
+
+    def _own(self, group: str, **lines: Line) -> dict[str, Line]:
+        """Memory of this layer by name, counted under a line of the account."""
+        return {f"{self.name} {name}": replace(line, name=group) for name, line in lines.items()}
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
-    def _elementwise(self, share: float) -> float:
-        return share * self.work.elementwise()
-
-    def _attention_parts(self, kept: bool) -> tuple[Part, ...]:
+    def _attention_parts(self, kept: bool) -> tuple[Op, ...]:
         """Forward, or its recomputation, of which the kernel and the output projection may be kept."""
         work = self.work
         return (
-            Part(COMPUTE, work.down() + self._elementwise(ELEMENTWISE_FORWARD), "latents"),
-            Part(SP, work.latents(), "latents exchanged"),
-            Part(COMPUTE, work.up(), "heads"),
-            Part(COMPUTE, 0.0 if kept else work.attention(False), "scores and values", ATTENTION_BESIDE),
-            Part(SP, work.outputs(), "outputs exchanged"),
-            Part(COMPUTE, 0.0 if kept else work.out(), "output projection"),
+            _compute(work.down() + ELEMENTWISE_FORWARD * work.elementwise(), "latents"),
+            _exchange(SP, work.latents(), "latents exchanged"),
+            _compute(work.up(), "heads"),
+            _compute(0.0 if kept else work.attention(False), "scores and values", ATTENTION_BESIDE),
+            _exchange(SP, work.outputs(), "outputs exchanged"),
+            _compute(0.0 if kept else work.out(), "output projection"),
         )
 
-    def _attention_backward(self) -> tuple[Part, ...]:
+    def _attention_backward(self) -> tuple[Op, ...]:
         work = self.work
         return (
-            Part(COMPUTE, 2 * work.out(), "output projection"),
-            Part(SP, work.outputs(), "gradients of outputs exchanged"),
-            Part(COMPUTE, work.attention(True), "scores and values", ATTENTION_BESIDE),
-            Part(COMPUTE, 2 * work.up() + self._elementwise(ELEMENTWISE_BACKWARD_ATTENTION), "heads"),
-            Part(SP, work.latents(), "gradients of latents exchanged"),
-            Part(COMPUTE, 2 * work.down(), "latents"),
+            _compute(2 * work.out(), "output projection"),
+            _exchange(SP, work.outputs(), "gradients of outputs exchanged"),
+            _compute(work.attention(True), "scores and values", ATTENTION_BESIDE),
+            _compute(2 * work.up() + ELEMENTWISE_BACKWARD_ATTENTION * work.elementwise(), "heads"),
+            _exchange(SP, work.latents(), "gradients of latents exchanged"),
+            _compute(2 * work.down(), "latents"),
         )
 
-    def _mlp_part(self, weights: int, elementwise: float) -> tuple[Part, ...]:
-        return (Part(COMPUTE, self.work.products(weights) + self._elementwise(elementwise)),)
+    def _mlp_parts(self, weights: Weights, times: int, elementwise: float) -> tuple[Op, ...]:
+        products = self.work.products(times * sum(weight.size for weight in weights))
+        return (_compute(products + elementwise * self.work.elementwise()),)
 
-    def _shard_parts(self, shard: int, backward: bool) -> tuple[Part, ...]:
+    def _shard_parts(self, shard: int, backward: bool) -> tuple[Op, ...]:
         """Before the first that runs tokens come, in the backward beside gradients; behind the last they return."""
         work, runs = self.work, list(range(len(self.shards)))[:: -1 if backward else 1]
-        come = Part(EP, work.travel(2 if backward else 1) if shard == runs[0] else 0.0, "tokens come")
-        leave = Part(EP, work.travel(1) if shard == runs[-1] else 0.0, "sums return")
-        return (come, Part(COMPUTE, work.experts(backward) / len(self.shards), beside=EXPERTS_BESIDE), leave)
+        come = work.travel(2 if backward else 1) if shard == runs[0] else Exchange()
+        leave = work.travel(1) if shard == runs[-1] else Exchange()
+        return (
+            _exchange(EP, come, "tokens come"),
+            _compute(work.experts(backward) / len(self.shards), beside=EXPERTS_BESIDE),
+            _exchange(EP, leave, "sums return"),
+        )
 
     # -- visits -------------------------------------------------------------------------------------------------------
 
     def forward(self) -> Iterator[Visit]:
-        s, work = self.settings, self.work
+        s, tensors = self.settings, self.tensors
         offloads = self.again and s.attention_output == "offload"
-        kept = self._own(KEPT, kept=work.kept_output()) if not self.again or s.attention_output == "keep" else {}
+        output = tensors.kept_output()
+        kept = self._own(KEPT, kept=output) if not self.again or s.attention_output == "keep" else {}
         if not self.again:
-            kept |= self._own(KEPT, graph=work.graph_attention(), mlp_graph=work.graph_mlp(self.dense))
+            kept |= self._own(KEPT, graph=tensors.graph_attention(), mlp_graph=tensors.graph_mlp(self.dense))
         yield Visit(
             f"{self.name} attention",
             self.attention,
             self._attention_parts(kept=False),
-            takes=self._own(INPUTS, input=self.inputs) | {"attention": Line(LAYER, *work.forward_attention())},
+            takes=self._own(INPUTS, input=self.input) | {"attention": tensors.forward_attention()},
             gives=("attention",),
             leaves=kept,
-            stows={f"{self.name} attention output": work.kept_output().nbytes} if offloads else {},
+            stows={f"{self.name} attention output": output.nbytes} if offloads else {},
         )
-        route = self._own(KEPT, route=work.route()) if self.again and not self.dense else {}
-        used = work.forward_dense() if self.dense else work.forward_experts()
+        route = self._own(KEPT, route=tensors.route()) if self.again and not self.dense else {}
         calls = [
             Visit(
                 self.mlp_name,
                 self.mlp,
-                self._mlp_part(sum(self.mlp.values()), ELEMENTWISE_FORWARD),
-                takes=route | {"MLP": Line(LAYER, *used)},
+                self._mlp_parts(self.mlp, 1, ELEMENTWISE_FORWARD),
+                takes=route | {"MLP": tensors.forward_dense() if self.dense else tensors.forward_experts()},
                 syncs=not self.dense,  # for the route, without which it cannot call the shards
                 host=self._host,
             )
         ]
-        for shard, params in enumerate(self.shards):
-            parts = self._shard_parts(shard, False)
-            calls.append(Visit(f"{self.name} shard {shard}", params, parts, host=HOST_SHARD, experts=True))
-        leaving = {f"{self.name} input": self.inputs.nbytes} if self.again and s.layer_input == "offload" else {}
+        for shard, weights in enumerate(self.shards):
+            calls.append(Visit(f"{self.name} shard {shard}", weights, self._shard_parts(shard, False), host=HOST_SHARD))
+        leaving = {f"{self.name} input": self.input.nbytes} if self.again and s.layer_input == "offload" else {}
         calls[-1] = replace(calls[-1], gives=("MLP", *leaving), stows=leaving)
         yield from calls
 
     def waiting(self) -> dict[str, Line]:
         """What this layer left in host memory: src/models/offload.py fetches all that one layer leaves ahead."""
         s = self.settings
-        kept = self._own(KEPT, kept=self.work.kept_output()) if s.attention_output == "offload" else {}
-        inputs = self._own(INPUTS, input=self.inputs) if s.layer_input == "offload" else {}
+        kept = self._own(KEPT, kept=self.tensors.kept_output()) if s.attention_output == "offload" else {}
+        inputs = self._own(INPUTS, input=self.input) if s.layer_input == "offload" else {}
         return kept | inputs if self.again else {}
 
     def backward(self, ahead: Mapping[str, Line]) -> Iterator[Visit]:
         """ahead: what is fetched from the host for the layer whose backward comes next."""
-        work = self.work
-        used = Line(LAYER, *(work.backward_dense() if self.dense else work.backward_experts()))
+        tensors = self.tensors
         if self.again:
             yield from self._recomputation(ahead)
-        calls = []
-        for shard, params in reversed(list(enumerate(self.shards))):
-            calls.append(
-                Visit(
-                    f"{self.name} shard {shard} backward",
-                    params,
-                    self._shard_parts(shard, True),
-                    backward=True,
-                    host=HOST_SHARD,
-                    during=Line(LAYER, *work.shard_activations()),
-                    beside=Line(LAYER, *work.shard_backward()),
-                    leaves={f"rows {shard}": Line(LAYER, *work.shard_gradient())},
-                    experts=True,
-                )
+        calls = [
+            Visit(
+                f"{self.name} shard {shard} backward",
+                weights,
+                self._shard_parts(shard, True),
+                backward=True,
+                host=HOST_SHARD,
+                during=tensors.shard_activations(),
+                beside=tensors.shard_backward(),
+                leaves={f"rows {shard}": tensors.shard_gradient()},
             )
+            for shard, weights in reversed(list(enumerate(self.shards)))
+        ]
         calls.append(
             Visit(
                 f"{self.mlp_name} backward",
                 self.mlp,
-                self._mlp_part(2 * sum(self.mlp.values()), ELEMENTWISE_BACKWARD_MLP),
+                self._mlp_parts(self.mlp, 2, ELEMENTWISE_BACKWARD_MLP),
                 backward=True,
                 host=self._host,
                 gives=(*(f"rows {shard}" for shard in range(len(self.shards))), "MLP", f"{self.name} mlp_graph"),
             )
         )
-        calls[0] = replace(calls[0], takes={"MLP": used})
+        calls[0] = replace(
+            calls[0], takes={"MLP": tensors.backward_dense() if self.dense else tensors.backward_experts()}
+        )
         yield from calls
         held = ["graph", "kept", "input"]
         if self.again:
@@ -231,33 +246,28 @@ class _Layer:
             self.attention,
             self._attention_backward(),
             backward=True,
-            during=Line(LAYER, *work.backward_attention()),
+            during=tensors.backward_attention(),
             gives=tuple(f"{self.name} {what}" for what in held),
         )
 
     def _recomputation(self, ahead: Mapping[str, Line]) -> Iterator[Visit]:
-        work, recomputed = self.work, self.settings.attention_output == "recompute"
-        kept = self._own(KEPT, kept=work.kept_output(projection=False)) if recomputed else {}
+        """Without the last projection of each half where nothing needs its result."""
+        tensors, recomputed = self.tensors, self.settings.attention_output == "recompute"
+        kept = self._own(KEPT, kept=tensors.kept_output(projection=False)) if recomputed else {}
         if self.mtp:
-            kept |= self._own(LAYER, joined=work.joined())
+            kept |= self._own(LAYER, joined=tensors.joined())
         yield Visit(
             f"{self.name} attention again",
-            self.attention if recomputed else _without_last(self.attention),
+            self.attention if recomputed else self.attention[:-1],
             self._attention_parts(kept=not recomputed),
-            takes=self._own(LAYER, graph=work.graph_attention()) | kept,
+            takes=self._own(LAYER, graph=tensors.graph_attention()) | kept,
             fetches=ahead,
             awaits=tuple(self.waiting()),
         )
-        again = _without_last(self.mlp)
         yield Visit(
             f"{self.mlp_name} again",
-            again,
-            self._mlp_part(sum(again.values()), ELEMENTWISE_FORWARD),
+            self.mlp[:-1],
+            self._mlp_parts(self.mlp[:-1], 1, ELEMENTWISE_FORWARD),
             host=self._host,
-            takes=self._own(LAYER, mlp_graph=work.graph_mlp(self.dense)),
+            takes=self._own(LAYER, mlp_graph=tensors.graph_mlp(self.dense)),
         )
-
-
-def _without_last(params: Mapping[str, int]) -> dict[str, int]:
-    """Without the projection that a recomputation leaves out, whose result nothing needs."""
-    return dict(list(params.items())[:-1])

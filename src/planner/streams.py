@@ -6,11 +6,11 @@ collectives share the device's multiprocessors, so each takes longer while the o
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-HOST, COMPUTE = "the host", "compute"
-GATHER, REDUCE, SP, EP, TO_HOST, FROM_HOST, CAST = (
-    "ZeRO network: gathers and reductions",
+STREAMS = HOST, COMPUTE, ZERO, SP, EP, TO_HOST, FROM_HOST, CAST = (
+    "the host",
+    "compute",
     "ZeRO network: gathers and reductions",  # one communicator, so one stream
     "SP exchange",
     "tokens to shared experts and back",
@@ -18,25 +18,24 @@ GATHER, REDUCE, SP, EP, TO_HOST, FROM_HOST, CAST = (
     "copies from the host",
     "gradients: cast and sum",
 )
-STREAMS = (HOST, COMPUTE, GATHER, SP, EP, TO_HOST, FROM_HOST, CAST)
 
 
-@dataclass(frozen=True)
-class Op:
-    """seconds: alone on the device. after: indices of operations of the same schedule that must have ended.
+class Op(NamedTuple):
+    """seconds: alone on the device. after: indices of operations of the same schedule that must end first.
 
-    beside, of a computation: how many times as long it takes while a collective of ZeRO's runs, and that beside it.
+    beside: how many times as long a computation takes while one of ZeRO's collectives runs, and the collective then.
+    nbytes: of an exchange between GPUs, what a rank receives.
     """
 
     stream: str
     seconds: float
-    name: str
+    name: str = ""
     after: tuple[int, ...] = ()
     beside: tuple[float, float] = (1.0, 1.0)
+    nbytes: float = 0.0
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     op: Op
     start: float
     end: float
@@ -55,8 +54,8 @@ def play(ops: Sequence[Op]) -> list[Span]:
         if not left:
             break
         slower = dict.fromkeys(left, 1.0)
-        if COMPUTE in left and GATHER in left:
-            slower[COMPUTE], slower[GATHER] = ops[queues[COMPUTE][0]].beside
+        if COMPUTE in left and ZERO in left:
+            slower[COMPUTE], slower[ZERO] = ops[queues[COMPUTE][0]].beside
         times = {stream: seconds * slower[stream] for stream, seconds in left.items()}
         passed = min(times.values())
         now += passed
@@ -77,8 +76,13 @@ def makespan(spans: Iterable[Span]) -> float:
 
 
 def busy(ops: Iterable[Op]) -> dict[str, float]:
-    """Seconds of work on each stream, had it the device for itself."""
+    """Seconds of work on each stream, alone on the device."""
     total = dict.fromkeys(STREAMS, 0.0)
     for op in ops:
         total[op.stream] += op.seconds
     return total
+
+
+def received(ops: Iterable[Op], stream: str) -> float:
+    """Bytes that a rank receives."""
+    return sum(op.nbytes for op in ops if op.stream == stream)

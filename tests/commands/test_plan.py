@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from src.commands.plan import PlanCLI, verdict
-from src.commands.plan import _Silent as Quiet
+from src.commands.plan import PlanCLI, plan_file, verdict
 from src.commands.planned import host_memory
 from src.planner.cluster import Cluster
 from src.planner.plan import make_plan
@@ -63,7 +62,7 @@ def test_a_run_that_does_not_fit_exits_with_1_and_names_the_nearest_that_does(
 
 @pytest.mark.parametrize(("limit", "steps"), [("0.5", 98), ("8", 2), ("1000000", 196)])
 def test_an_epoch_is_as_long_as_the_trainer_lets_it(limit: str, steps: int) -> None:
-    plan = Quiet([*FITS, "--trainer.limit_train_batches", limit]).plan
+    plan = plan_file(CONFIG, "--trainer.limit_train_batches", limit)
     assert plan.steps == steps and ("limit_train_batches" in plan.data.source) == (steps < 196)
 
 
@@ -153,25 +152,25 @@ def test_the_grid_keeps_the_rows_of_a_step_and_is_valid() -> None:
 @pytest.mark.parametrize(
     ("config", "step"),
     [
-        (["--config", CONFIG], 173),
-        (["--config", "configs/1n_moonlight.yaml"], 79),  # shards of 64 experts, of 8 where eight GPUs share them
-        (["--config", "configs/1n_moonlight.yaml", "--trainer.strategy.expert_parallel_size=8"], 97),
+        ([CONFIG], 173),
+        (["configs/1n_moonlight.yaml"], 79),  # shards of 64 experts, of 8 where eight GPUs share them
+        (["configs/1n_moonlight.yaml", "--trainer.strategy.expert_parallel_size=8"], 97),
     ],
 )
 def test_what_the_search_prints_can_be_pasted(config: list[str], step: int) -> None:
     """Each line of arguments makes the config the settings that it stands for; read by the command itself."""
     from src.planner.search import candidates
 
-    command = Quiet(config)
-    asked = command.plan.settings
+    plan = plan_file(*config)
+    asked = plan.settings
     chosen = candidates(asked, [asked.nodes, 16])[::step]
     assert {settings.ep for settings in chosen} == {1, 8}
     for found in [*chosen, *(settings.but(reduce_dtype="bf16") for settings in chosen[:1])]:
-        again = Quiet([*config, *found.arguments(asked).split()]).plan.settings
+        again = plan_file(*config, *found.arguments(asked).split()).settings
         assert again.sizes == found.sizes
         assert again.arguments(found) == "" and again.rows_per_step == found.rows_per_step
     assert asked.arguments(asked) == ""
-    shown = search_text([command.plan], asked).splitlines()
+    shown = search_text([plan], asked).splitlines()
     assert len(shown) == 3 and shown[-1] == "    (as asked)"
 
 

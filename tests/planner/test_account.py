@@ -6,9 +6,10 @@ import pytest
 
 from src.planner.account import allocated, checkpoint_bytes, host, states
 from src.planner.cluster import Cluster
+from src.planner.ledger import total
 from src.planner.micro_step import micro_step
 from src.planner.settings import Settings
-from src.planner.work import Work
+from src.planner.tensors import Tensors
 from src.units import GIB
 from tests.planner.settings import guide, sizes
 
@@ -23,7 +24,7 @@ def test_states_without_offload_take_18_bytes_a_parameter() -> None:
 def test_a_layers_work_is_what_was_measured() -> None:
     """benchmarks/RESULTS.md, "A whole MoE layer": 15.1, 7.5 and 3.7 GiB at 32k, 16k and 8k tokens, output kept."""
     for tokens, measured in ((32768, 15.1), (16384, 7.5), (8192, 3.7)):
-        one = Work(guide(max_length=tokens), Cluster())
+        one = Tensors(guide(max_length=tokens))
         peak = one.graph_attention().nbytes + one.kept_output().nbytes + one.backward_attention().nbytes
         assert peak / GIB == pytest.approx(measured, rel=0.05)
 
@@ -56,7 +57,7 @@ def test_the_optimizers_step_may_be_the_worst_moment() -> None:
 
 def test_a_parameter_takes_16_bytes_of_host_memory_and_activations_their_own_size() -> None:
     settings = guide(attention_output="offload")
-    named = {line.name: line.nbytes for line in host(settings, Work(settings, Cluster()))}
+    named = {line.name: line.nbytes for line in host(settings)}
     assert named["optimizer states and gradient"] == pytest.approx(671.026e9 / 32 * 16, rel=1e-4)
     # 1 GiB of outputs, 448 MiB of projections, 16 MiB of log-sums, of 61 layers and 8 ranks
     assert named["attention outputs, pinned"] == 8 * 61 * (1024 + 448 + 16) * 2**20
@@ -72,8 +73,8 @@ def test_the_heads_work_is_what_was_measured() -> None:
     # Benchmarks' "Projection to the vocabulary": 4.30 and 4.41 GiB over inputs at 8k and 16k tokens, of which the fp32
     # gradient, logits, their gradients and the hidden states' gradient; ours keeps two more copies of hidden states.
     for tokens, measured in ((8192, 4.30), (16384, 4.41)):
-        items = Work(guide(max_length=tokens), Cluster()).head_work()
-        peak = sum(size.nbytes for size in items.values()) - 2 * tokens * 7168 * 2
+        items = Tensors(guide(max_length=tokens)).head()
+        peak = total(items.values()) - 2 * tokens * 7168 * 2
         assert peak / GIB == pytest.approx(measured, rel=0.25)
 
 

@@ -10,7 +10,7 @@ from src.planner.cluster import Cluster
 from src.planner.micro_step import micro_step
 from src.planner.rates import ATTENTION_BESIDE, EXPERTS_BESIDE, PRODUCTS_BESIDE
 from src.planner.settings import Settings
-from src.planner.streams import COMPUTE, GATHER, HOST, SP, STREAMS, Op, busy, makespan, play
+from src.planner.streams import COMPUTE, HOST, SP, STREAMS, ZERO, Op, busy, makespan, play, received
 from src.planner.timing import busiest, step_time
 from tests.planner.settings import guide, sizes
 
@@ -46,7 +46,7 @@ def test_a_chain_that_nothing_overlaps_takes_its_sum() -> None:
 
 
 def test_computation_and_collectives_slow_each_other() -> None:
-    ops = [Op(COMPUTE, 10.0, "products", (), (1.5, 2.0)), Op(GATHER, 4.0, "gather"), Op(COMPUTE, 1.0, "more")]
+    ops = [Op(COMPUTE, 10.0, "products", (), (1.5, 2.0)), Op(ZERO, 4.0, "gather"), Op(COMPUTE, 1.0, "more")]
     products, gather, more = play(ops)
     assert (gather.start, gather.end) == (0.0, 8.0)
     assert products.end == pytest.approx(8.0 + 10.0 - 8.0 / 1.5)
@@ -58,10 +58,10 @@ def test_computation_and_collectives_slow_each_other() -> None:
 def test_a_gather_of_the_whole_model_takes_3_6_seconds_and_the_experts_are_gathered_twice() -> None:
     schedule = micro_step(guide(), Cluster())
     parameters = sizes().parameters
-    gathers = schedule.gathered / parameters
+    gathers = schedule.gathered.total() / parameters
     assert 2.0 < gathers < 2.06  # attention's and the shared experts' weights once more, for the recomputation
-    assert schedule.reduced == pytest.approx(parameters, rel=1e-5)
-    network = busy(schedule.ops)[GATHER]
+    assert schedule.reduced.total() == pytest.approx(parameters, rel=1e-5)
+    network = busy(schedule.ops)[ZERO]
     one = parameters * 2 / 370e9  # 3.63 s
     assert one == pytest.approx(3.63, abs=0.01)
     assert network == pytest.approx((gathers + 2) * one, rel=0.07)  # gradients in fp32 count twice; and latency
@@ -120,8 +120,9 @@ def test_an_sp_ranks_time_is_what_was_measured(sp: int, measured: float) -> None
 def test_sp_exchanges_what_was_counted() -> None:
     """benchmarks/RESULTS.md: 291 MiB a layer forward at SP = 4, as much backward; here the recomputation besides."""
     cluster = replace(Cluster(), exchange_intra_node_gb_s=1e-3)  # so slow that latency is nothing
-    seconds = busy(micro_step(guide(sp=4), cluster).ops)[SP]
-    assert seconds * 1e6 / 2**20 / 61 == pytest.approx(3 * 291, rel=0.01)
+    ops = micro_step(guide(sp=4), cluster).ops
+    assert received(ops, SP) / 2**20 / 61 == pytest.approx(3 * 291, rel=0.01)
+    assert busy(ops)[SP] * 1e6 == pytest.approx(received(ops, SP), rel=0.01)
 
 
 def test_a_slower_network_is_exposed_and_a_faster_one_hides() -> None:
