@@ -21,10 +21,13 @@ class LoopOverExperts(nn.Module):
     def route(self, chosen: Tensor) -> Tensor:
         return chosen
 
+    def set_out(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        return chosen
+
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         out = torch.zeros_like(x)
         index = 0
-        for shard in self.shards:
+        for shard in self.shards.values():
             for gate_up, down in zip(shard.gate_up_proj, shard.down_proj, strict=True):
                 mask = chosen == index  # [T, K]
                 rows = mask.any(-1)

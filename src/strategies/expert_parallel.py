@@ -5,6 +5,7 @@ hold other parameters: its averages are over the world and its norms over all ex
 it is of the family of experts, and by which name the group of the other ranks is found.
 """
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +26,18 @@ _OTHERS: dict[str, Any] = {
 }
 
 
+class _Exchanged:
+    """Rows on their way; what was sent is held until they are waited for."""
+
+    def __init__(self, work: Any, sent: Tensor, out: Tensor) -> None:
+        self._work, self._sent, self._out = work, sent, out
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        del self._sent
+        return self._out
+
+
 class ProcessGroupEP:
     """`models.deepseek_v3.ExpertParallelGroup` over torch.distributed groups.
 
@@ -38,10 +51,10 @@ class ProcessGroupEP:
         deepspeed_groups._EXPERT_PARALLEL_GROUP[self._name] = group
         deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[self._name] = same
 
-    def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        out = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(out, rows.contiguous(), received, sent, group=self.group)
-        return out
+    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> "_Exchanged":
+        rows, out = rows.contiguous(), rows.new_empty(sum(received), *rows.shape[1:])
+        work = dist.all_to_all_single(out, rows, list(received), list(sent), group=self.group, async_op=True)
+        return _Exchanged(work, rows, out)
 
     def place(self, parameter: Any) -> None:
         """Says of an expert's parameter where it is partitioned, before DeepSpeed converts it."""

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
@@ -39,14 +40,15 @@ from .bf16_reduction import BF16Reduction
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
-class _Gathered:
-    """Parameters under way; DeepSpeed calls `wait` where the first of them is needed."""
+class _Bucket:
+    """Parameters of one group and dtype that are under way, in the memory that they come to."""
 
     def __init__(self, works: list[Any], buffers: list[tuple[Tensor, list[Any]]]) -> None:
         self._works, self._buffers = works, buffers
+        self.params = [p for _, params in buffers for p in params]
 
     def wait(self, handle_dependency: bool = True) -> None:
-        """Makes the parameters available on the current stream."""
+        """Makes them available on the current stream."""
         for work in self._works:
             work.wait()
         for flat, params in self._buffers:
@@ -60,10 +62,33 @@ class _Gathered:
         self._works, self._buffers = [], []
 
 
-def _launch(params: list[Any], device: torch.device) -> tuple[list[Any], list[tuple[Tensor, list[Any]]]]:
-    """Starts the gather of parameters of one group and dtype, as one launch; returns its works and what they fill."""
+class _Gathered:
+    """What one call of DeepSpeed's has under way: a bucket for each group and dtype."""
+
+    def __init__(self, buckets: list[_Bucket]) -> None:
+        self._buckets = buckets
+
+    def of(self, param: Any) -> _Bucket:
+        return next(bucket for bucket in self._buckets if any(p is param for p in bucket.params))
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        for bucket in self._buckets:
+            bucket.wait()
+
+
+_register = InflightParamRegistry.__setitem__
+
+
+def _register_bucket(registry: InflightParamRegistry, param: Any, handle: Any) -> None:
+    """A module waits for the groups of its own parameters: not a dense one for the experts gathered in the same call,
+    which come from other nodes."""
+    _register(registry, param, handle.of(param) if isinstance(handle, _Gathered) else handle)
+
+
+def _launch(params: list[Any], device: torch.device) -> _Bucket:
+    """Starts the gather of parameters of one group and dtype, as one launch."""
     if params[0].ds_zero_partition_world_size == 1:  # an expert that no other rank has: used where it lies
-        return [], [(p.ds_tensor.data.to(device, non_blocking=True).view(1, -1), [p]) for p in params]
+        return _Bucket([], [(p.ds_tensor.data.to(device, non_blocking=True).view(1, -1), [p]) for p in params])
     if device.type == "cuda":
         for param in params:
             param.gathered_on = torch.cuda.current_stream(device)
@@ -83,11 +108,13 @@ def _launch(params: list[Any], device: torch.device) -> tuple[list[Any], list[tu
         buffers.append((flat, members))
         parts.append(part)
     if len(parts) == 1:
-        return [dist.all_gather_into_tensor(buffers[0][0].view(-1), parts[0], group=group, async_op=True)], buffers
+        return _Bucket(
+            [dist.all_gather_into_tensor(buffers[0][0].view(-1), parts[0], group=group, async_op=True)], buffers
+        )
     with dist._coalescing_manager(group=group, async_ops=True) as work:
         for (flat, _), part in zip(buffers, parts, strict=True):
             dist.all_gather_into_tensor(flat.view(-1), part, group=group, async_op=True)
-    return [work], buffers
+    return _Bucket([work], buffers)
 
 
 @torch.no_grad()
@@ -99,8 +126,7 @@ def _gather(device: torch.device, params: Iterable[Any], safe_mode: bool = False
             raise RuntimeError(f"a parameter is gathered that is there or under way: {param.ds_summary()}")
         param.ds_status = ZeroParamStatus.INFLIGHT
         buckets.setdefault((id(param.ds_process_group), param.ds_tensor.dtype), []).append(param)
-    launched = [_launch(bucket, device) for bucket in buckets.values()]
-    return _Gathered([work for works, _ in launched for work in works], [b for _, buffers in launched for b in buffers])
+    return _Gathered([_launch(bucket, device) for bucket in buckets.values()])
 
 
 _free_later = partition_parameters.free_param
@@ -132,6 +158,7 @@ def gather_by_one_view(parameter: Any, init: Init) -> None:
     )
     if not theirs:
         partition_parameters.free_param = _free
+        InflightParamRegistry.__setitem__ = _register_bucket
         parameter.all_gather_coalesced = partial(_gather, init.local_device)
 
 

@@ -1,5 +1,6 @@
 """Under ZeRO-3 an expert is gathered twice a micro-step, and two or three shards are whole at most, never a layer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -50,7 +51,7 @@ def train(imbalanced: bool, lean: bool, ep: int = 1) -> dict[str, Any]:
         share_experts(model, dims, group)
         exchange = group.exchange
 
-        def watch_exchange(rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        def watch_exchange(rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> Any:
             travelled.append(tuple(rows.shape[1:]))
             return exchange(rows, sent, received)
 
@@ -116,7 +117,8 @@ def test_experts_are_gathered_twice_and_shard_by_shard(imbalanced: bool) -> None
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_shared_experts_run_twice_and_their_tokens_travel_twice(world: int) -> None:
-    layer_forward, layer_backward = [(1 + 1 + SHARDS // 2,), (2 * 3,), (64,), (64,)], [(2, 64), (64,), (3,)]
+    counts = 1 + 2 * SHARDS // 2 + 2
+    layer_forward, layer_backward = [(counts,), (2 * 3,), (64,), (64,)], [(2, 64), (3,), (64,)]
     for result in run_distributed(train, world, False, True, 2):
         assert result["shards"] == 3 * SHARDS // 2
         for gathered, live, _ in result["steps"][1:]:

@@ -102,7 +102,7 @@ def test_all_tokens_may_go_to_one_ranks_experts(tmp_path: Path) -> None:
     for name, bias in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             bias[:4] += 4.0  # groups 0 and 1, the first rank's
-    layout = Layout(dp=2, sp=1, accumulation=2, batch_size=1, ep=2)
+    layout = Layout(dp=2, sp=1, accumulation=2, batch_size=1, ep=2, experts_per_shard=2)  # in two pieces a shard
     expected = assert_two_steps(model, DEEPSEEK_V3, layout, tmp_path)
     assert not expected["gradients"]["model.layers.1.mlp.experts.down_proj"][4:].any()
 

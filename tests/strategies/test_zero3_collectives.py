@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.models.deepseek_v3 import ExpertShard
@@ -158,6 +159,15 @@ def shared(ep: int) -> None:
     for chosen in (params, params[::-1], params[1:2], params[1:4]):
         ours = gathered(chosen, chosen[0].ours)
         assert all(torch.equal(a, b) for a, b in zip(ours, gathered(chosen, chosen[0].theirs), strict=True))
+
+    handle, registry = params[0].ours(params), InflightParamRegistry()
+    for p in params:
+        registry[p] = handle
+    registry.pop(params[0]).wait()  # a dense one, and those of its group
+    states = {0: ZeroParamStatus.AVAILABLE, 1: ZeroParamStatus.INFLIGHT}
+    assert [p.ds_status for p in params] == [states[number % 2] for number in range(len(params))]
+    registry.pop(params[1]).wait()
+    assert all(p.ds_status == ZeroParamStatus.AVAILABLE for p in params)
 
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     model = torch.nn.ModuleList(

@@ -18,69 +18,18 @@ Where they are many more than a rank's share, a shard multiplies its rows in pie
 Legend: T tokens, K experts a token, E experts, e experts of a shard, M rows of a shard, H hidden, I expert width.
 """
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..kernels import add_rows, grouped_mm, sum_rows, swiglu, swiglu_backward
-from .expert_parallel import ExpertParallelGroup, Journey, Return, Send
+from ..kernels import grouped_mm, swiglu, swiglu_backward
+from .channel import Channel
+from .expert_parallel import ExpertParallelGroup, Journey
 from .recompute import placeholder, recomputing, unhooked
 from .route import Route, route
-
-
-class _Channel:
-    """Carries past autograd, to a layer's shards, its tokens x [T, H] and in the backward its output's gradient [T, H].
-
-    Args:
-        piece: rows that a shard multiplies at once; they are then summed in `total`, fp32 [T, H]. None: all, and the
-            shards return them.
-        spare: whether some tokens have places of the route without a row.
-    """
-
-    x: Tensor | None = None
-    grad: Tensor | None = None
-    total: Tensor | None = None
-
-    def __init__(self, piece: int | None = None, spare: bool = False) -> None:
-        self._piece, self._spare = piece, spare
-
-    def open(self, x: Tensor, grad: Tensor | None = None) -> None:
-        self.x, self.grad = x, grad
-        if self._piece is not None:
-            self.total = x.new_zeros(x.shape, dtype=torch.float32)
-
-    def pieces(self, offsets: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
-        """Which of a shard's rows to multiply at once, and where each expert's end among them."""
-        if self._piece is None:
-            yield slice(None), offsets
-            return
-        for begin in range(0, rows, self._piece):
-            end = min(rows, begin + self._piece)
-            yield slice(begin, end), (offsets - begin).clamp(0, end - begin)
-
-    def take(self, rows: Tensor, tokens: Tensor, handle: Tensor) -> Tensor:
-        """A shard's rows, or, where pieces of them [m, H] are summed at once, `handle`."""
-        if self.total is None:
-            return rows
-        add_rows(self.total, rows, tokens)
-        return handle
-
-    def close(self, rows: Sequence[Tensor], slots: Tensor, parts: Tensor) -> Tensor:
-        """Each token's rows summed in fp32, rounded once -> [T, H]; lets go of the tokens."""
-        total, dtype = self.total, rows[0].dtype
-        self.x = self.grad = self.total = None
-        if total is not None:
-            return total.to(dtype)
-        spare = [rows[0].new_zeros(1, rows[0].shape[1])] if self._spare else []
-        return sum_rows([*rows, *spare], slots, parts)
-
-    def by_place(self, values: Sequence[Tensor], slots: Tensor) -> Tensor:
-        """A value of each row, by shard -> [T, K], zero in spare places."""
-        spare = [values[0].new_zeros(1)] if self._spare else []
-        return torch.cat([*values, *spare])[slots]
+from .trip import Return, Send, Trip, TripInPieces
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:
@@ -94,20 +43,20 @@ class _ExpertShardFunction(Function):
         ctx: Any,
         handle: Tensor,  # [M, H]
         weight: Tensor,  # [M] fp32, the routing weight of each row
-        tokens: Tensor,  # [M], the token of each row; rows are sorted by expert
-        offsets: Tensor,  # [e] int32, where each expert's rows end
+        tokens: Tensor,  # [M], the token of each row; rows are sorted by leg and expert
+        offsets: Tensor,  # [L, e] int32, where each expert's rows end in each leg
         gate_up_proj: Tensor,  # [e, 2I, H]
         down_proj: Tensor,  # [e, H, I]
         shard: "ExpertShard",
-        channel: _Channel,
+        channel: Channel,
     ) -> Tensor:  # [M, H]
         ctx.save_for_backward(weight, tokens, offsets)
         ctx.shard, ctx.channel = shard, channel
         out = placeholder(handle, *handle.shape)
-        if recomputing() or len(tokens) == 0:
+        if recomputing():
             return out
-        assert channel.x is not None
         for rows, ends in channel.pieces(offsets, len(tokens)):
+            assert channel.x is not None
             gate, up = grouped_mm(channel.x[tokens[rows]], gate_up_proj.mT, ends).chunk(2, -1)
             hidden = swiglu(gate, up, weight[rows])
             del gate, up
@@ -117,23 +66,14 @@ class _ExpertShardFunction(Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         weight, tokens, offsets = ctx.saved_tensors
-        channel: _Channel = ctx.channel
+        channel: Channel = ctx.channel
         gate_up_proj, down_proj = ctx.shard.gate_up_proj, ctx.shard.down_proj  # gathered by ZeRO-3's backward hook
         trained_gate_up, trained_down = ctx.needs_input_grad[4:6]
-        if len(tokens) == 0:  # the weights' gradients are zero, but every rank must hand them to the reduction
-            return (
-                torch.empty_like(grad_out),
-                torch.empty_like(weight),
-                *(None, None),
-                torch.zeros_like(gate_up_proj) if trained_gate_up else None,
-                torch.zeros_like(down_proj) if trained_down else None,
-                *(None, None),
-            )
-        assert channel.x is not None and channel.grad is not None
         grad_rows, grad_weights = grad_out, list[Tensor]()
         of_gate_up: Tensor | None = None
         of_down: Tensor | None = None
         for piece, ends in channel.pieces(offsets, len(tokens)):
+            assert channel.x is not None and channel.grad is not None
             rows, grad = channel.x[tokens[piece]], channel.grad[tokens[piece]]
             gate, up = grouped_mm(rows, gate_up_proj.mT, ends).chunk(2, -1)
             grad_hidden = grouped_mm(grad, down_proj, ends)
@@ -146,9 +86,14 @@ class _ExpertShardFunction(Function):
                 of_gate_up = _plus(of_gate_up, grouped_mm(grad_gate_up.mT, rows, ends))
             if trained_down:
                 of_down = _plus(of_down, grouped_mm(grad.mT, hidden, ends))
+        # Without rows the weights' gradients are zero, but every rank must hand them to the reduction.
+        if trained_gate_up and of_gate_up is None:
+            of_gate_up = torch.zeros_like(gate_up_proj)
+        if trained_down and of_down is None:
+            of_down = torch.zeros_like(down_proj)
         return (
             grad_rows,
-            torch.cat(grad_weights) if len(grad_weights) > 1 else grad_weights[0],
+            grad_weights[0] if len(grad_weights) == 1 else torch.cat([weight[:0], *grad_weights]),
             *(None, None),
             None if of_gate_up is None else of_gate_up.to(gate_up_proj.dtype),
             None if of_down is None else of_down.to(down_proj.dtype),
@@ -168,8 +113,8 @@ class ExpertShard(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
 
-    def forward(self, handle: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, channel: _Channel) -> Tensor:
-        """handle [M, H], weight [M] fp32, tokens [M], offsets [e] int32 -> weighted expert outputs [M, H]."""
+    def forward(self, handle: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, channel: Channel) -> Tensor:
+        """handle [M, H], weight [M] fp32, tokens [M], offsets [L, e] int32 -> weighted expert outputs [M, H]."""
         return _ExpertShardFunction.apply(
             handle, weight, tokens, offsets, self.gate_up_proj, self.down_proj, self, channel
         )
@@ -178,17 +123,17 @@ class ExpertShard(nn.Module):
 class _Dispatch(Function):
     """A handle and the routing weights of each shard's rows; the backward sums each token's K rows.
 
-    x: the tokens, or a handle of those that the channel has already.
+    x: the tokens, or a handle of those that the channel waits for.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, route: Route, sizes: list[int], channel: _Channel
+        ctx: Any, x: Tensor, weights: Tensor, route: Route, sizes: list[int], channel: Channel
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(route.slots, route.parts)
         ctx.channel = channel
         if not recomputing():
-            channel.open(x if channel.x is None else channel.x)
+            channel.open(x)
         return *(placeholder(x, size, x.shape[1]) for size in sizes), *weights.reshape(-1)[route.order].split(sizes)
 
     @staticmethod
@@ -202,8 +147,8 @@ class _Combine(Function):
     """The shards' rows back to tokens: each token's K rows summed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor | None, route: Route, channel: _Channel, *rows: Tensor) -> Tensor:
-        """x [T, H]: the tokens, which the shards' backward needs; None where somebody brings them again."""
+    def forward(ctx: Any, x: Tensor | None, route: Route, channel: Channel, *rows: Tensor) -> Tensor:
+        """x [T, H]: the tokens, which the shards' backward needs; None where they are sent again."""
         ctx.save_for_backward(*([] if x is None else [x]))
         ctx.sizes, ctx.channel = [len(r) for r in rows], channel
         if recomputing():
@@ -212,7 +157,7 @@ class _Combine(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors or (ctx.channel.x,)
+        (x,) = ctx.saved_tensors or (None,)
         ctx.channel.open(x, grad)
         return None, None, None, *(placeholder(grad, size, grad.shape[1]) for size in ctx.sizes)
 
@@ -248,28 +193,43 @@ class Experts(nn.ModuleDict):
             return route(chosen, experts, len(self))
         return Journey(chosen, experts, len(self), self.group)
 
-    def forward(self, x: Tensor, weights: Tensor, way: Route | Journey) -> Tensor:
-        """x [T, H], the chosen experts' weights fp32 [T, K] and what `route` returned -> [T, H]."""
+    def set_out(self, x: Tensor, weights: Tensor, way: Route | Journey) -> Route | Trip:
+        """Sends tokens [T, H] and weights fp32 [T, K] on the way that `route` returned; they travel on beside what the
+        caller has the device compute next. The host waits here for the numbers of rows where they are to travel."""
+        if isinstance(way, Route):
+            return way
+        way.settle(weights.detach())
+        trip = (TripInPieces if way.in_pieces else Trip)(way)
+        if not recomputing():
+            trip.depart(x.detach())
+        return trip
+
+    def forward(self, x: Tensor, weights: Tensor, way: Route | Trip) -> Tensor:
+        """x [T, H], the chosen experts' weights fp32 [T, K] and what `set_out` returned for them -> [T, H]."""
+        before: Any = x.grad_fn
         if torch.is_grad_enabled() and not x.requires_grad and any(p.requires_grad for p in self.parameters()):
             # Nothing below is trained, but ZeRO-3 gathers and releases a shard behind an input that has a gradient.
             x = x.detach().requires_grad_()
         if isinstance(way, Route):
-            return self._run(x, weights, way, _Channel(), x.detach())
-        way.settle(weights.detach())
-        channel = _Channel(way.piece, spare=True)
-        handle, of_received = Send.apply(x, weights, way, channel)
-        out = self._run(handle, of_received, way.local, channel, None)
-        return Return.apply(out, x.detach(), way, channel)
+            return self._run(x, weights, way, Channel(), x.detach())
+        handle, of_received = Send.apply(x, weights, way)
+        out = self._run(handle, of_received, way.journey.local, way, None)
+        if before is not None and out.grad_fn is not None:
+            # In the backward what was computed since x comes first, while tokens and gradients travel.
+            last: Any = out.grad_fn
+            last._set_sequence_nr(before._sequence_nr())
+        return Return.apply(out, x.detach(), way)
 
-    def _run(self, x: Tensor, weights: Tensor, route: Route, channel: _Channel, kept: Tensor | None) -> Tensor:
+    def _run(self, x: Tensor, weights: Tensor, route: Route, channel: Channel, kept: Tensor | None) -> Tensor:
         """The experts that are here; kept: the tokens, to be saved for the backward."""
-        sizes: list[int] = route.sizes.read().tolist()  # the layer's one wait for the device
+        sizes = route.sizes.read().view(len(self), -1).sum(1).tolist()  # the layer's one wait for the device
+        offsets = route.offsets.view(len(self), -1, self.experts_per_shard)  # [shards, L, e]
         dispatched = _Dispatch.apply(x, weights, route, sizes, channel)
         handles, row_weights = dispatched[: len(self)], dispatched[len(self) :]
         outputs = [
-            unhooked(shard)(handle, weight, tokens, ends, channel)
-            for shard, handle, weight, tokens, ends in zip(
-                self.values(), handles, row_weights, route.tokens.split(sizes), route.offsets, strict=True
+            unhooked(shard)(handle, weight, tokens, ends, channel.of(number))
+            for number, (shard, handle, weight, tokens, ends) in enumerate(
+                zip(self.values(), handles, row_weights, route.tokens.split(sizes), offsets, strict=True)
             )
         ]
         return _Combine.apply(kept, route, channel, *outputs)

@@ -30,7 +30,11 @@ class MLP(nn.Module):
         self.down_proj = LastLinear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = unhooked(self.down_proj)(gated_unit(self.gate_proj(x), self.up_proj(x)))
+        return self.finish(x, self.gate_proj(x))
+
+    def finish(self, x: Tensor, gate: Tensor) -> Tensor:
+        """What comes after the first projection."""
+        out: Tensor = unhooked(self.down_proj)(gated_unit(gate, self.up_proj(x)))
         return out
 
 
@@ -60,7 +64,7 @@ class Router(nn.Module):
 
     def weigh(self, scores: Tensor, chosen: Tensor) -> Tensor:
         """Affinities fp32 [T, E], chosen experts [T, K] -> their weights fp32 [T, K]."""
-        weights = scores.gather(1, chosen)
+        weights = scores.gather(1, chosen.long())
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.scaling
@@ -122,13 +126,17 @@ class MoE(nn.Module):
             chosen, way = kept.once(lambda: self._route(scores))
         if self.training and not recomputing():
             real = row.documents.sum(0).long()  # [T/SP], one but for padding
-            self.gate.load.scatter_add_(0, chosen.flatten(), real.repeat_interleave(chosen.shape[1]))
+            self.gate.load.scatter_add_(0, chosen.flatten().long(), real.repeat_interleave(chosen.shape[1]))
         balance = scores.new_zeros(())
         if self.with_balance and self.training:
             balance = sequence_balance(scores, row, chosen.shape[1], self.sp)
-        shared = self.shared_experts(x)  # before the experts, which wait until the host knows the route
-        return self.experts(x, self.gate.weigh(scores, chosen), way) + shared, balance
+        weights = self.gate.weigh(scores, chosen)
+        # The host waits until it knows how many tokens are to travel while the device computes the first projection.
+        gate = self.shared_experts.gate_proj(x)
+        on_the_way = self.experts.set_out(x, weights, way)
+        shared = self.shared_experts.finish(x, gate)
+        return self.experts(x, weights, on_the_way) + shared, balance
 
     def _route(self, scores: Tensor) -> tuple[Tensor, Route | Journey]:
         chosen = self.gate.choose(scores.detach())
-        return chosen, self.experts.route(chosen)
+        return chosen.int(), self.experts.route(chosen)

@@ -81,8 +81,8 @@ def gated_unit(gate: Tensor, up: Tensor) -> Tensor:
 def sum_rows(rows: Sequence[Tensor], slots: Tensor, parts: Tensor) -> Tensor:
     """Each token's K rows, summed in fp32 in a fixed order (no atomics) -> [T, H].
 
-    rows: [M, H] each, T*K rows together, which the fast path reads where they are. slots: int64 [T, K], the place of a
-    token's rows among all of them. parts: int64 [T, K], in which tensor of `rows` that is.
+    rows: [M, H] each, T*K rows together, which the fast path reads where they are. slots, parts: integers [T, K], the
+    place of a token's rows among all of them, and in which tensor of `rows` that is.
     """
     if _fast(slots):
         from . import triton_kernels
@@ -94,7 +94,7 @@ def sum_rows(rows: Sequence[Tensor], slots: Tensor, parts: Tensor) -> Tensor:
 def add_rows(total: Tensor, rows: Tensor, tokens: Tensor) -> None:
     """Adds rows [M, H] to those of fp32 `total` [T, H] that tokens [M] names, in a fixed order."""
     if total.is_cuda:  # sorts, and so has an order; index_add_ has none there
-        total.index_put_((tokens,), rows.float(), accumulate=True)
+        total.index_put_((tokens.long(),), rows.float(), accumulate=True)
     else:
         total.index_add_(0, tokens, rows.float())
 
