@@ -104,12 +104,10 @@ def rows_of(config: Namespace, settings: Settings) -> list[list[int]]:
 
 
 def alone(plan: Plan, gather: float | None = None) -> Plan:
-    """Without a save, loaders, and with a network of `gather` bytes a second; experts' ranks have even rows."""
+    """Without a save and loaders, with copies of `gather` bytes per second for a network, and even rows of experts."""
     cluster = plan.cluster
     if gather is not None:
-        rate = gather / 1e9
-        cluster = replace(cluster, nccl_inter_node_gb_s=rate, nccl_intra_node_gb_s=rate)
-        cluster = replace(cluster, exchange_inter_node_gb_s=rate, exchange_intra_node_gb_s=rate)
+        cluster = replace(cluster, copies=gather)
     return make_plan(plan.settings.but(async_save=False, num_workers=0, imbalance=1.0), cluster, plan.data)
 
 

@@ -38,6 +38,7 @@ class Cluster:
     disk_write_gb_s, disk_read_gb_s: the run's file system from one node while all nodes use it; by default 20 GB/s for
         the guide's 32 nodes together (docs/checkpoints.md), 0.625 each.
     measured: the fields that a file gave; the others are assumed.
+    copies: where one process stands for all (`rehearse`), bytes per second of the copies that stand for a network.
     """
 
     gpu: str = "NVIDIA H100 80GB HBM3"
@@ -58,6 +59,7 @@ class Cluster:
     disk_write_gb_s: float = 0.625
     disk_read_gb_s: float = 0.625
     measured: frozenset[str] = field(default=frozenset(), compare=False)
+    copies: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in self.values().items():
@@ -71,7 +73,7 @@ class Cluster:
                 raise UserError(f"{name} is {value}; it must be positive and finite.")
 
     def values(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "measured"}
+        return {name: value for name, value in asdict(self).items() if name in _TYPES}
 
     @property
     def card(self) -> Card:
@@ -112,7 +114,7 @@ class Cluster:
         return [name for name in _TYPES if name not in self.measured]
 
 
-_TYPES: dict[str, type] = {f.name: type(f.default) for f in fields(Cluster) if f.name != "measured"}
+_TYPES: dict[str, type] = {f.name: type(f.default) for f in fields(Cluster) if f.compare}
 
 
 def read_cluster(path: str | Path) -> Cluster:

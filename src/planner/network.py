@@ -20,17 +20,21 @@ def neighbours(settings: Settings, cluster: Cluster, ranks: int, elements: float
     if ranks == 1:
         return Exchange()
     nbytes = elements * settings.param_bytes
+    if cluster.copies:
+        return Exchange(nbytes / cluster.copies, nbytes)
     seconds = nbytes / (getattr(cluster, settings.link(ranks)) * 1e9) + rates.latency(ranks)
     return Exchange(seconds, nbytes)
 
 
-def collective(settings: Settings, cluster: Cluster, ranks: int, nbytes: float) -> Exchange:
-    """ZeRO's gather or reduce-scatter of so many bytes over `ranks`: the world, or those that have the same experts.
+def collective(settings: Settings, cluster: Cluster, ranks: int, nbytes: float, summed: bool = False) -> Exchange:
+    """ZeRO's gather, or `summed` reduce-scatter, of so many bytes over `ranks`: the world, or those with equal experts.
 
     The groups of a node's ranks exchange at once, over the same NICs.
     """
     if ranks == 1:
         return Exchange()
+    if cluster.copies:  # of a sum this rank's part alone, which is next to nothing
+        return Exchange(0.0 if summed else nbytes / cluster.copies, nbytes)
     stride = settings.world // ranks  # between neighbours of a group
     nodes, groups = settings.nodes // max(1, stride // settings.gpus), min(stride, settings.gpus)
     bandwidth = cluster.nccl_inter_node_gb_s / groups if nodes > 1 else cluster.nccl_intra_node_gb_s
@@ -45,6 +49,8 @@ def halves(settings: Settings, cluster: Cluster, elements: float) -> Exchange:
     """
     holders, here = settings.holders, min(settings.holders_per_node, settings.holders)
     nodes, nbytes = holders // here, 2 * elements
+    if cluster.copies:
+        return Exchange(nbytes * ((here > 1) + (nodes > 1)) / cluster.copies, nbytes)
     within = between = 0.0
     if here > 1:
         within = rates.latency(here) + nbytes * (here - 1) / here / (cluster.exchange_intra_node_gb_s * 1e9)

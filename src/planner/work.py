@@ -83,7 +83,7 @@ class Work:
     def _heads(self, elements: float) -> Exchange:
         """With what each of a layer's six exchanges waits for the slowest rank of the group."""
         exchange = neighbours(self.settings, self.cluster, self.settings.sp, elements)
-        if self.settings.sp == 1:
+        if self.settings.sp == 1 or self.cluster.copies:
             return exchange
         mlp = self.products(sum(mlp_weights(self.sizes, dense=False).values()))
         products = 3 * (self.down() + self.up() + self.out() + mlp)

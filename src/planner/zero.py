@@ -208,7 +208,7 @@ class Zero:
         self.schedule.stolen += cast * n + (0 if s.offload_optimizer else add_up)
         if first.ranks > 1:
             of = halves(s, cluster, half) if half else Exchange()
-            whole = collective(s, cluster, first.ranks, 4 * (n - half)) if n > half else Exchange()
+            whole = collective(s, cluster, first.ranks, 4 * (n - half), summed=True) if n > half else Exchange()
             seconds, nbytes = of.seconds + whole.seconds, of.nbytes + whole.nbytes
             last = self._add(Op(ZERO, seconds, f"reduce gradient of {first.name}", (last,), nbytes=nbytes))
         accumulated = f"accumulated gradient of {first.name}"
