@@ -1,6 +1,7 @@
 """Tensors that wait in pinned host memory from the forward pass to the backward, copied beside the computation."""
 
 import contextlib
+from itertools import islice
 from typing import Any
 
 import torch
@@ -79,8 +80,7 @@ class HostStack:
             return item
         del self._waiting[id(item)]
         self._fetch(item)
-        before = list(self._waiting.values())[-self.ahead :]
-        for other in reversed(before):
+        for other in islice(reversed(self._waiting.values()), self.ahead):
             self._fetch(other)
         assert item.fetched is not None
         if item.ready is not None:

@@ -3,6 +3,7 @@
 PyTorch's own pinned allocations are rounded up to a power of two, so that 9.9 GiB take 16, and are never given back.
 """
 
+import ctypes
 import mmap
 import weakref
 from contextlib import suppress
@@ -20,11 +21,12 @@ def pinned(nbytes: int) -> Tensor:
     memory = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages, which are faster to touch and to copy
         memory.madvise(mmap.MADV_HUGEPAGE)
-    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    buffer = (ctypes.c_uint8 * len(memory)).from_buffer(memory)  # its finalizer runs before the memory is unmapped
+    tensor = torch.frombuffer(buffer, dtype=torch.uint8)
     if torch.cuda.is_available():
         runtime, address = torch.cuda.cudart(), tensor.data_ptr()
         torch.cuda.check_error(runtime.cudaHostRegister(address, tensor.nbytes, 0))
-        weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+        weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
     return tensor[:nbytes]
 
 

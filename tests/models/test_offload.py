@@ -85,3 +85,13 @@ def test_frozen_bottom_layers_keep_nothing() -> None:
 def test_tensors_on_the_cpu_stay_where_they_are() -> None:
     stack, tensor = HostStack(), torch.zeros(3)
     assert stack.take(stack.put(tensor)) is tensor
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 9])
+def test_as_many_are_fetched_as_a_layer_leaves(ahead: int) -> None:
+    stack = HostStack(also_cpu=True)
+    stack.begin(4)
+    items = [stack.put(torch.full((4,), float(value))) for value in range(5)]
+    stack.ahead = ahead
+    assert stack.take(items.pop()).tolist() == [4.0] * 4
+    assert [item.fetched is not None for item in reversed(items)] == [place < ahead for place in range(4)]

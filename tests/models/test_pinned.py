@@ -1,6 +1,8 @@
 """Pinned memory has the size asked for, and goes with its last tensor."""
 
+import ctypes
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,5 +36,31 @@ def test_it_is_page_locked_until_the_last_view_goes() -> None:
     assert view.sum() == 250
     del view
     gc.collect()
-    # Unregistered: the same address may be registered again, by whoever gets it next.
-    assert int(torch.cuda.cudart().cudaHostUnregister(address)) != 0
+    place = (ctypes.c_uint8 * 1000).from_address(address)  # never read
+    assert not torch.frombuffer(place, dtype=torch.uint8).is_pinned()
+
+
+def test_it_is_unlocked_before_it_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    unlocked = []
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> None:
+            unlocked.append(is_mapped(address))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    tensor = pinned(64 << 20)
+    view, address = tensor[5:7], tensor.data_ptr()
+    del tensor
+    assert unlocked == [] and is_mapped(address)
+    del view
+    assert unlocked == [True] and not is_mapped(address)
+
+
+def is_mapped(address: int) -> bool:
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(begin, 16) <= address < int(end, 16) for begin, end in ranges)
