@@ -16,7 +16,7 @@ Legend: [S, S] one weight, in blocks of 128 x 128.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -24,11 +24,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import BF16, head, relative, table
-from benchmarks.plan_guide import SHARED, _by_rows
+from benchmarks.plan_guide import SHARED
+from src.commands.plan import plan_file
+from src.planner import zero
 from src.planner.cluster import Cluster
 from src.planner.ledger import SHARDS, Line
+from src.planner.network import Exchange
 from src.planner.plan import Plan, make_plan
-from src.planner.streams import CAST, FROM_HOST
+from src.planner.settings import Settings
+from src.planner.steps import Weight
+from src.planner.streams import CAST, FROM_HOST, Op
 from src.planner.zero import Zero
 from src.strategies.rounding import Kind, Rounding
 from src.units import GIB
@@ -149,47 +154,46 @@ def found_again(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def delta8_gathers(link: float) -> Iterator[None]:
-    """Has the planner's simulation gather experts in 8 bits, copy their base from the host and add the two.
+    """Has the planner's simulation gather shared experts in 8 bits, copy their base from the host and add the two.
 
     link: GB/s of what both cross on their way into a GPU.
     """
-    collective, gather, arrive = Zero._collective, Zero._gather, Zero._arrive
+    collective, gather, arrive = zero.collective, Zero._gather, Zero._arrive
 
-    def halved(self: Zero, params: Mapping[str, int], each: int) -> float:
-        if each != 2:  # a reduction
-            return collective(self, params, each)
-        experts = {name: n for name, n in params.items() if name in self._experts}
-        rest = {name: n for name, n in params.items() if name not in experts}
-        return collective(self, rest, 2) + max(collective(self, experts, 1), 2 * sum(experts.values()) / (link * 1e9))
+    def halved(s: Settings, cluster: Cluster, ranks: int, nbytes: float, summed: bool = False) -> Exchange:
+        if summed or ranks != s.holders:
+            return collective(s, cluster, ranks, nbytes, summed)
+        delta = collective(s, cluster, ranks, nbytes / 2)
+        return delta._replace(seconds=max(delta.seconds, nbytes / (link * 1e9)))
 
-    def gather_and_copy(self: Zero, params: Mapping[str, int], what: str) -> None:
-        gather(self, params, what)
-        experts = {name: n for name, n in params.items() if name in self._experts}
+    def gather_and_copy(self: Zero, weights: Sequence[Weight], what: str) -> None:
+        gather(self, weights, what)
+        experts = [weight for weight in weights if weight.expert]
         if not experts:
             return
-        elements = sum(experts.values())
-        group, add = self._groups[next(iter(experts))], self.schedule.add
+        elements = sum(weight.size for weight in experts)
+        there = (self.schedule.host, *self._released)
         seconds = elements / (self.cluster.pcie_in_gb_s * 1e9)
-        copy = add(FROM_HOST, seconds, f"base of {what}", self.schedule.host, *self._released)
+        copy = self.schedule.add(Op(FROM_HOST, seconds, f"base of {what}", there))
         passed = 4 * elements / self.cluster.copy  # two codes read, a weight written
-        group.op = add(CAST, passed, f"base plus delta of {what}", group.op, copy)
+        under_way = self._under_way[experts[0]]
+        under_way.op = self.schedule.add(Op(CAST, passed, f"base plus delta of {what}", (under_way.op, copy)))
         self.schedule.stolen += passed
-        for name, n in experts.items():
-            self.ledger.take(
-                f"8 bits {name}", Line(SHARDS, 2 * n, f"{n / 1e6:.0f}e6 codes of base and delta of {name}")
-            )
+        for weight in experts:
+            why = f"{weight.size / 1e6:.0f}e6 codes of base and delta of {weight.name}"
+            self.ledger.take(f"8 bits {weight.name}", Line(SHARDS, 2 * weight.size, why))
 
-    def arrive_and_add(self: Zero, name: str) -> int:
-        op = arrive(self, name)
-        if f"8 bits {name}" in self.ledger.live:
-            self.ledger.give(f"8 bits {name}")
+    def arrive_and_add(self: Zero, weight: Weight) -> int:
+        op = arrive(self, weight)
+        if weight.expert:
+            self.ledger.give(f"8 bits {weight.name}")
         return op
 
-    Zero._collective, Zero._gather, Zero._arrive = halved, gather_and_copy, arrive_and_add  # type: ignore[method-assign]
+    zero.collective, Zero._gather, Zero._arrive = halved, gather_and_copy, arrive_and_add
     try:
         yield
     finally:
-        Zero._collective, Zero._gather, Zero._arrive = collective, gather, arrive  # type: ignore[method-assign]
+        zero.collective, Zero._gather, Zero._arrive = collective, gather, arrive
 
 
 def base_bytes(plan: Plan) -> float:
@@ -202,8 +206,9 @@ def base_bytes(plan: Plan) -> float:
 def planned(network: float) -> list[list[object]]:
     cluster = replace(Cluster(), nccl_inter_node_gb_s=network, exchange_inter_node_gb_s=network / 8)
     rows: list[list[object]] = []
-    for shard, changes in SHARED[:3]:
-        plan = _by_rows({"ep": 8, "reduce_dtype": "bf16", **changes}, shard)
+    for config in SHARED[:3]:
+        options = "--trainer.strategy.expert_parallel_size 8 --trainer.strategy.reduce_dtype bf16"
+        plan = plan_file(*f"configs/{config} {options}".split())
         before = make_plan(plan.settings, cluster, plan.data)
         with delta8_gathers(float("inf")):
             after = make_plan(plan.settings, cluster, plan.data)
@@ -219,9 +224,9 @@ def planned(network: float) -> list[list[object]]:
                 f"{one_link.rate():.0f}, MFU {one_link.mfu():.1%}",
                 f"{before.time.micro:.1f}, {after.time.micro:.1f}, {one_link.time.micro:.1f}",
                 f"{base / 1e9:.0f} GB, {base / cluster.pcie_in_gb_s / 1e9:.1f} s",
-                f"{before.host_total / GIB:,.0f} to {host / GIB:,.0f} of {before.host_room / GIB:,.0f}",
+                f"{before.host_total / GIB:,.0f} to {host / GIB:,.0f} of {cluster.host_room / GIB:,.0f}",
                 f"{before.device_total / GIB:.1f} to {after.device_total / GIB:.1f} of {after.device_room / GIB:.1f}",
-                "yes" if after.fits and host <= before.host_room else "no",
+                "yes" if after.fits and host <= cluster.host_room else "no",
             ]
         )
     return rows
