@@ -31,7 +31,7 @@ GUIDE = {  # nodes, SP, optimizer on the host, rows a DP rank: the guide's table
     "32n_sp1_zero3": (32, 1, False, 1),
 }
 OTHERS = ["1gpu_small", "1n_moonlight", "2gpu_sp2", "32n_128rows", "32n_32k", "32n_4k", "32n_64rows", "demo"]
-OTHERS += ["tiny_cpu"]
+OTHERS += ["32n_128rows_ep8", "32n_64rows_ep8", "tiny_cpu"]
 MODELS = sorted((ROOT / "configs/models").rglob("config.json"))
 
 
