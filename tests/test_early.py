@@ -12,6 +12,7 @@ from src.commands.early import read
 from src.commands.options import OWN, options_of
 from tests.command import ROOT
 from tests.test_configs import CONFIGS, Parse, parsed
+from tests.test_pages import pasted
 
 TINY = "configs/tiny_cpu.yaml"
 
@@ -110,3 +111,13 @@ for args in {told!r}:
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
     loaded = [line for line in result.stdout.splitlines() if line.startswith("loaded")]
     assert len(loaded) == len(told) and all(line.endswith(" []") for line in loaded), (loaded, result.stderr[-2000:])
+
+
+def test_the_pages_wrong_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {learningrate: 1.0e-6}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        read("plan", ["--config", "mine.yaml"])
+    assert capsys.readouterr().err == pasted("docs/configs.md", "error: ").partition("\n")[2]

@@ -37,6 +37,20 @@ def blocks(page: Path, language: str = "") -> list[str]:
     return [text for of, text in fenced if of == language]
 
 
+def shape(text: str) -> list[str]:
+    """The lines without what a machine, a run or a folder decides: numbers, times, digests, all but a path's name."""
+    text = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{7,40}\b(\+changes)?|\bnone(?=, torch)", "0", text)
+    text = re.sub(r"(?<!\w)(?:\.\.\.)?/(?:[^\s/]+/)*(?=[^\s/]+)", "", text)
+    text = re.sub(r"\d(?:[\w.,:+-]*\w)?%?", "0", text)
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def pasted(page: str, start: str) -> str:
+    """The block of a page, without a language, that has a line beginning with `start`."""
+    (block,) = [text for text in blocks(ROOT / page) if re.search(rf"^{re.escape(start)}", text, re.MULTILINE)]
+    return block
+
+
 def lines(block: str) -> list[str]:
     """The commands of a block, without what they print; options in brackets are given."""
     whole = re.sub(r" *\\\n *", " ", block).splitlines()

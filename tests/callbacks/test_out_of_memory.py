@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from src.callbacks.out_of_memory import OutOfMemory, remedies
+from src.callbacks.out_of_memory import OutOfMemory, plan_command, remedies
+from tests.test_pages import pasted
 
 from .stub import Stub, train
 
@@ -93,3 +94,14 @@ def test_fewer_ranks_share_experts_of_which_tokens_arrive(ep: int, node: int, le
         ("experts_per_shard", 16),
         ("expert_parallel_size", less),
     ]
+
+
+def test_the_page_has_the_same_words() -> None:
+    strategy = SimpleNamespace(offloads_optimizer=True, sequence_parallel_size=4)
+    trainer: Any = SimpleNamespace(strategy=strategy, datamodule=SimpleNamespace(batch_size=2), world_size=256)
+    model = SimpleNamespace(kept_bytes={"layer_input": 2 * 7168})
+    kept = module(layer_input="keep", attention_output="recompute", activation_checkpointing=True, model=model)
+    changes = remedies(trainer, kept)
+    page = pasted("docs/watching.md", "torch.OutOfMemoryError").splitlines()
+    assert [f"  {s.option}={s.less}  (now {s.now}): {s.cost}" for s in changes] == page[3:-3]
+    assert page[-1] == "  " + plan_command(["--config", "configs/32n_sp4.yaml"], changes[:1])

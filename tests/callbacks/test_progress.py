@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from src.callbacks.progress import Progress, figures
+from tests.test_pages import pasted, shape
 
 from .stub import STEPS, Stub, train
 
@@ -26,6 +27,8 @@ def test_a_log_gets_a_line_every_so_many_steps(capsys: pytest.CaptureFixture[str
         "step 4/4  loss 4.0000  12,346 tokens/s  left 0:00:00",
         "step 4  val/loss 0.5000",
     ]
+    page = shape(pasted("docs/watching.md", "step 3/6"))
+    assert page == shape("\n".join([lines[0], *lines[1:]]))
 
 
 class Terminal(io.StringIO):

@@ -9,6 +9,7 @@ import pytest
 
 from src.callbacks.watchdog import COLLECTIVES, Report, Watchdog, describe
 from src.strategies import DeepSpeedSPStrategy
+from tests.test_pages import pasted, shape
 
 GATHER = f"/site-packages/{COLLECTIVES}distributed_c10d.py:4012 in all_gather_into_tensor"
 STREAM = "/src/models/experts.py:180 in forward"
@@ -34,6 +35,7 @@ def test_a_rank_with_fewer_phases_behind_it_is_slow() -> None:
         "The others: ranks 0, 1, 2, 3, 4, 5, 6, 7 ... 255 (255), e.g. rank 0 on node-0, in phase forward of step 12, "
         f"micro-step 3 of 4, since 2026-01-02 03:04:05, at {GATHER}",
     ]
+    assert shape("\n".join(lines)) == shape(pasted("docs/watching.md", "No progress"))
 
 
 @pytest.mark.parametrize("usual", [GATHER, STREAM])

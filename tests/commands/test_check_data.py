@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from tests.command import Completed, run, start_afresh
+from tests.test_pages import pasted
 
 CONFIG = "--config=configs/tiny_cpu.yaml"
 
@@ -28,6 +29,17 @@ def test_sound_data_exits_with_0(tmp_path: Path) -> None:
     assert "nothing is wrong" in result.stdout and "data parallel 4 x batch 1" in result.stdout
     assert "⟦<think>" in result.stdout and "\x1b" not in result.stdout  # no terminal, no colour
     assert "<mark>" in (tmp_path / "page.html").read_text() and not (tmp_path / "run").exists()
+
+
+def test_the_page_has_the_report_on_the_demos_data(tmp_path: Path) -> None:
+    result = check_data(tmp_path, "--trainer.devices=2")
+    assert result.stdout == pasted("docs/data.md", "nothing is wrong")
+
+
+def test_the_page_has_what_weights_come_to(tmp_path: Path) -> None:
+    files = "--data.train_files=[data/demo/val.jsonl, data/demo/train.jsonl]"
+    result = check_data(tmp_path, files, "--data.train_weights=[2, 0.5]", "--data.val_files=null")
+    assert pasted("docs/data.md", "  2 x ") in result.stdout
 
 
 def test_all_that_is_wrong_is_listed_and_exits_with_1(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from src.checkpoints.run_files import client_state
 from src.cli import main
 from tests.checkpoints.tiny import dequantised, stored
 from tests.command import Command, run, start_afresh
+from tests.test_pages import pasted, shape
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +162,8 @@ def test_validate_prints_the_loss_of_the_checkpoint(trained: Path, inputs: Path)
     for result in (start_afresh(*args), run(*args, "--trainer.devices=2", SHARED, ranks=2)):
         (loss, of_all), (of_set, its_loss) = (line.split() for line in result.stdout.splitlines()[-2:])
         assert (loss, of_set) == ("val/loss", "val/again/loss")
+        printed = "\n".join(result.stdout.splitlines()[-2:]).replace("again", "math")
+        assert shape(printed) == shape(pasted("docs/data.md", "val/loss"))[:2]
         assert [float(of_all), float(its_loss)] == pytest.approx([recorded[max(recorded)]] * 2, rel=1e-6)
 
 

@@ -19,6 +19,7 @@ from tests.checkpoints.tiny import dequantise_whole, dequantised, stored
 from tests.checkpoints.workers import Checkpoints
 from tests.distributed.spawn import run_distributed
 from tests.distributed.training import Layout, Recipe, fit
+from tests.test_pages import pasted, shape
 
 LAYOUT = Layout(dp=2, sp=1, accumulation=1, batch_size=1, precision="bf16-true")
 LIVE = "live"
@@ -87,6 +88,7 @@ def test_the_table_is_that_of_whole_tensors(
     }
     expected = figures({name: written[name].float() for name in pairs}, before, pairs)
     for text in (capsys.readouterr().out, (tmp_path / "out/README.md").read_text()):
+        assert set(shape(pasted("docs/rounding.md", "| weights"))) <= set(shape(text))
         found = read_table(text)
         assert found.keys() == expected.keys()
         for group in expected:
