@@ -23,7 +23,8 @@ from src.errors import UserError
 from .cache_build import BUILDING, FEATURES, SKIPPED, CacheBuild
 from .collate import Document
 from .files import default_cache_dir
-from .tokenization import Report, TokenizeOptions
+from .row_account import Report
+from .tokenization import TokenizeOptions
 
 
 class TokenCache:
@@ -72,7 +73,7 @@ class TokenCache:
 
     def summary(self, options: TokenizeOptions) -> list[str]:
         """What a person should read once, a line each: what there is, then what became of rows that do not fit."""
-        lines = self.statistics.lines(options)
+        lines = self.statistics.lines(options.max_length)
         if self.statistics.skipped and BUILDING not in self.fingerprint:
             lines[1] += f", listed in {self.directory / SKIPPED}"
         return lines
@@ -123,7 +124,7 @@ def open_or_build(
 def _build(build: CacheBuild) -> None:
     with build.aside() as building:
         report = build.tokenize(building)
-        for problem in report.wrong(build.options):
+        for problem in report.wrong(build.options.bad_rows == "skip"):
             raise problem
         if not report.statistics.samples:
             raise UserError(nothing_to_train_on(build.paths, report, build.options))
@@ -164,7 +165,7 @@ def open_or_check(
             if not build.directory.exists():
                 with build.aside() as building:
                     report = build.tokenize(building, all_errors=True)
-                    if report.wrong(options) or not report.statistics.samples:
+                    if report.wrong(options.bad_rows == "skip") or not report.statistics.samples:
                         yield TokenCache(building, paths)
                         return
                     build.publish(building)
@@ -172,7 +173,8 @@ def open_or_check(
 
 
 def nothing_to_train_on(paths: Sequence[str], report: Report, options: TokenizeOptions) -> str:
+    account = "; ".join(report.statistics.lines(options.max_length))
     return (
-        f"{', '.join(paths)}: nothing to train on. {'; '.join(report.statistics.lines(options))}. Samples need an "
-        "assistant turn without loss: false that begins within max_length"
+        f"{', '.join(paths)}: nothing to train on. {account}. Samples need an assistant turn without loss: false that "
+        "begins within max_length"
     )

@@ -23,7 +23,8 @@ from src.units import counted
 
 from .files import digest
 from .reader import scan
-from .tokenization import Report, TokenizeOptions, tokenize_spans
+from .row_account import Report
+from .tokenization import TokenizeOptions, tokenize_spans
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from src.datamodules.cache import TokenCache, default_cache_dir, open_built, ope
 from src.datamodules.cache_build import CacheBuild
 from src.datamodules.chat_template import ChatTemplate
 from src.datamodules.reader import FileScan
+from src.datamodules.row_account import Statistics
 from src.datamodules.rows import RowError
-from src.datamodules.tokenization import Statistics, TokenizeOptions
+from src.datamodules.tokenization import TokenizeOptions
 from src.errors import UserError
 
 from .conftest import question_answer
@@ -184,7 +185,7 @@ def test_rows_without_targets_are_dropped_and_named(
     statistics = open_or_build([path], tokenizer, OPTIONS, tmp_path).statistics
     assert (statistics.rows, statistics.samples, statistics.rows_without_targets) == (9, 1, 8)
     named = ", ".join(f"{path}:{row}" for row in range(2, 7))
-    assert statistics.lines(OPTIONS)[1] == f"8 rows dropped, nothing to train on: {named}, ..."
+    assert statistics.lines(OPTIONS.max_length)[1] == f"8 rows dropped, nothing to train on: {named}, ..."
     with pytest.raises(ValueError, match=r"b\.jsonl: nothing to train on.*1 row dropped.*assistant turn without loss"):
         open_or_build([write_jsonl("b.jsonl", silent)], tokenizer, OPTIONS, tmp_path)
     with pytest.raises(ValueError, match=r"c\.jsonl has no rows; leave it out"):

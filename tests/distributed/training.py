@@ -19,8 +19,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from src.datamodules import SFTDataModule
 from src.datamodules.collate import Document, target_counts
 from src.datamodules.packing import PackedRows, one_sample_a_row, pack
+from src.datamodules.row_account import Statistics
 from src.datamodules.sft import PackedSet
-from src.datamodules.tokenization import Statistics
 from src.models.sft_module import SFTModule
 from src.strategies import DeepSpeedSPStrategy
 from tests.models.tiny import hf_state_dict, oracle_losses, oracle_tensors

@@ -16,8 +16,8 @@ from src.datamodules.files import look_up
 from src.datamodules.findings import Findings
 from src.datamodules.packed_set import PackedSet
 from src.datamodules.packing import check_accumulation
+from src.datamodules.row_account import Statistics
 from src.datamodules.sft import SFTDataModule
-from src.datamodules.tokenization import Statistics
 from src.errors import UserError
 from src.units import counted
 
