@@ -30,8 +30,8 @@ class ExpertLoad(pl.Callback):
 
     For each MoE layer, NN the decoder layer's index (the multi-token prediction's is the last):
 
-    - `expert_load/max_over_mean/layer_NN`: the busiest expert's tokens over the experts' mean. 1 is even; the most is
-      experts / experts a token, where a few experts get every token.
+    - `expert_load/max_over_mean/layer_NN`: the busiest expert's tokens over the experts' mean. 1 is even; the
+      maximum is experts / experts per token, where the same few get every token.
     - `expert_load/entropy/layer_NN`: entropy of the experts' shares of the load, -sum p log p, divided by that of an
       even load, log(experts): 1 is even, 0 all on one expert.
 
@@ -39,9 +39,9 @@ class ExpertLoad(pl.Callback):
       rows of the experts that the busiest rank of a group has over the ranks' mean. All groups' rows are counted
       together; a single group may be less even.
 
-    The same names without a layer are means over the layers, with `_worst` behind the name the least even layer's.
+    Without a layer the names are means over the layers; with `_worst` appended, the least even layer's value.
 
-    The heat map `expert_load/heat_map` has a row a layer and a column an expert, coloured by the expert's load over
+    The heat map `expert_load/heat_map` has a row per layer and a column per expert, coloured by the expert's load over
     its layer's mean: blue 0, white 1, red 2 and above.
 
     Args:
@@ -84,7 +84,7 @@ class ExpertLoad(pl.Callback):
 
 
 def scalars(load: FloatArray, first_layer: int, ranks: int = 1) -> dict[str, float]:
-    """The scalars of load [layers, E], whose first row is decoder layer `first_layer`'s, by name; ranks: of a group."""
+    """The scalars by name. load: [layers, E], first row decoder layer `first_layer`; ranks: that share the experts."""
     share = load / load.sum(1, keepdims=True)
     terms = share * np.log(share, out=np.zeros_like(share), where=share > 0)  # 0 log 0 = 0
     max_over_mean = load.max(1) / load.mean(1)

@@ -1,4 +1,4 @@
-"""Text and pictures to the loggers that show them. A full disk costs curves, not the run."""
+"""Loggers: their steps count from 1, they take text and pictures, and a full disk costs curves instead of the run."""
 
 import logging
 import threading
@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def spare_the_run(path: Path, logger: Logger | None = None) -> Generator[None, None, None]:
-    """An error of the disk while `path` is written is logged: it would be one rank's alone, and end a run that trains.
+    """Logs a disk error while `path` is written, instead of ending on one rank a run that trains.
 
-    logger: what is written through; a `RunLogger` says it itself, once.
+    logger: that writes; a `RunLogger` reports the error itself, once.
     """
     try:
         yield
@@ -43,11 +43,10 @@ def _not_written(path: Path, error: OSError) -> str:
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard's, which a full disk does not end.
+    """TensorBoard's logger that survives a full disk.
 
-    Its writer is of no use once the disk has refused it: it hands the error to every call that follows. It is given up,
-    and another one, with a file of its own, is opened as soon as there is room; what was logged meanwhile is lost. Both
-    are said once.
+    After one disk error TensorBoard's writer raises it in every later call. So we drop the writer and open another,
+    with its own file, as soon as there is room. Values logged meanwhile are lost. Each of the two is reported once.
     """
 
     _lost = False
@@ -72,7 +71,7 @@ class RunLogger(TensorBoardLogger):
         return Path(self.log_dir)
 
     def lose_writer(self, error: OSError) -> None:
-        """Gives the writer up after an error of the disk."""
+        """Drops the writer after a disk error."""
         if not self._lost:
             log.error(
                 "%s; until then there are no TensorBoard events, and training goes on",
@@ -102,8 +101,8 @@ class RunLogger(TensorBoardLogger):
 
 
 def outlive_full_disks(logger: Logger) -> None:
-    """Has another logger than ours lose what the disk refuses, which is said once until it takes something again."""
-    failing = set[str]()  # methods: some only keep for later what another one writes
+    """Lets any other logger lose values while the disk is full; reports it once until a write succeeds."""
+    failing = set[str]()  # by method, since some only buffer what another one writes
 
     def spared(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def write(*args: Any, **kwargs: Any) -> Any:
@@ -146,7 +145,7 @@ def count_steps_from_one(trainer: pl.Trainer) -> None:
 
 
 def _quiet_about_writers(hook: Any) -> Any:
-    """The hook for threads that end by an error, but for TensorBoard's, whose callers get the error too."""
+    """`hook`, silent for TensorBoard's writer threads, whose errors their callers get too."""
 
     def quiet(args: Any) -> None:
         if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
@@ -156,7 +155,7 @@ def _quiet_about_writers(hook: Any) -> Any:
 
 
 def log_image(trainer: pl.Trainer, name: str, image: Any, step: int) -> None:
-    """image: uint8 [height, width, 3]. TensorBoard, and loggers with `log_image`, Weights & Biases and Neptune say."""
+    """Sends an image, uint8 [height, width, 3], to TensorBoard and to loggers with `log_image`, such as WandbLogger."""
     for logger in trainer.loggers:
         with spare_the_run(Path(logger.save_dir or "."), logger):
             if isinstance(logger, TensorBoardLogger):
@@ -166,11 +165,11 @@ def log_image(trainer: pl.Trainer, name: str, image: Any, step: int) -> None:
 
 
 def log_texts(trainer: pl.Trainer, name: str, texts: dict[str, str], step: int) -> None:
-    """texts: by what they answer. TensorBoard, and loggers with `log_text`, Weights & Biases say, as a table."""
+    """Sends texts, by the prompts that they answer, to TensorBoard and, as a table, to loggers with `log_text`."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             for index, (prompt, text) in enumerate(texts.items()):
-                # Four spaces: Markdown shows it as it is.
+                # Four spaces make it a code block in Markdown.
                 shown = "\n".join(f"    {line}" for line in [prompt, "---", *text.splitlines()])
                 with spare_the_run(Path(logger.log_dir), logger):
                     logger.experiment.add_text(f"{name}/{index}", shown, step)

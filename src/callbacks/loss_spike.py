@@ -1,4 +1,4 @@
-"""Says when the training loss jumps."""
+"""Warns when the training loss jumps."""
 
 import logging
 from typing import Any
@@ -29,7 +29,7 @@ class LossSpike(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._look(trainer)  # at the step before: its loss is logged after the callbacks' own batch end
+        self._look(trainer)  # at the previous step, whose loss is logged after the callbacks' batch end
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -48,7 +48,7 @@ class LossSpike(pl.Callback):
         return self._seen >= self.memory and loss > self._mean + self.deviations * self._variance**0.5
 
     def update(self, loss: float) -> None:
-        """Takes one step's loss into the running mean and variance."""
+        """Adds one step's loss to the running mean and variance."""
         self._seen += 1
         weight = 1 / min(self._seen, self.memory)
         difference = loss - self._mean

@@ -18,7 +18,7 @@ STRATEGY = "--trainer.strategy.init_args."
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting that decides how much memory a GPU needs, as it is and as it would need less."""
+    """A setting that memory depends on: its value now, and one that needs less."""
 
     option: str
     now: Any
@@ -27,7 +27,7 @@ class Setting:
 
 
 def remedies(trainer: pl.Trainer, pl_module: Any) -> list[Setting]:
-    """What of this run's settings would change it, the cheapest first."""
+    """The settings of this run that would lower GPU memory, cheapest first."""
     strategy, data = trainer.strategy, getattr(trainer, "datamodule", None)
     changes = []
     if not getattr(pl_module, "activation_checkpointing", True):
@@ -75,7 +75,7 @@ def _experts_per_shard(pl_module: Any) -> int:
 
 
 def memory_figures() -> str:
-    """Of this process's GPU, as far as there is one, and of its host."""
+    """Memory of this process's GPU, if any, and of its host."""
     figures = []
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -89,13 +89,13 @@ def memory_figures() -> str:
 
 
 def plan_command(arguments: list[str], changes: list[Setting]) -> str:
-    """The plan of this run with some settings changed; `arguments` are those of `fit`."""
+    """The `plan` command of this run with some settings changed; `arguments` are `fit`'s."""
     words = ["plan", *arguments, *(f"{change.option}={change.less}" for change in changes)]
     return "python -m src.cli " + shlex.join(words)
 
 
 class OutOfMemory(pl.Callback):
-    """Adds to an out-of-memory error, on the rank that it happened on: the phase, the memory, what would help.
+    """Adds the phase, the memory and the remedies to an out-of-memory error, on the rank that raised it.
 
     Args:
         arguments: of `fit`, for the advice; by default this command's own.

@@ -27,7 +27,7 @@ _PHASES = {
     "samples": "samples",
 }
 PHASES = (*_PHASES.values(), OTHER)
-TRAINING = ("data", "forward", "backward", "optimizer", OTHER)  # what is a step's own
+TRAINING = ("data", "forward", "backward", "optimizer", OTHER)  # the phases that make up a step
 
 
 @functools.cache
@@ -38,11 +38,11 @@ def _phase(action: str) -> str | None:
 class Phases(Profiler):
     """The phase that this rank is in, one of `PHASES`; an inner one interrupts the outer.
 
-    On CUDA a phase lasts from event to event of the current stream, which nothing waits for until `take`: `forward` is
-    the device's time in it, and `data` what it waited for them.
+    On CUDA a phase lasts from event to event of the current stream, without a device sync before `take`: `forward` is
+    device time, and `data` the time that the device waited for a batch.
 
     Args:
-        inner: the Trainer's profiler, which goes on as it would alone.
+        inner: the Trainer's profiler, which gets every call too.
 
     Attributes:
         phase: the current one. changes: how often it has changed. changed_at: when it did last, of time.monotonic().
@@ -57,7 +57,7 @@ class Phases(Profiler):
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> "Phases":
-        """The Trainer's, put around its profiler the first time."""
+        """The Trainer's `Phases`, wrapped around its profiler on first use."""
         profiler = trainer.profiler  # type: ignore[attr-defined]  # set by the Trainer's constructor
         if not isinstance(profiler, cls):
             profiler = cls(profiler, trainer.strategy.root_device.type == "cuda")
@@ -65,7 +65,7 @@ class Phases(Profiler):
         return profiler
 
     def take(self) -> dict[str, float]:
-        """Seconds of each phase since the last call; waits for the device to come to this point."""
+        """Seconds of each phase since the last call; synchronises the device."""
         last = self._now()
         if self._cuda:
             last.synchronize()

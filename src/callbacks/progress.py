@@ -1,4 +1,4 @@
-"""How far a run is: a bar in a terminal, one plain line every so many steps anywhere else, a Slurm log say."""
+"""How far a run is: a bar in a terminal; anywhere else, such as a Slurm log, a plain line every so many steps."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ BAR = "{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining}{postfix}"
 
 
 def figures(metrics: Mapping[str, Any]) -> list[str]:
-    """What is told of a step, of the metrics that it logged: loss, tokens a second of the whole job, MFU, memory."""
+    """What a line shows of a step's metrics: loss, tokens/s of the whole job, MFU, memory."""
     formats = {
         "train/loss": lambda x: f"loss {x:.4f}",
         "train/tokens_per_second": lambda x: f"{x:,.0f} tokens/s",
@@ -26,10 +26,10 @@ def figures(metrics: Mapping[str, Any]) -> list[str]:
 
 
 class Progress(ProgressBar):
-    """On stderr of rank 0: the optimizer step of all, `figures`, the time gone and the time left.
+    """Shows on rank 0's stderr the optimizer step, the total, `figures`, the time elapsed and the time left.
 
-    Where stderr is no terminal, a line of its own every `trainer.log_every_n_steps` steps, and one for each validation.
-    The time left is by the mean step of this session, validation and checkpoints within it.
+    If stderr is not a terminal, prints a line every `trainer.log_every_n_steps` steps and one per validation. The time
+    left assumes this session's mean step, validation and checkpoints included.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Progress(ProgressBar):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._close()  # so that the error stands on a line of its own
+        self._close()  # or the error would share the bar's line
 
     def _close(self) -> None:
         for bar in (self._validation_bar, self._bar):

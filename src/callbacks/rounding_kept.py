@@ -71,7 +71,7 @@ class RoundingKept(pl.Callback):
             compare = cast(SamplingStrategy, trainer.strategy).sample_changes(base)
         except (ValueError, OSError) as found:
             error = str(found)
-        # What one rank cannot read, none compares: it is a collective.
+        # Comparing is a collective: if one rank cannot read the base, none compares.
         if trainer.strategy.reduce_boolean_decision(error is None, all=True):
             self._compare = compare
         elif error is not None:
@@ -82,7 +82,7 @@ class RoundingKept(pl.Callback):
         step = trainer.global_step
         if self._compare is None or step == self._step or step % self.every_n_steps:
             return
-        self._step = step  # it comes again within accumulation
+        self._step = step  # repeated within accumulation
         kept = self._compare()
         if kept.change:
             pl_module.log("rounding/kept", kept.part)

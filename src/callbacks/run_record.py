@@ -15,7 +15,7 @@ from .loggers import spare_the_run
 
 
 def _license(directory: Path) -> str | None:
-    """What the header of a model's own card, its README.md, calls its licence."""
+    """The licence in the header of a model card, its README.md."""
     card = directory / "README.md"
     if not card.is_file():
         return None
@@ -23,7 +23,7 @@ def _license(directory: Path) -> str | None:
     header, closed, _ = rest.partition("\n---")
     try:
         fields = yaml.safe_load(header) if closed and not before.strip() else None
-    except yaml.YAMLError:  # a card of somebody's, for people
+    except yaml.YAMLError:  # somebody's card, written for people
         return None
     return fields.get("license") if isinstance(fields, dict) else None
 
@@ -32,9 +32,9 @@ class RunRecord(pl.Callback):
     """Puts files into each checkpoint: config.yaml and run.json of the run, `hf/` with what an export needs.
 
     run.json says where the weights came from and under which licence, the code's revision and the packages' versions,
-    the data's hash, counts and mixture, the processes, the optimizer steps and the tokens trained on, and the newest
-    losses with the step that each is of. When training starts, what is known by then goes to every logger with the
-    configuration, as hyperparameters, and as text to those that take it (TensorBoard).
+    the data's hash, counts and mixture, the processes, the optimizer steps and tokens trained, and the newest losses
+    with their steps. When training starts, the record so far and the configuration go to every logger as
+    hyperparameters, and as text to those that take it (TensorBoard).
 
     Args:
         config: the run's whole configuration, as YAML.
@@ -64,7 +64,7 @@ class RunRecord(pl.Callback):
         self._step = 0  # the optimizer step that was counted last
 
     def _facts(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """What does not change while a run goes on."""
+        """The part of the record that stays the same during a run."""
         data = getattr(trainer.datamodule, "facts", None)  # type: ignore[attr-defined]
         return self._origin | ({} if data is None else {"data": data()})
 

@@ -22,13 +22,14 @@ FILE = "samples.jsonl"
 
 
 class Samples(pl.Callback):
-    """Every `every_n_steps` optimizer steps, answers to `prompts`, into `<default_root_dir>/samples.jsonl` and the
-    loggers that show text.
+    """Writes answers to `prompts` every `every_n_steps` optimizer steps, to `<default_root_dir>/samples.jsonl` and to
+    the loggers that show text.
 
     All ranks run the ordinary forward together, on whole rows, once for each new token: ZeRO-3 gathers the layers one
-    after another, and a token costs one gather of the model, however many prompts there are. The prompts are dealt over
-    data-parallel ranks, each of which packs its own into one row, split over its sequence-parallel ranks.
-    Training does not notice: no gradients, no routing counts, no draw from a generator that others use.
+    after another, and a token costs one gather of the model, however many prompts there are. The prompts are
+    distributed over data-parallel ranks, each of which packs its own into one row, split over its sequence-parallel
+    ranks.
+    Training is unaffected: no gradients, no routing counts, no draw from a shared generator.
 
     Args:
         prompts: user messages, rendered by the tokenizer's chat template.
@@ -150,7 +151,7 @@ class Samples(pl.Callback):
         own = {index: list[int]() for index in range(ranks["rank"], len(self.prompts), ranks["num_replicas"])}
         for _ in range(self.max_new_tokens):
             running = [index for index, ids in own.items() if not ids or ids[-1] not in self._ends]
-            # Every rank runs as many forwards as any: a rank without a prompt runs on padding.
+            # All ranks run the same number of forwards; a rank without a prompt runs on padding.
             if not strategy.reduce_boolean_decision(bool(running), all=False):
                 break
             documents = [self._prompt_ids[index] + own[index] for index in running]

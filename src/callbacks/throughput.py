@@ -1,4 +1,4 @@
-"""How fast the job trains and what its steps are made of: tokens a second, MFU, time by phase, memory."""
+"""How fast the job trains and where its time goes: tokens/s, MFU, time by phase, memory."""
 
 from typing import Any, Protocol, cast
 
@@ -17,7 +17,7 @@ LITTLE = 0.02  # of a node's memory; what `plan` keeps for the system
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 operations a second of the device; None where it is not known, a CPU among others."""
+    """Dense bf16 operations per second of the device; None if unknown, as for a CPU."""
     if device.type != "cuda":
         return None
     card = card_of(torch.cuda.get_device_name(device))
@@ -31,18 +31,18 @@ class CountedModel(Protocol):
 
 
 class Throughput(pl.Callback):
-    """After each optimizer step, logs what it was like over all ranks:
+    """Logs speed, phases and memory after each optimizer step, over all ranks:
 
-    - `train/tokens_per_second`: its unpadded tokens by its time. `train/step_seconds`: that time, of rank 0, without
-      validation, checkpoints and samples.
-    - `train/mfu`: its useful operations (forward and backward of the documents as long as they are; no padding, no
-      recomputation) of what the devices could do in that time in bf16. Absent on a device whose peak is not known.
-    - `time/PHASE`: its seconds in data (waiting for a batch), forward, backward, optimizer and other, the ranks' mean;
-      `time/data_slowest_rank`: the most that one rank waited, while the others stood in their forward. Checkpoint,
-      validation and samples are those since the step before.
-    - `memory/peak_gib`, `memory/reserved_gib`: the most that tensors, and PyTorch with its cache, took of a GPU in the
-      step, on the rank that had most. `memory/host_available_gib`: what is left on the node that has least; a warning,
-      once, below LITTLE of it, since Linux kills processes without a word when nothing is left.
+    - `train/tokens_per_second`: unpadded tokens over the step's time. `train/step_seconds`: that time on rank 0,
+      without validation, checkpoints and samples.
+    - `train/mfu`: useful operations (forward and backward at the documents' true lengths; no padding, no recomputation)
+      over the devices' bf16 peak in that time. Absent if the device's peak is unknown.
+    - `time/PHASE`: seconds in data (waiting for a batch), forward, backward, optimizer and other, mean over ranks;
+      `time/data_slowest_rank`: the longest wait of one rank, during which the others wait in their forward.
+      Checkpoint, validation and samples are those since the previous step.
+    - `memory/peak_gib`, `memory/reserved_gib`: peak memory of tensors, and of PyTorch with its cache, in the step, on
+      the fullest GPU. `memory/host_available_gib`: of the fullest node; one warning below LITTLE of its memory, since
+      Linux kills processes without a message when none is left.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Throughput(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # Padding is a last document without a source. On the device, which nothing waits for.
+        # Padding is a last document without a source. Computed on the device, without a sync.
         lengths = batch["cu_seqlens"].diff()[: len(batch["sources"])].double()
         squares = (lengths * lengths).sum()
         if self._squares is None:  # the step's first micro-batch
@@ -115,7 +115,7 @@ class Throughput(pl.Callback):
         for index, phase in enumerate(PHASES, start=1):
             pl_module.log(f"time/{phase}", mean[index])
         pl_module.log("time/data_slowest_rank", most[1 + PHASES.index("data")])
-        fullest = int(every[:, -1].argmin())  # a rank of the node that has least of its host memory left
+        fullest = int(every[:, -1].argmin())  # a rank of the fullest node
         left, part = every[fullest, -2:].tolist()
         pl_module.log("memory/host_available_gib", left)
         if part < LITTLE and not self._warned:
@@ -132,7 +132,7 @@ class Throughput(pl.Callback):
 
 
 def _memory_peaks(device: torch.device) -> tuple[float, float]:
-    """Bytes allocated and reserved at most since the step began."""
+    """Peak bytes allocated and reserved since the step began."""
     if device.type != "cuda":
         return 0.0, 0.0
     return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)

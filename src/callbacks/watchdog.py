@@ -1,4 +1,4 @@
-"""Finds a run that hangs: says which rank the others wait for, leaves every rank's stacks, and ends the job."""
+"""Detects a hang: names the rank that the others wait for, writes every rank's stacks, and ends the job."""
 
 import faulthandler
 import json
@@ -33,12 +33,12 @@ Report = dict[str, Any]
 
 
 class Watchdog(pl.Callback):
-    """A thread on each rank of `fit`, which looks a few times a minute when its rank's phase last changed.
+    """A thread on each rank of `fit` that checks a few times per minute when its rank's phase last changed.
 
-    Where that is too long ago, every rank writes `<default_root_dir>/stacks/rank-N.txt`: where it stands, and the
-    stacks of all its threads. The lowest of these ranks writes `report.txt` beside them, and to its log: the rank that
-    the others wait for. Then all processes exit with status 1, so that the job ends and can be started again. The
-    folder of an earlier hang is kept under another name.
+    If that is too long ago, every rank writes its position and the stacks of all its threads to
+    `<default_root_dir>/stacks/rank-N.txt`. The lowest of these ranks names the rank that the others wait for, in
+    `report.txt` next to them and in its log. Then all processes exit with status 1, so that the job ends and can
+    restart. The folder of an earlier hang is renamed and kept.
 
     A process that cannot even run this thread has its stacks written to stderr and is ended by faulthandler.
 
@@ -60,7 +60,7 @@ class Watchdog(pl.Callback):
 
     @property
     def collective_minutes(self) -> float:
-        """What collectives must wait at least, or they would fail before the watchdog finds out why."""
+        """Minutes that collectives must wait at least, so that the watchdog finds the reason before they fail."""
         return self.minutes * PATIENCE + MARGIN
 
     @override
@@ -80,7 +80,7 @@ class Watchdog(pl.Callback):
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    # The last checkpoint and an export come after it, which take what they take.
+    # The last checkpoint and an export follow; they are not timed.
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._end()
@@ -114,7 +114,7 @@ class Watchdog(pl.Callback):
         still = time.monotonic() - self._phases.changed_at
         patient = self._phases.phase in SLOW_PHASES or self._trainer.global_step == self._first_step
         limit = self.minutes * 60
-        # The folder is another rank's alarm; a rank that is at work does not ask the file system for it.
+        # The folder is another rank's alarm; a rank that makes progress does not look for it.
         return still > limit * (PATIENCE if patient else 1) or (still > limit / 2 and self._folder.exists())
 
     def _report(self) -> None:
@@ -127,7 +127,7 @@ class Watchdog(pl.Callback):
             faulthandler.dump_traceback(file, all_threads=True)
         aside.rename(self._folder / f"rank-{rank}.txt")
 
-        # Ranks find out one after the other: as far apart as they look, and as they began to wait.
+        # Ranks detect it at different times: they poll, and they began to wait, at different times.
         deadline = time.monotonic() + 2 * self._interval + min(30.0, self.minutes * 60)
         while len(reports := self._reports()) < trainer.world_size and time.monotonic() < deadline:
             time.sleep(self._interval / 10)
@@ -137,7 +137,7 @@ class Watchdog(pl.Callback):
             log.error("%s\nThe stacks are in %s.", text, self._folder)
             report.write_text(text + "\n")
         deadline = time.monotonic() + 2 * self._interval
-        while not report.exists() and time.monotonic() < deadline:  # ended before, the job would end without it
+        while not report.exists() and time.monotonic() < deadline:  # the job must not end before it is written
             time.sleep(self._interval / 10)
         if self.exit:
             sys.stderr.flush()
@@ -178,10 +178,10 @@ class Watchdog(pl.Callback):
 
 
 def describe(reports: Mapping[int, Report], world_size: int) -> str:
-    """Which ranks stand apart from the others, and where; `reports` by rank.
+    """Says which ranks differ from the others, and where they are; `reports` by rank.
 
-    All ranks go through the same phases, so a rank that counts fewer changes is behind. Where all count the same, the
-    others wait in a collective for the ranks that are in none, or stand at another line than most.
+    All ranks go through the same phases, so a rank with fewer changes is behind. If all count the same, the slow ranks
+    are those in no collective, or at another line than most.
     """
     some = next(iter(reports.values()))
     lines = [

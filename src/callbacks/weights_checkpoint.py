@@ -27,8 +27,8 @@ MAX_SHARD_SIZE = "5GB"  # 274 files for DeepSeek-V3, so that 256 ranks have one 
 class WeightsCheckpoint(pl.Callback):
     """Exports `<default_root_dir>/weights/step=N` in BF16 every `every_n_train_steps`, from the ranks' own partitions.
 
-    A directory of that name is whole. Training waits while it is written. A save that fails, for want of room say, is
-    logged and training goes on; the weights of the last step are the last checkpoint's, and `export.out`'s.
+    A directory with that name is complete. Training waits while it is written. A save that fails, on a full disk for
+    example, is logged and training continues. The last step's weights are in the last checkpoint and `export.out`.
 
     Args:
         every_n_train_steps: optimizer steps between saves of the weights; 0: none.
@@ -67,7 +67,7 @@ class WeightsCheckpoint(pl.Callback):
         # What fails on one rank alone must not leave the others in the export's collectives.
         error: str | None = None
         try:
-            if trainer.is_global_zero and out.exists():  # of a session that was killed later, and resumed before
+            if trainer.is_global_zero and out.exists():  # an earlier session got further before it was killed
                 remove([out])
             run_files = run_record(trainer, self).side_files(trainer)
         except Exception as own:
@@ -79,7 +79,7 @@ class WeightsCheckpoint(pl.Callback):
                 cast(ExportingStrategy, trainer.strategy).export(run_files, out, "bf16", MAX_SHARD_SIZE, measure=False)
             except OtherRankFailed:
                 pass
-            except Exception as own:  # every rank has one of the two, so none is left waiting for the others
+            except Exception as own:  # every rank gets one of the two, so none waits for the others
                 error = str(own)
             errors = _of_all_ranks(trainer, error)
         if not trainer.is_global_zero:
@@ -95,14 +95,14 @@ class WeightsCheckpoint(pl.Callback):
 
 
 def _of_all_ranks(trainer: pl.Trainer, error: str | None) -> list[str]:
-    """The ranks' different errors; to be called by all of them."""
+    """The ranks' distinct errors; collective."""
     errors: list[str | None] = [None] * trainer.world_size
     dist.all_gather_object(errors, error)
     return list(dict.fromkeys(text for text in errors if text is not None))
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What interrupted saves and removals have left."""
+    """Removes what interrupted saves and removals left behind."""
     with suppress(OSError):  # of one rank's alone
         for suffix in (".partial", INCOMPLETE):
             for left in folder.glob(f"step=*{suffix}"):
