@@ -15,7 +15,7 @@ from src.errors import UserError
 from src.launcher import is_first_process
 from src.strategies.early_ranks import start, wait
 
-# Heavy libraries are imported by the command that needs them, so that --help and what is refused answer at once.
+# Each command imports its heavy libraries itself, so that --help and refusals answer at once.
 
 USAGE = """usage: python -m src.cli COMMAND [--help] [arguments]
 
@@ -45,7 +45,7 @@ COMMANDS = {
 
 
 def _show_our_log() -> None:
-    """What the project's own loggers say, from the first process alone."""
+    """Shows the log of the project's own loggers, from the first process only."""
     ours = logging.getLogger("src")
     if not ours.handlers:
         handler = BesideBars()
@@ -55,8 +55,9 @@ def _show_our_log() -> None:
 
 
 def _let_segments_grow() -> None:
-    """PyTorch's blocks of fixed size fill a GPU long before its tensors do, and are then freed and made anew in every
-    step; measured in benchmarks/RESULTS.md, "Four GPUs of one host". What the user has set stays."""
+    """Lets PyTorch's memory segments grow: segments of fixed size fill a GPU long before its tensors do, and are then
+    freed and allocated again in every step (benchmarks/RESULTS.md, "Four GPUs of one host"). The user's setting
+    wins."""
     if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read when CUDA is first used
 
@@ -73,7 +74,7 @@ def _spelled_out(command: str, args: list[str]) -> list[str]:
 
 
 def _command(name: str) -> Callable[..., Any]:
-    with redirect_stdout(sys.stderr):  # DeepSpeed's import writes, and --json and --print_config are for programs
+    with redirect_stdout(sys.stderr):  # DeepSpeed prints on import; --json and --print_config must stay parseable
         command: Callable[..., Any] = resolve_name(name)
     for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric")):
         logger.handlers = [BesideBars() for _ in logger.handlers]

@@ -1,4 +1,4 @@
-"""What the launcher (torchrun, srun or Lightning) tells a process by its environment."""
+"""What the launcher (torchrun, srun or Lightning) puts into a process's environment."""
 
 import os
 import uuid
@@ -11,7 +11,7 @@ def is_first_process() -> bool:
 
 
 def processes() -> tuple[int, int, str]:
-    """Rank, number of processes and what they call this run, from `torchrun` or `srun`; one process otherwise."""
+    """Rank, number of processes and the run's name, from `torchrun` or `srun`; one process otherwise."""
     environment = os.environ
     if "RANK" in environment and "WORLD_SIZE" in environment:
         run = [environment.get(key, "") for key in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]

@@ -1,7 +1,7 @@
-"""Files, folders and links that are whole or absent at whatever moment a process or its machine stops.
+"""Files, folders and links that are complete or absent, whenever a process or its machine stops.
 
-A file's content is safe once the file is synchronised, its name once its folder is; a rename is one step for everybody
-who looks. So a folder is written under a name that says it is incomplete, synchronised inside out, and renamed.
+fsync of a file makes its content durable, fsync of its folder its name; a rename is atomic. So a folder is written
+under a name that marks it incomplete, synced inside out, and renamed.
 """
 
 import errno
@@ -93,7 +93,7 @@ def checksum(file: BinaryIO, read: Callable[[int], object] = lambda nbytes: None
 
 
 def seal(path: Path) -> tuple[int, str]:
-    """Makes a file that is there already safe; returns its size and CRC-32."""
+    """Syncs an existing file to disk; returns its size and CRC-32."""
     with open(path, "rb") as file:
         crc32 = checksum(file)
         os.fsync(file.fileno())
@@ -101,25 +101,25 @@ def seal(path: Path) -> tuple[int, str]:
 
 
 def sync_file(path: Path) -> None:
-    """Makes the content of a file that is there already safe."""
+    """Syncs an existing file's content to disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder safe."""
+    """Syncs the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such promise to make
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
             raise
     finally:
         os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it, their names safe."""
+    """Makes a folder and its parents, with their names synced to disk."""
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in reversed(missing):
@@ -127,7 +127,7 @@ def make_folder(folder: Path) -> None:
 
 
 def publish(aside: Path, final: Path) -> None:
-    """Renames a folder, whose files are safe, to its final name; an error leaves it where it was."""
+    """Renames a folder whose files are synced to its final name; an error leaves it as it was."""
     for folder, _, _ in os.walk(aside, topdown=False):
         sync_folder(Path(folder))
     os.rename(aside, final)
@@ -139,7 +139,7 @@ def publish(aside: Path, final: Path) -> None:
 
 
 def point(link: Path, name: str) -> None:
-    """Makes `link` a symbolic link to `name` beside it, in place of what it was."""
+    """Replaces `link` by a symbolic link to `name` in the same folder."""
     aside = link.with_name(link.name + ".new")
     aside.unlink(missing_ok=True)
     os.symlink(name, aside)
@@ -148,7 +148,7 @@ def point(link: Path, name: str) -> None:
 
 
 def remove(folders: list[Path]) -> None:
-    """Removes folders of one parent, which from the first moment on no longer have the names of whole ones."""
+    """Removes folders of one parent; renames them first, so that a half-removed one does not look complete."""
     doomed = [folder.with_name(folder.name + INCOMPLETE) for folder in folders]
     for folder, aside in zip(folders, doomed, strict=True):
         os.rename(folder, aside)
@@ -166,5 +166,5 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _remove_tree(incomplete: Path) -> None:
-    with suppress(OSError):  # somebody reads it, say: it stands in nobody's way, and is tried again at the next save
+    with suppress(OSError):  # somebody may be reading it; the next save tries again
         shutil.rmtree(incomplete)

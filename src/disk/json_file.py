@@ -1,4 +1,4 @@
-"""JSON files that users hand in."""
+"""JSON files that come from users."""
 
 import json
 from pathlib import Path

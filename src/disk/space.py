@@ -1,4 +1,4 @@
-"""Free space, asked before anything is written, in every rank's own view; and a disk that is full."""
+"""Free space, checked on every rank before anything is written; errors of a full disk."""
 
 import errno
 import os
@@ -16,10 +16,10 @@ from src.errors import UserError
 
 @dataclass(frozen=True)
 class Room:
-    """What a process sees free where a folder is, or is to be."""
+    """The free space that a process sees at a folder, which need not exist yet."""
 
     host: str
-    folder: str  # the nearest one that is there
+    folder: str  # the nearest existing one
     free: int  # bytes that this user may write
 
     @classmethod
@@ -40,11 +40,11 @@ def try_to_write(folder: Path) -> None:
 
 
 def check_room(path: Path, needed: int, what: str) -> None:
-    """Refuses to begin what cannot be ended.
+    """Raises if there is not enough free space.
 
     Args:
         needed: bytes that all processes together are about to write below `path`.
-        what: is to be written, for the error.
+        what: names what will be written, for the error.
 
     Raises:
         ValueError: there is less room; with both numbers and what to do.
@@ -71,7 +71,7 @@ def named_if_full(path: Path, option: str = "") -> Iterator[None]:
         yield
     except Exception as error:
         reason, cause = "", cast(BaseException | None, error)
-        while cause is not None and not reason:  # of another process there is but the text of its error
+        while cause is not None and not reason:  # another process's error arrives as text only
             reason = next((text for number, text in _FULL.items() if f"[Errno {number}]" in str(cause)), "")
             cause = cause.__cause__ or cause.__context__
         if not reason:
