@@ -1,1 +1,1 @@
-"""One module a command; imported by the cli alone."""
+"""One module per command; only src/cli.py imports them."""

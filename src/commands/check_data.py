@@ -1,4 +1,4 @@
-"""`check-data`: all that is wrong with the data of a config, and what it comes to."""
+"""`check-data`: everything wrong with a config's data, and its statistics."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ class CheckDataCLI(ConfigCommand):
             check_output("--html", settings.html)
             data = SFTDataModule(**settings.data.as_dict())
             data.tokenizer = load_tokenizer(settings.data.tokenizer or settings.model.pretrained)
-        except UserError as error:  # nothing can be read without them
+        except UserError as error:  # without these nothing can be read
             raise SystemExit(f"check-data: {error}") from None
         problems: list[str] = []
         pretrained, replicas = settings.model.pretrained, None

@@ -16,7 +16,7 @@ from src.weights.hf_reader import stored_dtypes
 
 
 def parallel_dims(trainer: Namespace) -> ParallelDims | None:
-    """None where the number of devices is known on the cluster alone (auto, -1).
+    """The sizes of DP and SP; None if only the cluster knows the number of devices (auto, -1).
 
     Raises:
         ValueError: sizes do not divide.
@@ -51,7 +51,7 @@ def check_data_fits_model(data: SFTDataModule, config: Any, pretrained: str) -> 
 
 
 def find_checkpoint(path: str, root: str) -> Path:
-    # A run killed right after a checkpoint appeared has left the link at the one before.
+    # A run killed right after writing a checkpoint leaves the link at the previous one.
     checkpoint = (newest_checkpoint(root) or checkpoint_folder(root) / LAST) if path == "last" else Path(path)
     if not checkpoint.is_dir():
         raise UserError(
@@ -72,7 +72,7 @@ def check_weights(directory: str) -> None:
 
 
 def rounded_to_bf16(directory: str) -> str | None:
-    """Which dtype of a directory's weights loses by bf16: FP8, whose scales are fp32, or FP32; None where none does."""
+    """The dtype of a directory's weights if bf16 rounds them: FP8 (fp32 scales) or FP32; else None."""
     matrices = {dtype for name, dtype in stored_dtypes(directory).items() if name.endswith("proj.weight")}
     if torch.float8_e4m3fn in matrices:
         return "FP8"

@@ -28,7 +28,7 @@ class ConfigCommand(TrainingCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """`fit`'s checks, of weights and of checkpoints, are not for a machine that only reads its config."""
+        """Skips `fit`'s checks of weights and checkpoints, which may be on the cluster only."""
 
     @override
     def instantiate_classes(self) -> None:

@@ -1,7 +1,7 @@
-"""Config files that name others: `config: base.yaml` reads base.yaml first, and the file itself over it.
+"""Config files that name others: `config: base.yaml` reads base.yaml first, then the file itself over it.
 
-Settings merge key by key, however deep they stand and whether they are written nested or dotted; lists replace lists,
-`key+` appends to one, and another `class_path` replaces the class with all its arguments.
+Settings merge key by key at any depth, nested or dotted; a list replaces a list, `key+` appends to one, and another
+`class_path` replaces the class and all its arguments.
 """
 
 import re
@@ -20,11 +20,11 @@ Tree = dict[str, Any]
 
 
 class ConfigFile(ActionConfigFile):
-    """The action of `--config FILE`, which may be given more than once: a later file goes over an earlier one."""
+    """The action of `--config FILE`; of several files a later one overrides an earlier one."""
 
     @staticmethod
     def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
-        inline = "://" in value or re.search(r":\s", value)  # of another place, or the settings themselves
+        inline = "://" in value or re.search(r":\s", value)  # a URL, or the settings themselves
         if not inline:
             settings = read_config(value, _classes(cfg), getattr(parser, "read", None))
             _forget_other_classes(cfg, settings)
@@ -40,7 +40,7 @@ def read_config(
     read: list[tuple[str, Tree]] | None = None,
     readers: tuple[Path, ...] = (),
 ) -> Tree:
-    """Puts the settings of the files that a file's `config` names, and its own over them, into `into`; returns it.
+    """Merges the files that a file's `config` names, then its own settings, into `into`; returns it.
 
     Args:
         path: a YAML file; its `config` is a path, or a list of them, relative to its own folder.
@@ -80,7 +80,7 @@ def read_config(
 
 
 def nested(settings: Mapping[Any, Any]) -> Tree:
-    """Dotted keys as mappings in mappings; of what is written twice, the later."""
+    """Turns dotted keys into nested mappings; the later of two equal keys counts."""
     tree: Tree = {}
     for key, value in settings.items():
         first, _, rest = str(key).partition(".")
@@ -90,7 +90,7 @@ def nested(settings: Mapping[Any, Any]) -> Tree:
 
 
 def merge(into: Tree, over: Tree) -> Tree:
-    """Puts `over` into `into`, which it returns; both as `nested` gives them."""
+    """Merges `over` into `into` and returns it; both are nested."""
     for key, value in over.items():
         there = into.get(key)
         if isinstance(there, str) and isinstance(value, dict) and "class_path" not in value and "init_args" in value:
@@ -111,7 +111,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _another_class(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """A class may be named by its module's path, by its package's or alone."""
+    """Whether two settings name different classes; their modules and packages do not count."""
     names = [str(spec.get("class_path", "")).rpartition(".")[2] for spec in (before, after)]
     return all(names) and names[0] != names[1]
 
@@ -124,7 +124,7 @@ def _classes(cfg: Namespace) -> Tree:
 
 
 def _forget_other_classes(cfg: Namespace, settings: Tree, prefix: str = "") -> None:
-    """jsonargparse would hand the arguments that both classes have from one to the other."""
+    """Drops a replaced class's arguments; jsonargparse would pass those that both classes have to the new one."""
     for key, value in settings.items():
         before = cfg.get(prefix + key)
         if isinstance(before, Namespace) and isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""A command line read without the libraries that run it: what cannot be is refused in well under a second.
+"""Reads a command line without the heavy libraries, to refuse mistakes in well under a second.
 
-What it takes, the command's own parser reads again, classes and all; both go by one list of options.
+The command's own parser reads it again, classes included; both use one list of options.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,11 @@ HELP = ("-h", "--help")
 
 
 class _Unsure(Exception):
-    """What the command's own parser has to say."""
+    """Only the command's own parser can tell."""
 
 
 class EarlyParser(OneLineParser):
-    """`OneLineParser` over the list of options; sets `whole` to false where it left something out."""
+    """`OneLineParser` over the list of options; sets `whole` to false if it left something out."""
 
     choices = CHOICES
 
@@ -40,7 +40,7 @@ class EarlyParser(OneLineParser):
             add(self, option, option in OWN.get(command, ()))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # A class's own parser names what it takes; a group's, what stands in the group's place.
+        # Errors inside a class, or of a whole group, need the parser of that class or group.
         if self.reading and ("trainer.strategy" in message or "Unable to load config" in message):
             raise _Unsure from None
         super().error(message, ex)
@@ -50,7 +50,7 @@ class EarlyParser(OneLineParser):
         return known + [f"{name}.help" for name, option in self.options.items() if option.classes]
 
     def take_out(self, settings: dict[str, Any]) -> None:
-        """Takes classes other than the strategy out of a config file's settings, in place."""
+        """Removes classes other than the strategy from a config file's settings, in place."""
         if any(not isinstance(settings.get(group, {}), dict) for group in self.parents):
             raise _Unsure
         trainer = settings.get("trainer", {})
@@ -96,7 +96,7 @@ class EarlyParser(OneLineParser):
 
 
 def _is_plain(option: Option, value: str) -> bool:
-    """Whether it names no class; an argument, or as YAML writes it."""
+    """Whether a value, from an argument or YAML, names no class."""
     word = value.removesuffix("\n...")
     return word in ("true", "false", "null") or (str in (option.type, *get_args(option.type)) and word.islower())
 
@@ -106,7 +106,7 @@ def _ours(strategy: dict[str, Any]) -> bool:
 
 
 def read(command: str, args: Sequence[str]) -> tuple[EarlyParser, Namespace | None]:
-    """A command's arguments: None where they name what only its own parser reads.
+    """Reads a command's arguments; the config is None if some need the command's own parser.
 
     Raises:
         SystemExit: --help is answered, or an option is refused in one line.

@@ -1,4 +1,4 @@
-"""`COMMAND --help [WORD]`: what most need on one screen, all options or those about WORD where they are asked for."""
+"""`COMMAND --help [WORD]`: the most used options on one screen; on request all, or those about WORD."""
 
 import re
 import textwrap
@@ -19,7 +19,7 @@ WHAT = {
     "export": "Writes a checkpoint as a Hugging Face directory.",
     "verify": "Compares a Hugging Face directory with transformers, or with the published layout.",
 }
-# The most used first.
+# Most used first.
 ESSENTIAL = (
     *("model.pretrained", "model.learning_rate", "data.train_files", "data.val_files", "data.max_length"),
     *("trainer.default_root_dir", "trainer.max_epochs", "trainer.max_steps", "trainer.accumulate_grad_batches"),
@@ -31,7 +31,7 @@ WIDTH = 100
 
 
 def help_text(command: str, word: str | None = None) -> str:
-    """`word` is "all", or a part of the names that are wanted; without it the most used are listed."""
+    """The text of --help. `word`: "all", or part of an option's name; None lists the most used."""
     options = list(options_of(command))
     mine = [option for option in options if option.name in {own.name for own in OWN.get(command, ())}]
     of_config = command not in ("export", "verify")
@@ -90,7 +90,7 @@ def default_text(value: Any) -> str:
 
 
 def type_text(annotation: Any) -> str:
-    """An annotation in a config's words."""
+    """A type annotation as a config writes it."""
     origin, args = get_origin(annotation), get_args(annotation)
     words = {int: "integer", float: "number", bool: "true or false", str: "text", NoneType: "null", Any: "any"}
     if annotation in words:

@@ -1,4 +1,4 @@
-"""What the classes among the settings raise while they are made, as they raise it."""
+"""Errors that classes raise in their constructors, passed through jsonargparse unchanged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from src.errors import UserError
 
 
 class _Raised(BaseException):
-    """Past jsonargparse, which takes any Exception for a reason to try another type, and quotes it among a page."""
+    """Carries an error past jsonargparse, which takes any Exception for a reason to try another type."""
 
 
 def _make(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -23,7 +23,7 @@ def _make(cls: type, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def errors_as_raised(parser: ArgumentParser) -> Iterator[None]:
-    """While `parser` makes classes: their own errors, and Lightning's word on what is set as the user's error."""
+    """Around `parser` making classes: raises their own errors, and Lightning's about settings as the user's."""
     parser.add_instantiator(_make, object)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Whether a run trains the multi-token prediction; torch is imported where there are files to read."""
+"""Whether a run trains the MTP block; torch is imported only if there are files to read."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ def has_weights(directory: str) -> bool:
 
 
 def mtp_loss_weight(model: Namespace, checkpoint: Path | None = None) -> float:
-    """model.mtp_loss_weight, decided where it is null: by the checkpoint that a run goes on from, else by the base.
+    """model.mtp_loss_weight; null is decided by the checkpoint that a run continues, else by the base.
 
-    A base whose config.json names the block may lack its weights: transformers' save_pretrained writes such.
+    A base's config.json may name the block although its weights lack it, as transformers' save_pretrained writes it.
 
     Raises:
         ValueError: it is positive and there is no block to train; there is no config.json to read.

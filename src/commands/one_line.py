@@ -1,4 +1,4 @@
-"""A parser that refuses in one line: where the value stands, what it is, what it must be, or which option was meant."""
+"""A parser whose errors are one line: where the value is, what it must be, or which option was meant."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,12 +29,12 @@ OURS = re.compile(r"(\S+) is not an option")
 class OneLineParser(ArgumentParser):
     """Exits with 2 and a single line, which 40 lines of usage would hide."""
 
-    choices: ClassVar[Mapping[str, Sequence[Any]]] = {}  # of options whose types allow more than the command does
-    outer: ClassVar[Self | None] = None  # of the command line: those of classes know neither arguments nor files
+    choices: ClassVar[Mapping[str, Sequence[Any]]] = {}  # for options whose types allow more than the command does
+    outer: ClassVar[Self | None] = None  # the command line's, since classes' know neither arguments nor files
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.read: list[tuple[str, dict[str, Any]]] = []  # config files and their own settings, in the order of reading
+        self.read: list[tuple[str, dict[str, Any]]] = []  # config files and their own settings, in reading order
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         if any(isinstance(action, ActionConfigFile) for action in self._actions):
@@ -48,14 +48,14 @@ class OneLineParser(ArgumentParser):
             match = UNKNOWN.search(str(error)) or UNKNOWN_TOO.search(str(error))
             if match is None:
                 raise
-            # Of a class among the settings only its own parser knows the names.
+            # Only a class's own parser knows its names.
             raise type(error)(self._unknown(".".join(filter(None, match.groups())))) from None
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         self.exit(2, f"error: {self._plain(message)}\n")
 
     def names(self) -> list[str]:
-        """What a typo may have meant."""
+        """The option that a typo may have meant."""
         return [action.dest for action in self._actions if action.dest != "help"]
 
     def _unknown(self, key: str, dashes: str = "") -> str:
@@ -118,7 +118,7 @@ class OneLineParser(ArgumentParser):
 
 
 def _wanted(line: str) -> str:
-    """One line of jsonargparse's about a type, in a user's words; nothing where it is about something else."""
+    """Rewords jsonargparse's message about a type for users; empty if it is about something else."""
     if match := re.search(r"Expected a <class '([\w.]+)'>", line):
         return TYPES.get(match[1], f"a {match[1].rpartition('.')[2]} by its class_path")
     if match := re.search(r"Expected a typing\.Literal\[(.*?)\]", line):
@@ -144,5 +144,5 @@ def _names(settings: Any, prefix: str = "") -> Iterator[str]:
 
 
 def shown(path: Path) -> str:
-    """As the user may have written it: relative to the working directory where it lies below."""
+    """A path as the user may have written it: relative if it is below the working directory."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,4 +1,4 @@
-"""A directory opened as its user opens it: by transformers' Auto classes, without code that lies in it."""
+"""Opens a directory as its users do: by transformers' Auto classes, without running code from it."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ TEXT = "It's 9.11, not 9.2!\n\n\tfor i in range(10):  # 你好，世界 2026年 
 
 
 def opening(directory: str) -> tuple[list[str], list[str]]:
-    """What keeps transformers from opening a directory as `fit` reads it, and what its user should know.
+    """Why transformers cannot open a directory as `fit` reads it, and what its user should know.
 
-    Model and tokenizer of another class than transformers' own are not opened, as their code would be run: Kimi-K2 and
-    Moonlight as they are published. `fit` reads them, and an export of them opens.
+    Models and tokenizers with their own class, such as Kimi-K2 and Moonlight as published, are not opened, since that
+    would run their code. `fit` reads them, and an export of them opens.
 
     Args:
         directory: one whose config.json `load_config` has accepted.

@@ -1,11 +1,11 @@
-"""The options of every command, known without the libraries that run them."""
+"""The options of every command, without the heavy libraries."""
 
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 STRATEGY = "trainer.strategy.init_args."
 STRATEGY_CLASS = "src.strategies.DeepSpeedSPStrategy"
-STRATEGY_NAMES = (STRATEGY_CLASS, STRATEGY_CLASS.rpartition(".")[2])  # a class named as text, as Lightning's may be
+STRATEGY_NAMES = (STRATEGY_CLASS, STRATEGY_CLASS.rpartition(".")[2])  # as text, as Lightning allows for its own
 
 
 OF_FUNCTIONS = ("export", "verify")  # commands whose options are a function's
@@ -22,7 +22,7 @@ class Option(NamedTuple):
     classes: bool = False  # takes objects too, by their class_path
 
 
-# Of one command each, beside what `fit` takes.
+# Options of single commands, in addition to `fit`'s.
 OWN: dict[str, tuple[Option, ...]] = {
     "plan": (
         Option("json", bool, False, "as JSON instead of tables"),
@@ -73,7 +73,7 @@ def add_own(parser: Any, command: str) -> None:
 
 
 def add(parser: Any, option: Option, own: bool = False) -> None:
-    """Adds one; of a command's own, those that are true or false are switches."""
+    """Adds an option; a boolean one of a command's own is a switch."""
     if own and option.type is bool:
         parser.add_argument(f"--{option.name}", action="store_true", help=option.meaning)
     else:
@@ -82,7 +82,7 @@ def add(parser: Any, option: Option, own: bool = False) -> None:
 
 
 def options_of(command: str) -> Iterator[Option]:
-    """All of a command's, in the order of its parser."""
+    """All options of a command, in its parser's order."""
     from src.commands.option_list import EXPORT, FIT, VALIDATE, VERIFY
 
     of_functions = {"export": EXPORT, "verify": VERIFY}

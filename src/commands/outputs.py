@@ -1,4 +1,4 @@
-"""Files that a command is asked to write at its end, looked at before it begins."""
+"""Checks, before a command starts, that its output file can be written."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", "
 
 
 def check_output(option: str, path: str | None, suffixes: tuple[str, ...] = ()) -> None:
-    """Raises ValueError where the file cannot be written: its folder, or its suffix. None is no file."""
+    """Raises ValueError if the file's folder or suffix does not allow writing it. None: no file."""
     if path is None:
         return
     folder = Path(path).absolute().parent

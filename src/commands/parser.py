@@ -11,11 +11,11 @@ from src.commands.options import STRATEGY_NAMES
 from src.commands.ranges import CHOICES
 
 PRINT_CONFIG = "--print_config"
-SHARED = ("seed_everything", "ckpt_path", "weights_only")  # by all commands, and in no group
+SHARED = ("seed_everything", "ckpt_path", "weights_only")  # of all commands, in no group
 
 
 def _without_own_strategy(args: Sequence[str]) -> list[str]:
-    """The arguments but `--trainer.strategy` with our own class as text, which is the default anyway."""
+    """The arguments without `--trainer.strategy` naming our class as text, which is the default anyway."""
     kept, at = list[str](), 0
     while at < len(args):
         name, equals, value = args[at].partition("=")
@@ -28,7 +28,7 @@ def _without_own_strategy(args: Sequence[str]) -> list[str]:
 
 
 class Parser(OneLineParser, LightningArgumentParser):
-    """Lightning's, whose `--print_config` prints what every command reads back."""
+    """Lightning's parser, with a `--print_config` that every command reads back."""
 
     choices = CHOICES
 

@@ -1,6 +1,6 @@
-"""A parsed config as the planner sees it: its settings, its data and its plan.
+"""A parsed config as the planner sees it: settings, data and plan.
 
-The tokenizer's libraries are imported where there is data to count; torch and Lightning are not.
+Without torch and Lightning; the tokenizer's libraries are imported only if there is data to count.
 """
 
 import os
@@ -28,7 +28,7 @@ BYTES_A_TOKEN = 4.2  # of JSON with English text: gsm8k's files have 4.1
 
 
 def plan_of(config: Namespace) -> Plan:
-    """The plan of parsed arguments. Raises ValueError where they contradict each other or a file is not there."""
+    """The plan of parsed arguments. Raises ValueError if they contradict each other or a file is missing."""
     cluster = read_cluster(config.cluster) if config.cluster else Cluster()
     settings = settings_of(config, cluster)
     data, document = data_of(config, settings)
@@ -73,7 +73,7 @@ def settings_of(config: Namespace, cluster: Cluster) -> Settings:
 
 
 def host_memory(config: Namespace, available: int) -> tuple[str, bool]:
-    """What a run takes of a node's memory and when, in one line; whether `available` bytes are too few.
+    """One line on a node's memory during a run, and whether `available` bytes are too few.
 
     Raises:
         ValueError: as `settings_of`.
@@ -92,7 +92,7 @@ def _devices(devices: Any, cluster: Cluster) -> int:
 
 
 def _uncounted(config: Namespace) -> tuple[str, ...]:
-    """What the run does besides, whose time no plan counts."""
+    """What the run does in addition and the plan's time does not count."""
     does = {
         "validation": bool(config.data.val_files or config.data.val_sets),
         "samples": bool(config.samples.every_n_steps),
@@ -103,7 +103,7 @@ def _uncounted(config: Namespace) -> tuple[str, ...]:
 
 
 def data_of(config: Namespace, settings: Settings) -> tuple[Data, float]:
-    """The rows and tokens of an epoch, and a document's length as a token sees it on average."""
+    """Rows and tokens of an epoch, and the mean document length over tokens."""
     steps = config.trainer.max_steps if config.trainer.max_steps > 0 else None
     epochs: int | None = config.trainer.max_epochs
     no_end = ""
@@ -112,7 +112,7 @@ def data_of(config: Namespace, settings: Settings) -> tuple[Data, float]:
         no_end = "" if steps else "; no trainer.max_epochs, one epoch is counted"
     rows, tokens, source, document = _counted(config, settings)
     limit = config.trainer.limit_train_batches
-    if limit is not None:  # of an epoch: so many micro-steps, or so large a part
+    if limit is not None:  # an epoch's micro-steps, or a fraction of them
         whole, batch = rows, settings.dp * settings.batch_size
         rows = min(rows, max(1, int(rows * limit) if isinstance(limit, float) else limit * batch))
         tokens = tokens * rows // whole
@@ -121,7 +121,7 @@ def data_of(config: Namespace, settings: Settings) -> tuple[Data, float]:
 
 
 def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, float]:
-    """Rows and tokens of an epoch, where the numbers are from, and a document's length."""
+    """Rows and tokens of an epoch, the source of these numbers, and a document's length."""
     length = settings.max_length
     files = _present(config.data.train_files)
     if files is None:

@@ -1,4 +1,4 @@
-"""`preflight`: is every node fit for a run of this config; what the cluster measures."""
+"""`preflight`: checks every node for a run of this config, and measures the cluster."""
 
 import os
 import time
@@ -31,12 +31,12 @@ from src.preflight.verdict import Report, cluster, lines, problems
 from src.strategies.operators import prepare_builds
 from src.units import GIB, counted
 
-_WRITTEN = {"cuda": 1 << 30, "cpu": 16 << 20}  # bytes a rank, to measure the disk
+_WRITTEN = {"cuda": 1 << 30, "cpu": 16 << 20}  # bytes per rank, to measure the disk
 
 
 class PreflightCLI(ConfigCommand):
-    """Run by every rank of a job, one task a GPU, as `fit` is; alone it looks at this machine. Exits with 1 on every
-    rank where any node fails."""
+    """Runs on every rank of a job, one task per GPU, as `fit` does; alone it checks this machine. Exits with 1 on
+    every rank if any node fails."""
 
     name = "preflight"
 
@@ -56,7 +56,7 @@ class PreflightCLI(ConfigCommand):
             except UserError as error:
                 if ranks.world_size == 1:
                     self.parser.error(str(error))
-                report.problems.append(str(error))  # the others are not left waiting
+                report.problems.append(str(error))  # the other ranks must not wait
                 write = None
         if ranks.leads_node:
             _look(report, settings, cuda)
@@ -67,7 +67,7 @@ class PreflightCLI(ConfigCommand):
             raise SystemExit(1) from None
         try:
             _look_together(report, ranks, settings, cuda)
-        except Exception as error:  # the others learn of it by their lost connection
+        except Exception as error:  # the others notice the lost connection
             print(f"{ranks.node}: rank {ranks.rank}: {error!r}", flush=True)
             raise SystemExit(1) from error
         reports: list[Any] = [None] * ranks.world_size
@@ -88,7 +88,7 @@ class PreflightCLI(ConfigCommand):
 
 
 def _try(report: Report, what: str, function: Callable[[], Any], default: Any = None) -> Any:
-    """A check that fails, in whatever way, is a problem of this node and does not leave the other ranks waiting."""
+    """Turns any exception of a check into a problem of this node, so that the other ranks do not wait."""
     try:
         return function()
     except Exception as error:
@@ -98,7 +98,7 @@ def _try(report: Report, what: str, function: Callable[[], Any], default: Any = 
 
 
 def _look(report: Report, settings: Namespace, cuda: bool) -> None:
-    """Once a node, before CUDA is used."""
+    """Once per node, before CUDA is used."""
     trainer, data, model = settings.trainer, settings.data, settings.model
     root = trainer.default_root_dir or "."
     resumes = settings.ckpt_path not in (None, "auto") or (settings.ckpt_path == "auto" and newest_checkpoint(root))
@@ -158,15 +158,15 @@ def _experts_across_nodes(trainer: Namespace) -> str:
 
 
 def _planned(settings: Namespace) -> Settings | None:
-    """The config as `plan` sees it; None where it has no account of it."""
+    """The config as `plan` sees it; None if it cannot plan it."""
     try:
         return settings_of(settings, Cluster())
-    except Exception:  # `plan` says why; here it must not leave the other ranks waiting
+    except Exception:  # `plan` says why; here the other ranks must not wait
         return None
 
 
 def _needs(settings: Namespace) -> tuple[float | None, float | None]:
-    """GiB of a node's host memory and bytes on the disk by plan's account."""
+    """Planned GiB of a node's host memory, and bytes on disk."""
     if (planned := _planned(settings)) is None:
         return None, None
     return total(account.host(planned)) / GIB, total(account.disk(planned))
@@ -184,7 +184,7 @@ def _check_room(report: Report, root: str, needed: float) -> None:
 
 
 def _look_together(report: Report, ranks: Ranks, settings: Namespace, cuda: bool) -> None:
-    """What needs the other ranks; each takes the same steps, whatever it finds."""
+    """The checks that need other ranks; every rank takes the same steps, whatever it finds."""
     device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
     root = settings.trainer.default_root_dir or "."
     _check_shared(report, ranks, root)
@@ -202,7 +202,7 @@ def _look_together(report: Report, ranks: Ranks, settings: Namespace, cuda: bool
         report.rates["matmul_tflops"], report.same["arithmetic"] = product[0], {"product": product[1]}
     elif cuda:
         works = False
-    # From here on ranks wait for one another: not for one that has no GPU.
+    # From here on ranks wait for one another, so none may lack a GPU.
     if _all_agree(works and device.type):
         if cuda:
             report.rates["pcie_in_gb_s"], report.rates["pcie_out_gb_s"] = measure.copies(device, dist.barrier)
@@ -232,14 +232,14 @@ def _measure_host_optimizer(report: Report, settings: Namespace, device: torch.d
 
 
 def _all_agree(here: str | bool) -> bool:
-    """Whether every rank says the same, and none says False; the same answer on all."""
+    """Whether all ranks give the same answer, and none False; collective."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, here)
     return values[0] is not False and all(value == values[0] for value in values)
 
 
 def _check_shared(report: Report, ranks: Ranks, root: str) -> None:
-    """Checkpoints are one folder of all nodes."""
+    """Checks that all nodes see one folder for checkpoints."""
     token: list[Any] = [None]
     if ranks.rank == 0 and os.access(root, os.W_OK):
         token = [f".preflight-of-all-{os.getpid()}-{time.time_ns()}"]

@@ -1,4 +1,4 @@
-"""What libraries say to everybody and nobody can act on, silenced where it is said; errors and other warnings stay."""
+"""Silences, at its source, library output that no user can act on; errors and other warnings stay."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 SOURCE = Path(__file__).parents[1]
-# By the logger that says it: a filter of a logger sees no other logger's records.
+# By logger: a logger's filter sees no other logger's records.
 LOGGED = {
     "DeepSpeed": r"Setting accelerator to CPU\."  # whether a GPU was asked for is checked by the strategy
     r"|\*+ You are using ZeRO with an untested optimizer",  # tests compare ours with plain AdamW
@@ -37,10 +37,10 @@ WARNED = (
 
 
 class BesideBars(logging.StreamHandler[TextIO]):
-    """On lines of their own, above a bar that is on the screen."""
+    """Writes records on their own lines above a bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr  # as it is now: a bar, or a test, may have put another in its place
+        self.stream = sys.stderr  # the current one, which a bar or a test may have replaced
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
 
@@ -55,7 +55,7 @@ class _Without(logging.Filter):
 
 
 def silence() -> None:
-    """Before the libraries are imported, or after; the bars of `datasets` before."""
+    """Call it before the libraries are imported; after works too, except for the bars of `datasets`."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for name, pattern in LOGGED.items():
         logging.getLogger(name).addFilter(_Without(pattern))

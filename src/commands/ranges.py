@@ -1,7 +1,6 @@
-"""Which values a run's options may have: one table, by which every command that takes them refuses the same.
+"""The values that a run's options may have: one table for all commands.
 
-Types are jsonargparse's to check; what an option means together with others, or with the model and the data, is
-checked where those are known.
+jsonargparse checks types; combinations of options, with the model or the data, are checked where those are known.
 """
 
 import re
@@ -18,16 +17,16 @@ from src.errors import UserError
 from src.strategies.zero_limits import check_stage
 from src.weights.file_size import parse_size
 
-LARGEST = 2**53  # beyond it a number is a slip, and no whole number is exact in a float
+LARGEST = 2**53  # above it a number is a slip, and a float no longer holds every integer
 
 
 class Range(NamedTuple):
-    """An interval as mathematics writes it, with what its values are."""
+    """An interval in mathematical notation, and what its values mean."""
 
     within: str
     what: str
-    also: tuple[float, ...] = ()  # outside of it, with a meaning of their own
-    part: str = ""  # the interval of a value with a fraction, where whole numbers are counts
+    also: tuple[float, ...] = ()  # values outside it with a special meaning
+    part: str = ""  # the interval for fractions, if whole numbers are counts
 
     def holds(self, value: float) -> bool:
         within = self.part if self.part and isinstance(value, float) else self.within
@@ -134,10 +133,10 @@ DURATIONS = ("trainer.max_time", "trainer.val_check_interval", "stop.time_limit"
 
 
 def check_ranges(config: Namespace) -> None:
-    """Looks at every value of a command's arguments, parsed.
+    """Checks every value of a command's parsed arguments.
 
     Raises:
-        UserError: of the first that makes no sense: its name, the value, what it must be.
+        UserError: for the first bad value: its name, the value, what it must be.
     """
     for key, values in _given(config, RANGES):
         for value in values:

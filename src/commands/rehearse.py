@@ -1,4 +1,4 @@
-"""`rehearse`: one rank of the whole job on one GPU, its memory and its work measured beside the plan's."""
+"""`rehearse`: runs one rank of the job on one GPU and compares its memory and time with the plan."""
 
 import os
 import re
@@ -28,8 +28,8 @@ from src.units import GIB
 
 
 class RehearseCLI(ConfigCommand):
-    """The job's own step on rank 0 of its world: this rank's partition of the model, its rows, its buffers on the host
-    and the GPU. What other ranks would send is made here, so nothing of it says what the network does."""
+    """Runs the job's own step as rank 0 of its world: its partition, its rows, its buffers on host and GPU. What other
+    ranks would send is made locally, so it says nothing about the network."""
 
     name = "rehearse"
 
@@ -97,7 +97,7 @@ def rows_of(config: Namespace, settings: Settings) -> list[list[int]]:
     if config.rows == "data":
         return row_lengths(config)
     document = min(int(settings.document), longest)
-    # The longest first, and the shortest next to it: what is kept by size shows in the second micro-step.
+    # The longest first, the shortest next: buffers that are kept by size show in the second micro-step.
     eighths = (8, 1, 7, 2, 6, 3, 5, 4) if config.rows == "spread" else (8,)
     totals = [max(1, longest * n // 8) for n in eighths]
     return [[document] * (n // document) + [n % document] * (n % document > 0) for n in totals]

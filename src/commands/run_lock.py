@@ -1,4 +1,4 @@
-"""No other run writes where this one does; known before anything is loaded."""
+"""Keeps a second run out of a run's folder, before anything is loaded."""
 
 import errno
 import fcntl
@@ -14,11 +14,11 @@ from src.errors import UserError
 log = logging.getLogger(__name__)
 
 LOCK = "fit.lock"
-_held: list[TextIO] = []  # open as long as the process lives: closing one gives its lock up
+_held: list[TextIO] = []  # open as long as the process lives, since closing one releases its lock
 
 
 def lock_run(root: str | Path) -> None:
-    """Holds `root` for this process: the kernel gives it up when the process ends, however it does.
+    """Locks `root` for this process; the kernel releases the lock when the process ends, however it does.
 
     Raises:
         ValueError: another process holds it.

@@ -58,7 +58,7 @@ from src.launcher import is_first_process
 from src.models.sft_module import SFTModule
 from src.preflight.node import usable_memory
 
-# What every run needs, and Lightning decides otherwise: 1,000 epochs, no clipping, a loss logged every 50 steps.
+# Every run needs these; Lightning's defaults are 1,000 epochs, no clipping, a loss logged every 50 steps.
 TRAINER_DEFAULTS: dict[str, Any] = {
     "accelerator": "cuda",
     "precision": "bf16-true",
@@ -67,7 +67,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 1,
     "num_sanity_val_steps": 0,
-    "enable_model_summary": False,  # of one module; config.json and `plan` tell more
+    "enable_model_summary": False,  # has one line; config.json and `plan` say more
 }
 
 
@@ -83,7 +83,7 @@ class TrainingCLI(LightningCLI):
         super().__init__(
             SFTModule,
             SFTDataModule,
-            save_config_callback=None,  # each checkpoint carries the config; this one refuses a second run
+            save_config_callback=None,  # each checkpoint has the config; Lightning's callback refuses a second run
             parser_class=Parser,
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
@@ -137,7 +137,7 @@ class TrainingCLI(LightningCLI):
         if settings.trainer.fast_dev_run and settings.trainer.accumulate_grad_batches > 1:
             rank_zero_info("fast_dev_run: each of its batches is an optimizer step, trainer.accumulate_grad_batches 1")
             settings.trainer.accumulate_grad_batches = 1
-        if settings.data.tokenizer is None:  # not a link, which could not be set by hand
+        if settings.data.tokenizer is None:  # a link of jsonargparse could not be set by hand
             settings.data.tokenizer = settings.model.pretrained
         root = settings.trainer.default_root_dir or "."
         if self.subcommand == "fit" and is_first_process():
@@ -194,7 +194,7 @@ class TrainingCLI(LightningCLI):
         if settings.trainer.enable_progress_bar is not False and not own_bar:
             self.trainer_defaults["callbacks"].append(Progress())
         if settings.trainer.logger in (None, True):
-            # One folder for all of a run's sessions: no version_N.
+            # One folder for all sessions of a run, without version_N.
             kwargs["logger"] = RunLogger(
                 settings.trainer.default_root_dir or ".", name="tensorboard", version="", default_hp_metric=False
             )
@@ -209,14 +209,14 @@ class TrainingCLI(LightningCLI):
         if hasattr(strategy, "wait_at_least"):
             strategy.wait_at_least(self._get(self.config_init, "watchdog").collective_minutes)
             strategy.accept_unlisted = settings.accept_unlisted
-        # After the last checkpoint, which an export that fails must not cost.
-        # And a run stops when all others have seen the step before.
+        # Export after the last checkpoint, so that a failing export does not cost it; stop after all other callbacks
+        # have seen the step.
         trainer.callbacks.sort(key=lambda callback: isinstance(callback, (ExportAtEnd, Stop)))  # type: ignore[attr-defined]
         return trainer
 
     @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        # Set on the trainer, so that the module knows while it builds the model; as an argument it would not.
+        # Set on the trainer, where the module finds it while it builds the model.
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         self.trainer.ckpt_path = kwargs.pop("ckpt_path")
         return kwargs
@@ -229,7 +229,7 @@ class TrainingCLI(LightningCLI):
 
 
 def say_host_memory(settings: Namespace) -> None:
-    """What will be allocated on the host and when, before any of it is; a warning where it is more than is there."""
+    """Says before allocating what host memory the run will take and when; warns if that is more than available."""
     with suppress(ValueError):  # of a strategy that the planner does not know
         said, too_much = host_memory(settings, usable_memory())
         if too_much:
@@ -239,8 +239,8 @@ def say_host_memory(settings: Namespace) -> None:
 
 
 def _name_enums(value: Any) -> None:
-    """Puts strings in place of members of string enums, which some of Lightning's callbacks have for defaults and
-    jsonargparse cannot print; in place."""
+    """Replaces members of string enums, defaults of some Lightning callbacks that jsonargparse cannot print, by their
+    strings; in place."""
     keys = range(len(value)) if isinstance(value, list) else vars(value) if isinstance(value, Namespace) else ()
     for key in list(keys):
         item = value[key]

@@ -1,4 +1,4 @@
-"""Our model against transformers' on the same weights: `python -m src.cli verify --model DIR [--layout-only]`."""
+"""Compares our model with transformers' on the same weights: `verify --model DIR [--layout-only]`."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ from src.weights.load import load
 from src.weights.side_files import read_config, transformers_knows
 from src.weights.source import raise_listed
 
-# Norm of the difference over the norm, fp32: the same sums in another order.
+# Norm of the difference over the norm, in fp32: only the order of sums differs.
 LIMITS = {"logits": 1e-4, "loss": 1e-5, "gradients": 1e-3}
 LENGTHS = (61, 1, 34)  # tokens of the documents compared: one alone, and bounds that are multiples of nothing
 
@@ -82,7 +82,7 @@ def verify(model: str, layout_only: bool = False) -> None:
     print(f"{model}: {sum(p.numel() for p in ours.parameters()):,} parameters, {len(ids)} tokens, {targets} targets")
     print(f"loss by target: {loss.item() / targets:.6f} (transformers {expected_loss.item() / targets:.6f})")
     for name, value in differences.items():
-        verdict = "ok" if value <= LIMITS[name] else "DIFFERS"  # so that NaN differs
+        verdict = "ok" if value <= LIMITS[name] else "DIFFERS"  # NaN differs
         print(f"{name:10} relative difference {value:.2e} (limit {LIMITS[name]:.0e}) {verdict}")
     print(f"largest gradient difference: {worst}")
     _print_remarks(remarks)
@@ -120,7 +120,7 @@ def _check_memory(config: Any) -> None:
 
 
 def _oracle(directory: str, config: DeepseekV3Config, source: HFDirectorySource) -> OracleModel:
-    """transformers' model in fp32, opened as its user opens it; FP8, which it cannot read on a CPU, by a loop of ours.
+    """transformers' model in fp32, opened as users do; FP8, which it cannot read on a CPU, by our own loop.
 
     Raises ValueError where transformers finds tensors missing or unexpected, the multi-token prediction's aside.
     """

@@ -1,4 +1,4 @@
-"""Where a run writes, and that it can: found out by writing there, before anything is loaded."""
+"""Finds out whether a run can write to its folders, by writing there before anything is loaded."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def places(config: Namespace) -> dict[str, str]:
 
 
 def unwritable(config: Namespace) -> list[str]:
-    """What is wrong with `places`, each folder once."""
+    """The problems of `places`, each folder once."""
     problems: dict[str, str] = {}
     for option, place in places(config).items():
         try:
@@ -42,7 +42,7 @@ def unwritable(config: Namespace) -> list[str]:
 
 
 def check_writable(option: str, path: str | Path) -> None:
-    """Writes a file, which is gone at once, in the folder `path` or in the nearest above it that is there.
+    """Writes and removes a file in the folder `path`, or in its nearest existing parent.
 
     Raises:
         UserError: it cannot be written; names the option, and what is free there.
