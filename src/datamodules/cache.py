@@ -1,8 +1,7 @@
 """Tokenise once: samples in a memory-mapped cache, one directory for each (files, tokenizer, options).
 
-A directory appears whole or not at all: it is written aside, under a lock, and renamed. Its name is a digest of the
-files' bytes, which are read for it each time, the tokenizer with its template, the options and the format, so it never
-goes stale.
+A directory is complete or absent: it is written under another name, under a lock, and renamed. Its name is a digest of
+the files' bytes (read each time), the tokenizer and its template, the options and the format, so it never goes stale.
 """
 
 import socket
@@ -31,7 +30,7 @@ class TokenCache:
     """The samples of one cache directory, memory-mapped, and the report on their rows.
 
     `lengths`, `targets`, `mtp_targets`: int32 [samples], tokens and labels of each sample. `files`, `file_rows`: int32
-    and int64 [samples], the number of its path and its row there; the samples of a row stand together.
+    and int64 [samples], the index of its path and its row there; a row's samples are adjacent.
 
     Raises:
         ValueError: a file of the cache is missing or damaged.
@@ -72,7 +71,7 @@ class TokenCache:
         return np.stack([self._column("digest_0"), self._column("digest_1")], 1)
 
     def summary(self, options: TokenizeOptions) -> list[str]:
-        """What a person should read once, a line each: what there is, then what became of rows that do not fit."""
+        """Lines for the log: what there is, then what became of rows that do not fit."""
         lines = self.statistics.lines(options.max_length)
         if self.statistics.skipped and BUILDING not in self.fingerprint:
             lines[1] += f", listed in {self.directory / SKIPPED}"
@@ -90,7 +89,7 @@ class TokenCache:
         )
 
     def source(self, index: int) -> str:
-        """The row that a sample comes from, "file:row"."""
+        """A sample's row, "file:row"."""
         return f"{self.paths[self.files[index]]}:{self.file_rows[index]}"
 
 
@@ -101,16 +100,16 @@ def open_or_build(
     cache_dir: Path | None = None,
     num_proc: int | None = None,
 ) -> TokenCache:
-    """Opens the cache of these files, tokenising them first where it does not exist.
+    """Opens the cache of these files, after tokenising them if there is none.
 
     Safe to call from any number of processes and nodes at once: one tokenises, the others wait for it.
 
     Args:
         paths: data files (see `files.expand`).
-        num_proc: processes that tokenise; by default as many as the size of the files and the CPU cores suggest.
+        num_proc: processes that tokenise; by default chosen by the files' size and the CPU cores.
 
     Raises:
-        RowError: a row is malformed (the first of those found, by file and row).
+        RowError: a row is malformed; the first one found, by file and row.
         ValueError: a file is malformed, or no sample is left to train on.
     """
     build = CacheBuild(paths, tokenizer, options, cache_dir or default_cache_dir(), num_proc)
@@ -154,10 +153,10 @@ def open_or_check(
     cache_dir: Path | None = None,
     num_proc: int | None = None,
 ) -> Iterator[TokenCache]:
-    """As `open_or_build`, but all that is wrong is in the cache's `report` and nothing is raised.
+    """As `open_or_build`, but raises nothing: the cache's `report` lists everything wrong.
 
-    Where something is wrong, or nothing is there to train on, the cache holds the sound rows' samples and is gone after
-    the `with` block: training never sees it.
+    If something is wrong, or there is nothing to train on, the cache holds the sound rows' samples and is removed after
+    the `with` block, so training never sees it.
     """
     build = CacheBuild(paths, tokenizer, options, cache_dir or default_cache_dir(), num_proc)
     if not build.directory.exists():

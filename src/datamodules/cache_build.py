@@ -1,4 +1,4 @@
-"""One build of a token cache: where it goes, under which lock, and the tokenising itself."""
+"""Builds a token cache: its place, its lock, and the tokenising."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ WRITTEN_AT_ONCE = 64  # samples that a process holds before it writes them
 SHARE = 8 << 20  # bytes that a process tokenises in some ten seconds; it takes seconds to start
 SKIPPED = "skipped.jsonl"  # the rows that were skipped, with the reasons
 
-BUILDING = ".building-"  # in the name of a folder that is not a cache yet
+BUILDING = ".building-"  # in the name of an incomplete folder
 FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
@@ -50,7 +50,7 @@ FEATURES = Features(
 
 
 class CacheBuild:
-    """The cache of some files, `directory`, whether it is there or not.
+    """The cache of some files, at `directory`, built or not.
 
     Args:
         paths: data files, which are read for their digests.
@@ -82,7 +82,7 @@ class CacheBuild:
 
     @contextmanager
     def lock(self, directory: Path | None = None, timeout: float = -1) -> Iterator[None]:
-        """Held by the one process that builds this cache (or another, `directory`), or removes what is left of it.
+        """The lock of the process that builds this cache (or the one at `directory`), or removes its leftovers.
 
         Raises:
             ValueError: the folder cannot be written to.
@@ -92,7 +92,7 @@ class CacheBuild:
         where = directory.parent
         try:
             where.mkdir(parents=True, exist_ok=True)
-            # Whoever may write to the folder may take its locks, whatever the umask of the process that made them.
+            # Whoever may write to the folder may take its locks, whatever umask made them.
             lock = FileLock(f"{directory}.lock", timeout, mode=where.stat().st_mode & 0o666)
             lock.acquire()
         except Timeout:
@@ -118,8 +118,8 @@ class CacheBuild:
             shutil.rmtree(building, ignore_errors=True)
 
     def _remove_abandoned(self, older_than: float = 86400.0) -> None:
-        """Removes what killed builds left, of this cache and of those that nobody builds now. What other machines left
-        must have some age (seconds) too, since there are disks on which a lock does not reach another machine."""
+        """Removes what killed builds left of this cache and of others that nobody builds now. Leftovers of other
+        machines must also be `older_than` seconds old, since on some disks a lock does not reach other machines."""
         for left in self.directory.parent.glob(f"*{BUILDING}*"):
             name, _, rest = left.name.partition(BUILDING)
             with suppress(Timeout, FileNotFoundError):
@@ -132,7 +132,7 @@ class CacheBuild:
         """Gives a built folder its name.
 
         Raises:
-            ValueError: a file is another one than when the build began.
+            ValueError: a file has changed since the build began.
         """
         for path, before in zip(self.paths, self._digests, strict=True):
             if digest(path) != before:
@@ -140,12 +140,14 @@ class CacheBuild:
         try:
             building.rename(self.directory)
         except OSError:
-            if not self.directory.exists():  # else another node was faster, where locks do not reach across nodes
+            if (
+                not self.directory.exists()
+            ):  # else another node was faster, on a disk whose locks do not reach other nodes
                 raise
 
     def tokenize(self, building: Path, all_errors: bool = False) -> Report:
-        """Fills `building` with samples and manifest; with `all_errors` with those of the sound rows, whatever is wrong
-        with others."""
+        """Fills `building` with samples and manifest; with `all_errors` with the sound rows' samples, whatever is wrong
+        with the others."""
         scans = [scan(path) for path in self.paths]
         problems = [scan.problem for scan in scans if scan.problem is not None]
         work = [(file, span) for file, scan in enumerate(scans) for span in scan.spans]

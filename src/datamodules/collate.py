@@ -1,4 +1,4 @@
-"""From documents to one batch, and from a batch to one sequence-parallel rank's slice of it. Pure functions.
+"""Documents to a batch, and a batch to one sequence-parallel rank's slice. Pure functions.
 
 Shapes: T tokens of the whole batch, a multiple of SP; D documents, padding included.
 """
@@ -27,9 +27,9 @@ class Document:
 
 
 def target_counts(target_spans: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """How many labels and how many MTP labels `collate` makes of a sample with these half-open target ranges.
+    """The numbers of labels and MTP labels that `collate` makes of a sample with these half-open target ranges.
 
-    The first token of a document is nobody's next token, and the first two are nobody's next but one.
+    A document's first token is no label, since no token precedes it; its first two are no MTP labels.
     """
     spans = list(target_spans)
     labels, mtp_labels = (sum(max(stop - max(start, ahead), 0) for start, stop in spans) for ahead in (1, 2))
@@ -39,15 +39,15 @@ def target_counts(target_spans: Iterable[tuple[int, int]]) -> tuple[int, int]:
 def collate(documents: Sequence[Document], sp_size: int) -> Batch:
     """Concatenates documents to one batch, shifts labels within each, and pads to a multiple of `sp_size`.
 
-    Padding is a last document of its own (document_ids -1, no labels), so it meets no other in attention; a batch
+    Padding is a separate last document (document_ids -1, no labels), so attention never mixes it with others; a batch
     without documents is `sp_size` tokens of padding.
 
     Returns:
         int64 [T]: input_ids; labels (token i+1 where it is a target, else -100); document_ids; mtp_input_ids (token i+1
         of the same document, else 0); mtp_labels (token i+2 where it is a target, else -100). int32 [D+1]: cu_seqlens,
-        of which positions follow. max_seqlen: int. sources: list[str], one a document.
+        which gives positions. max_seqlen: int. sources: list[str], one per document.
     """
-    import torch  # by training alone: `plan` reads documents without
+    import torch  # here, since `plan` reads documents without torch
 
     lengths = [len(document.input_ids) for document in documents]
     used = sum(lengths)
@@ -80,9 +80,9 @@ def collate(documents: Sequence[Document], sp_size: int) -> Batch:
 
 
 def shard(batch: Batch, sp_rank: int, sp_size: int) -> Batch:
-    """One rank's contiguous slice of a batch: token fields [T] -> [T/SP]; everything else is of the whole row."""
+    """One rank's contiguous slice of a batch: token fields [T] -> [T/SP]; everything else stays the whole row's."""
     local = len(batch["input_ids"]) // sp_size
     assert local * sp_size == len(batch["input_ids"])
     mine = slice(sp_rank * local, (sp_rank + 1) * local)
-    # A copy: a view would carry the whole row through the data loader's shared memory.
+    # A copy, since a view would send the whole row through the loader's shared memory.
     return {name: value[mine].clone() if name in TOKEN_FIELDS else value for name, value in batch.items()}

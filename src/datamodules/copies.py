@@ -1,4 +1,4 @@
-"""Conversations with the same tokens and targets, found by digests in constant memory a conversation."""
+"""Finds conversations with the same tokens and targets, by digests, in constant memory per conversation."""
 
 from dataclasses import dataclass
 
@@ -19,8 +19,8 @@ _COPY = "trains on the same tokens as {}; remove one, unless it is to count twic
 class Conversations:
     """The rows of a set that have samples, 28 bytes each.
 
-    `digests`: int64 [n, 2], of the tokens and targets of all samples; `files`, `rows`: int32 and int64 [n], where each
-    stands, by number in `paths`.
+    `digests`: int64 [n, 2], of the tokens and targets of all samples; `files`, `rows`: int32 and int64 [n], index
+    in `paths` and row of each.
     """
 
     paths: tuple[str, ...]
@@ -39,7 +39,7 @@ class Conversations:
 
 @dataclass(frozen=True)
 class Copies:
-    """Remarks on conversations that are there twice, and on those of validation that are in the training data too."""
+    """Remarks on duplicate conversations, and on validation conversations that are also in the training data."""
 
     remarks: Findings
     copies: int
@@ -47,7 +47,7 @@ class Copies:
 
     @classmethod
     def among(cls, conversations: Conversations, train: Conversations | None) -> "Copies":
-        """Those among `found`, and, of a validation set, between it and the training data."""
+        """The copies within the conversations and, for a validation set, those that the training data has too."""
         remarks, leaks, copies = Findings(), 0, 0
         before = 0 if train is None else len(train.digests)
         own = firsts(conversations.digests)
@@ -78,8 +78,8 @@ def first_samples(cache: TokenCache) -> npt.NDArray[np.int64]:
 
 
 def firsts(digests: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """For each digest [n, 2] the place of the first that is equal, its own where it is the first: int64 [n]."""
-    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable, so that equal ones stay in their order
+    """For each digest [n, 2] the index of the first equal one, possibly itself: int64 [n]."""
+    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal ones keep their order
     begins = np.ones(len(order), dtype=bool)
     begins[1:] = (digests[order[1:]] != digests[order[:-1]]).any(1)
     first = np.empty_like(order)

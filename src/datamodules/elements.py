@@ -1,5 +1,6 @@
-"""The values of JSON text that is no JSON Lines: arrays, one behind the other or with values between them, in constant
-memory. Only where a value begins and ends is found here, not whether it is JSON."""
+"""Splits JSON text other than JSON Lines (arrays and values in sequence) into values, in constant memory.
+
+It finds where a value begins and ends, not whether it is valid."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ def elements(file: BinaryIO, state: State, offset: int) -> Iterator[tuple[State,
 
     Args:
         file: reads on from byte `offset`.
-        state: "array": a value of an array stands there; "values": anything that can stand outside arrays.
+        state: what comes at `offset`. "array": a value of an array; "values": whatever may be outside arrays.
 
     Raises:
         ValueError: a comma is missing or too many, an array or a value has no end.
@@ -29,14 +30,16 @@ def elements(file: BinaryIO, state: State, offset: int) -> Iterator[tuple[State,
 
 
 class _Text:
-    """Text that is read as it is needed: `data` from byte `offset` of the file, done with up to `position`."""
+    """Text read on demand: `data` begins at byte `offset` of the file and is consumed up to `position`."""
 
     def __init__(self, file: BinaryIO, offset: int) -> None:
         self.file, self.offset = file, offset
         self.data, self.position = b"", 0
 
     def elements(self, state: State) -> Iterator[tuple[State, int, bytes]]:
-        after = "," if state == "array" else ""  # what of the array stands behind us: "[", "," or "a value"; "": none
+        after = (
+            "," if state == "array" else ""
+        )  # what we have just passed in the array: "[", "," or "a value"; "": nothing
         while (char := self._next(outside=not after)) is not None:
             if not after and char == b"[":
                 after = "["
@@ -59,7 +62,7 @@ class _Text:
             raise ValueError("the file ends inside an array")
 
     def _next(self, outside: bool) -> bytes | None:
-        """The next character that is no white space; None at the end. Outside arrays a BOM is white space too."""
+        """The next character other than white space; None at the end. Outside arrays a BOM is white space."""
         while True:
             match = _SPACE.match(self.data, self.position)
             assert match is not None
@@ -70,7 +73,7 @@ class _Text:
                 return self.data[self.position : self.position + 1] or None
 
     def _value(self) -> bytes:
-        """The value at the position, which is then behind it."""
+        """Reads the value at the position and moves past it."""
         block = _BLOCK
         while (end := self._value_end()) is None:
             if not self._more(block):
@@ -78,13 +81,13 @@ class _Text:
                 if self.data[self.position] in b'"[{':
                     raise ValueError("the file ends inside a value")
                 break
-            block *= 2  # so that a value of any length is looked through a few times at most
+            block *= 2  # so that a long value is scanned a few times at most
         text = self.data[self.position : end]
         self.position = end
         return text
 
     def _value_end(self) -> int | None:
-        """None where the value may go on behind `data`."""
+        """None if the value may continue beyond `data`."""
         data, position, depth = self.data, self.position, 0
         if data[position] not in b"[{":
             match = (_STRING if data[position] == ord('"') else _SCALAR).match(data, position)

@@ -1,4 +1,4 @@
-"""Data files: which ones patterns name, their bytes with any compression taken off, a digest of what they hold."""
+"""Data files: expands patterns, decompresses, and digests."""
 
 import glob
 import gzip
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from src.errors import UserError
 
-# What `open_bytes` and reading from it raise where a file is cut or damaged.
+# What `open_bytes` and reads from it raise for a truncated or damaged file.
 STREAM_ERRORS = (OSError, EOFError, zlib.error)
 
 _GZIP = b"\x1f\x8b"
@@ -32,7 +32,7 @@ class NoMatch(UserError):
 def expand(patterns: Sequence[str]) -> list[str]:
     """Files that the patterns match, in the patterns' order, sorted within each.
 
-    A pattern that is the name of a file means that file, brackets and all.
+    A pattern that is a file's name means that file, even with brackets.
 
     Raises:
         NoMatch: a pattern matches no file.
@@ -45,7 +45,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
 
 def look_up(patterns: Sequence[str]) -> tuple[list[str], list[ValueError]]:
-    """As `expand`, with everything that is wrong instead of the first."""
+    """As `expand`, but returns every problem instead of raising the first."""
     paths: list[str] = []
     problems: list[ValueError] = []
     names: dict[tuple[int, int], str] = {}  # (device, inode) -> how the file is named first
@@ -87,7 +87,7 @@ def look_up(patterns: Sequence[str]) -> tuple[list[str], list[ValueError]]:
 
 @contextmanager
 def open_bytes(path: str, start: int = 0) -> Iterator[BinaryIO]:
-    """A file's bytes from `start` on, both as they are decompressed where the file is gzip or zstd.
+    """A file's bytes from `start` on; of a gzip or zstd file both refer to the decompressed bytes.
 
     Raises:
         OSError, EOFError, zlib.error: also from reading; the file is cut or damaged (`STREAM_ERRORS`).
@@ -121,7 +121,7 @@ def _compression(head: bytes) -> str | None:
 
 
 def digest(path: str) -> str:
-    """A digest of a file's bytes (of SHA-256's of its pieces), read by a few threads: GBs a second."""
+    """A digest of a file's bytes (SHA-256 of its pieces' SHA-256), by a few threads at GB/s."""
 
     def piece(start: int) -> bytes:
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Many row errors or remarks in constant memory, and the remarks: what is suspicious in a row though not wrong."""
+"""Keeps any number of row errors or remarks in constant memory; remarks are what is suspicious, not wrong."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -7,23 +7,23 @@ from typing import Any
 from .rows import RowError
 
 EXAMPLES = 100  # of each kind that are kept
-KINDS = 100  # beyond which new ones are counted together: data can make them up without end
+KINDS = 100  # further ones are counted together, since data can produce kinds without end
 
 _OTHER = "other kinds"
 
 
 class Findings:
-    """Row errors by kind: how many there are and the first `examples` of them.
+    """Row errors by kind: the count and the first `examples`.
 
-    Of one kind are errors of the same field, indices aside, and the same constraint (what follows the first "; ").
-    `kinds`, kind -> [count, [[source, field, problem], ...]], is what travels between processes as JSON.
+    A kind is a field, without indices, and a constraint (the text after the first "; "). Processes exchange `kinds`,
+    kind -> [count, [[source, field, problem], ...]], as JSON.
     """
 
     def __init__(self, kinds: dict[str, tuple[int, list[list[str]]]] | None = None, examples: int = EXAMPLES) -> None:
         self.kinds, self.examples = dict(kinds or {}), examples
 
     def __len__(self) -> int:
-        """How many there are of all kinds."""
+        """The count over all kinds."""
         return sum(count for count, _ in self.kinds.values())
 
     def add(self, error: RowError) -> None:
@@ -31,7 +31,7 @@ class Findings:
         self._add(kind, 1, [[error.source, error.field, error.problem]])
 
     def update(self, other: "Findings") -> None:
-        """Adds those of the rows behind ours."""
+        """Adds the findings of later rows."""
         for kind, (count, examples) in other.kinds.items():
             self._add(kind, count, examples)
 
@@ -48,7 +48,7 @@ class Findings:
 
 
 def row_remarks(messages: Sequence[dict[str, Any]], source: str) -> Iterator[RowError]:
-    """What is suspicious in a sound row: answers without a word."""
+    """Remarks on a sound row: empty answers."""
     for index, message in enumerate(messages):
         trained = message["role"] == "assistant" and message.get("loss") is not False
         answer = (message.get("content") or "").strip()
@@ -58,7 +58,7 @@ def row_remarks(messages: Sequence[dict[str, Any]], source: str) -> Iterator[Row
 
 
 def unread_remark(field: str, source: str) -> RowError:
-    """On a field, of whose rows the first is named alone: most likely all have it."""
+    """A remark on an unread field; it names the first row only, since most likely all rows have it."""
     return RowError(
         source, field, "is not read; --data.fields maps a field to one of ours, or to null where it may be left out"
     )

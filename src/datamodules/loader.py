@@ -46,7 +46,7 @@ class PackedDataset(Dataset[Batch]):
 
 
 def _outlive_signals(worker: int) -> None:
-    """A scheduler signals every process of a job; the ranks stop at their step's end, and need rows until then."""
+    """Lets workers ignore the scheduler's signal: the ranks stop at their step's end and need rows until then."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -69,7 +69,7 @@ class PackedDataLoader(DataLoader[Batch]):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             worker_init_fn=_outlive_signals,
-            # Its own, for the workers' seeds: from the global one each iterator, a resumed run's too, would draw.
+            # Its own generator for the workers' seeds; otherwise each iterator would draw from the global one.
             generator=torch.Generator(),
         )
 

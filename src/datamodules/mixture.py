@@ -1,8 +1,8 @@
 """Training files mixed by weight: which packed rows an epoch has.
 
-Each entry of `train_files` is packed by itself. Of weight 2.3 all its rows are in every epoch twice, and three tenths
-of them once more: epoch e takes the e-th of equal parts of one seeded order, starting over at its end, so that all rows
-have their turn before any comes again. So every epoch has the same number of rows, and its steps are known beforehand.
+Each entry of `train_files` is packed by itself. With weight 2.3 every epoch has all its rows twice and three tenths of
+them once more: epoch e takes the e-th of equal parts of one seeded order and wraps around, so that each row comes once
+before any comes again. So every epoch has the same, known number of rows and steps.
 """
 
 import math
@@ -20,7 +20,7 @@ from .packing import PackedRows
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one entry of `train_files`, which stand together."""
+    """The adjacent rows of one entry of `train_files`."""
 
     entry: str
     weight: float
@@ -30,12 +30,12 @@ class Part:
 
     @property
     def whole(self) -> int:
-        """How often each row is in an epoch at least."""
+        """How often each row is in an epoch, rounded down."""
         return math.floor(self.weight)
 
     @property
     def more(self) -> int:
-        """How many of the rows are in an epoch once more."""
+        """How many rows are in an epoch once more."""
         return round((self.weight - self.whole) * self.rows)
 
     @property
@@ -43,7 +43,7 @@ class Part:
         return self.whole * self.rows + self.more
 
     def an_epoch(self, count: int) -> int:
-        """What a count over the entry's rows comes to in an epoch; with a fraction the mean over epochs."""
+        """A count over the entry's rows, per epoch; for a fractional weight the mean over epochs."""
         return round(count * self.rows_an_epoch / max(self.rows, 1))
 
 
@@ -58,8 +58,8 @@ class Mixture:
         return sum(part.rows_an_epoch for part in self.parts)
 
     def rows(self, epoch: int, seed: int) -> npt.NDArray[np.int64]:
-        """The rows of an epoch, int64 [len(self)], each as often as it is in it, by entry."""
-        import torch  # by training alone: `plan` reads mixtures without
+        """The rows of an epoch with repetitions, by entry: int64 [len(self)]."""
+        import torch  # here, since `plan` reads mixtures without torch
 
         taken, first = [], 0
         for index, part in enumerate(self.parts):
@@ -74,7 +74,7 @@ class Mixture:
         return np.concatenate(taken)
 
     def lines(self) -> list[tuple[str, str]]:
-        """(entry and weight, what it comes to in an epoch) of each part, for people."""
+        """Per part: entry with weight, and its rows and tokens per epoch, as text."""
         tokens, targets = (
             max(sum(part.an_epoch(getattr(part, name)) for part in self.parts), 1) for name in ("tokens", "targets")
         )
@@ -90,7 +90,7 @@ class Mixture:
 
 
 def check_weights(weights: Sequence[float], entries: Sequence[str]) -> None:
-    """Refuses weights that are none.
+    """Refuses invalid weights.
 
     Raises:
         ValueError: not one for each entry, one that is negative or not finite, or all zero.

@@ -19,7 +19,7 @@ from .tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class PackedSet:
-    """Samples, rows, and where files are mixed by weight what an epoch has of the rows."""
+    """Samples, rows and, if files are mixed by weight, an epoch's share of the rows."""
 
     cache: TokenCache
     rows: PackedRows
@@ -38,7 +38,7 @@ class PackedSet:
         return len(self.rows) if self.mixture is None else len(self.mixture)
 
     def fill(self, max_length: int) -> float:
-        """Tokens over the room that the rows have."""
+        """Tokens over the rows' capacity."""
         return float(self.cache.lengths.sum(dtype="int64")) / (len(self.rows) * max_length)
 
     def facts(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def pack(lengths: IntArray, max_length: int) -> PackedRows:
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
     shortest = int(lengths.min()) if len(lengths) else 0
     rows = np.empty(len(lengths), dtype=np.int64)  # of the samples in `order`
-    spaces: list[int] = []  # the different free spaces of open rows, ascending
+    spaces: list[int] = []  # distinct free spaces of open rows, ascending
     open_rows: dict[int, list[int]] = {}
     count = 0
     for place, length in enumerate(lengths[order].tolist()):
@@ -76,7 +76,7 @@ def pack(lengths: IntArray, max_length: int) -> PackedRows:
 
 
 def check_accumulation(rows: int, replicas: int, batch_size: int, accumulation: int) -> None:
-    """Refuses an optimizer step of which the rows of an epoch fill no tenth: the rest would be computed for nothing.
+    """Refuses an accumulation so large that an epoch's rows fill less than a tenth of one optimizer step.
 
     Raises:
         UserError: what the accumulation could be.

@@ -1,4 +1,4 @@
-"""Resuming: whether the data would continue, and Lightning's loop progress, rewritten from the optimizer step, the one
+"""Resuming: checks that the data continues, and rewrites Lightning's loop progress from the optimizer step, the one
 number that no layout changes."""
 
 from typing import Any
@@ -17,10 +17,10 @@ def align_progress(
 ) -> None:
     """Makes a checkpoint's loop states resume at optimizer step `global_step`, in place.
 
-    Lightning counts micro-batches, which change with the layout; it counts an epoch that `max_steps` cut short as
-    whole; and after a checkpoint at the very end of an epoch it skips the next one's `on_train_epoch_start` and loses
-    count of it. What is written is what Lightning itself would have saved at that step: in the middle of an epoch in
-    `on_train_batch_end` of its last micro-batch, else after the whole epoch.
+    Lightning counts micro-batches, which change with the layout; it counts an epoch cut short by `max_steps` as whole;
+    and after a checkpoint at the end of an epoch it skips the next one's `on_train_epoch_start` and miscounts it. This
+    writes what Lightning itself would have saved at that step: within an epoch in `on_train_batch_end` of its last
+    micro-batch, else after the whole epoch.
 
     Args:
         loops: `checkpoint["loops"]`.
@@ -32,8 +32,8 @@ def align_progress(
     fit = loops["fit_loop"]
     epochs, step = divmod(global_step, steps_per_epoch)
     begun = epochs + (step > 0)
-    restarts = step > 0 or has_max_steps  # whether Lightning takes up the batch progress, or starts an epoch afresh
-    # Saved in on_train_batch_end, the last batch is processed but not yet completed, nor counted as having stepped.
+    restarts = step > 0 or has_max_steps  # whether Lightning continues the batch progress or starts a new epoch
+    # In on_train_batch_end the last batch is processed, but not yet completed or counted as stepped.
     pending = int(restarts)
     batches = (step or steps_per_epoch) * accumulate_grad_batches
     progress = fit["epoch_loop.batch_progress"]
@@ -54,10 +54,10 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], batch_size: int, 
     """Refuses a checkpoint whose data would not continue here; `saved`, `now`: see `SFTDataModule.state_dict`.
 
     Raises:
-        ValueError: the data, its order, or the rows of a step are others than the checkpoint's.
+        ValueError: the data, its order, or the rows per step differ from the checkpoint's.
     """
     for name in ("max_length", "packing", "seed", "train_weights"):
-        if saved.get(name) != now[name]:  # of earlier checkpoints none says train_weights
+        if saved.get(name) != now[name]:  # older checkpoints have no train_weights
             raise UserError(
                 f"data.{name} is {now[name]}, but the checkpoint was trained with {saved.get(name)}, and the rows that "
                 f"it has yet to see would be others: set --data.{name} {str(saved.get(name)).replace('None', 'null')}"

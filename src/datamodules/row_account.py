@@ -13,7 +13,7 @@ NAMED_ROWS = 5  # rows without targets that are named in the log
 
 @dataclass
 class Statistics:
-    """What became of the rows. Counts of samples but for `rows`, `skipped`, `turns` and `rows_without_targets`."""
+    """What became of the rows. Counts are of samples, except `rows`, `skipped`, `turns` and `rows_without_targets`."""
 
     rows: int = 0
     skipped: int = 0  # rows with errors, where they are skipped
@@ -27,7 +27,7 @@ class Statistics:
     dropped_overlong: int = 0
     named_rows: list[str] = field(default_factory=list)  # the first rows without targets
     longest: int = 0  # tokens of a sample, before max_length
-    # [samples, tokens] of the samples that fit into 2**power tokens and not into half as many, before max_length.
+    # power -> [samples, tokens] of samples with more than 2**(power - 1) and up to 2**power tokens, before max_length.
     whole: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, other: "Statistics") -> None:
@@ -46,7 +46,7 @@ class Statistics:
             self.named_rows.append(source)
 
     def add_length(self, length: int) -> None:
-        """Counts a sample as it is before max_length."""
+        """Counts a sample by its length before max_length."""
         self.longest = max(self.longest, length)
         self._add_whole(str((length - 1).bit_length()), 1, length)
 
@@ -61,7 +61,7 @@ class Statistics:
         return samples, sum(tokens for _, tokens in longer) - samples * 2**power
 
     def lines(self, max_length: int) -> list[str]:
-        """What a person should read once, a line each."""
+        """The account as lines for the log."""
         share = self.targets / max(self.tokens, 1)
         limit = f"{max_length:,}"
         lines = [
@@ -84,7 +84,7 @@ class Statistics:
 
 @dataclass
 class Report:
-    """What is to say of the rows of a span, or of all of them.
+    """The findings on the rows of a span, or on all rows.
 
     `remarks`: what is suspicious in a row; `unread`: fields that nothing reads, each with its first row alone;
     `formats`: of each file the formats that its rows have, each with its first row; `problems`: what is wrong with
@@ -99,13 +99,12 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
     def wrong(self, skip_rows: bool) -> list[ValueError]:
-        """Why training refuses the data: what is wrong with files, and an error of each kind of the rows that are not
-        to be skipped."""
+        """Why training refuses the data: the files' problems, and one error per kind unless bad rows are skipped."""
         rows = [] if skip_rows else [examples[0] for _, examples in self.errors.by_kind()]
         return [*map(UserError, self.problems), *rows]
 
     def add(self, other: "Report") -> None:
-        """Adds that of the rows behind ours."""
+        """Adds the report of later rows."""
         self.statistics.add(other.statistics)
         self.errors.update(other.errors)
         self.remarks.update(other.remarks)
@@ -115,7 +114,7 @@ class Report:
                 self.formats.setdefault(path, {}).setdefault(name, row)
 
     def rename_files(self, names: dict[str, str]) -> None:
-        """Gives the rows of files the names of other files with the same content."""
+        """Renames the files of rows, to other files with the same content."""
 
         def renamed(source: str) -> str:
             path, _, row = source.rpartition(":")
@@ -127,7 +126,7 @@ class Report:
                 examples[:] = [[renamed(source), *rest] for source, *rest in examples]
 
     def mixed_files(self) -> list[str]:
-        """What is wrong with files whose rows have different formats."""
+        """The problems of files whose rows have different formats."""
         return [
             f"{path} has rows of different formats, {' and '.join(f'{name} ({row})' for name, row in counts.items())}; "
             f"give one with --data.format, or split the file"

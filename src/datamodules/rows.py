@@ -1,4 +1,4 @@
-"""One conversation as training takes it, and everything that is wrong with one."""
+"""A conversation in the common form, and everything that can be wrong with it."""
 
 import reprlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from src.errors import UserError
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
-shown = _REPR.repr  # a value of the data for a message, cut in its middle where it is long
+shown = _REPR.repr  # a value for a message, long ones cut in the middle
 
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "loss")
@@ -44,7 +44,7 @@ def row_errors(row: Any, source: str) -> Iterator[RowError]:
         role = message.get("role")
         if role not in ROLES:
             yield RowError(source, f"{field}.role", f"is {shown(role)}; it must be one of {', '.join(ROLES)}")
-            return  # without a role nothing more can be said about the order of turns
+            return  # without roles the order of turns cannot be checked
         for where, problem in _message_problems(message):
             yield RowError(source, f"{field}.{where}", problem)
         if misplaced := _order_problem(previous, message):
@@ -54,7 +54,7 @@ def row_errors(row: Any, source: str) -> Iterator[RowError]:
 
 
 def _message_problems(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(field, problem) of one message, seen alone."""
+    """(field, problem) of a single message."""
     assistant = message["role"] == "assistant"
     content, reasoning, calls = (message.get(key) for key in ("content", "reasoning_content", "tool_calls"))
     if "content" not in message and not (assistant and (calls or reasoning)):
@@ -99,7 +99,7 @@ def _message_problems(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _order_problem(previous: dict[str, Any] | None, message: dict[str, Any]) -> str | None:
-    """Why `message` cannot follow `previous`; None where it can."""
+    """Why `message` cannot follow `previous`; None if it can."""
     role, before = message["role"], previous["role"] if previous else None
     if role == "system" and before not in (None, "system"):
         return f"is 'system' after a {before} turn; system turns come first: move it to the front"
@@ -134,6 +134,6 @@ def _surrogates(row: dict[str, Any], source: str) -> Iterator[RowError]:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, for people."""
+    """A value's type, in words."""
     names = {type(None): "null", dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     return names.get(type(value)) or shown(value)

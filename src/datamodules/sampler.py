@@ -16,9 +16,9 @@ EMPTY_ROW = -1
 @dataclass(frozen=True)
 class MicroBatch:
     """One rank's share of one micro-step: `batch_size` rows, and the tokens and targets of the whole optimizer step
-    (over data-parallel ranks and accumulation), by which its losses are divided."""
+    (over data-parallel ranks and accumulation), which divide its losses."""
 
-    rows: tuple[int, ...]  # EMPTY_ROW fills up the last step of an epoch
+    rows: tuple[int, ...]  # EMPTY_ROW pads the last step of an epoch
     step_tokens: int
     step_targets: int
     step_mtp_targets: int
@@ -29,10 +29,10 @@ class MicroBatchSampler(DistributedSampler[MicroBatch]):
 
     Optimizer step s takes rows order[s*G : (s+1)*G] of the epoch's order, G = num_replicas x batch_size x
     accumulate_grad_batches, so a step's rows do not depend on how G factors. Micro-step m of it gives rank r the rows
-    from m*num_replicas*batch_size + r*batch_size on. The last step is filled up with empty rows: none is repeated or
-    dropped, and every step has the same number of micro-steps.
+    from m*num_replicas*batch_size + r*batch_size on. Empty rows pad the last step: no row is repeated or dropped,
+    and every step has the same number of micro-steps.
 
-    A DistributedSampler only so that Lightning neither replaces it nor forgets `set_epoch`.
+    It is a DistributedSampler so that Lightning keeps it and calls `set_epoch`.
 
     Args:
         row_tokens, row_targets, row_mtp_targets: [rows] tokens, labels and MTP labels of each row.
@@ -76,7 +76,7 @@ class MicroBatchSampler(DistributedSampler[MicroBatch]):
         return self.steps_per_epoch * self.accumulate_grad_batches
 
     def resume_at(self, epoch: int, step: int) -> None:
-        """Lets the next iteration, of epoch `epoch`, begin at its optimizer step `step`; later ones begin at 0."""
+        """Starts the next iteration, of epoch `epoch`, at its optimizer step `step`; later ones start at 0."""
         self._start = (epoch, step)
 
     def __iter__(self) -> Iterator[MicroBatch]:

@@ -25,7 +25,7 @@ BadRows = Literal["error", "skip"]
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """What decides, beside files and tokenizer, which samples there are."""
+    """The options that, with files and tokenizer, determine the samples."""
 
     max_length: int
     overlong: Overlong = "truncate"
@@ -47,10 +47,10 @@ def tokenize_spans(
     reports: Path,
     all_errors: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the samples of some spans and leaves a report for each: with all errors where `all_errors`, or where bad
-    rows are skipped, and a list of these; else with the errors of the first bad row, which ends all work.
+    """Yields the samples of some spans and writes a report for each. The report has all errors with `all_errors` or if
+    bad rows are skipped (which are then listed); else those of the first bad row, which ends all work.
 
-    Errors travel by file: an exception would lose its type on the way through `datasets` and its processes.
+    Errors travel in files, since an exception loses its type on its way through `datasets` and its processes.
     """
     failed = reports.parent / "failed"
     skip = options.bad_rows == "skip"
@@ -83,7 +83,7 @@ def tokenize_spans(
 def _row_samples(
     conversation: Conversation, template: ChatTemplate, options: TokenizeOptions, report: Report
 ) -> list[Sample]:
-    """The samples of one row that fit; none, and an error, where it cannot be rendered."""
+    """A row's samples that fit; none, and an error, if it cannot be rendered."""
     if conversation.errors:
         return []
     if conversation.tools and not template.declares_tools(conversation.messages):
@@ -102,7 +102,7 @@ def _row_samples(
     except ValueError as error:
         conversation.wrong("messages", str(error))
         return []
-    except Exception as error:  # a library's, about this row: it is named, and the others are looked at all the same
+    except Exception as error:  # of a library, about this row: name it and go on with the others
         if isinstance(error, MemoryError):
             raise
         conversation.wrong("messages", f"cannot be rendered ({type(error).__name__}: {error})")
@@ -131,7 +131,7 @@ def _row_samples(
 
 
 def _columns(samples: list[Sample]) -> Iterator[dict[str, Any]]:
-    """The columns of a row's samples, which have a digest of all of them in common."""
+    """The columns of a row's samples; all carry the same digest, of all of them."""
     arrays = [
         (np.asarray(sample.input_ids, dtype=np.int32), np.asarray(sample.target_spans, dtype=np.int32).reshape(-1))
         for sample in samples
@@ -165,7 +165,7 @@ def _refuse_overlong(sample: Sample, conversation: Conversation, options: Tokeni
 
 
 def _fit(sample: Sample, options: TokenizeOptions, statistics: Statistics) -> Sample | None:
-    """The sample within max_length by the overlong policy; None where it is dropped."""
+    """The sample within max_length by the overlong policy; None if dropped."""
     limit = options.max_length
     if len(sample.input_ids) <= limit:
         return sample

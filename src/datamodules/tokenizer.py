@@ -1,4 +1,4 @@
-"""The tokenizer of the model, with its own chat template."""
+"""Loads the model's tokenizer with its own chat template."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from src.errors import UserError, hub_remedy
 from . import tiktoken_vocabulary
 
 TOKENIZER = "tokenizer.json"
-# Read beside it, each where it is there; the last one's template is taken before the first one's.
+# Also read if present; the last one's template overrides the first one's.
 BESIDE = (tiktoken_vocabulary.SETTINGS, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
@@ -59,10 +59,10 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
 
 
 def opening_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """Files, name to text, without which transformers does not open a copy of the tokenizer's directory as it is here.
+    """Files, name to text, that a copy of the tokenizer's directory needs for transformers to open it as here.
 
-    tokenizer.json and its settings where they were converted; settings alone where they name a class of the
-    directory's own code; otherwise none.
+    tokenizer.json and its settings if they were converted; only the settings if they name a class in the directory's
+    own code; else none.
     """
     directory = Path(tokenizer.name_or_path)
     path = directory / tiktoken_vocabulary.SETTINGS
@@ -76,7 +76,7 @@ def opening_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
 def _opened(directory: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(directory)
-    except Exception as error:  # whatever a damaged file leads to in transformers, which does not name it
+    except Exception as error:  # any error that a damaged file causes in transformers, which does not name the file
         raise _culprit(directory) or UserError(
             f"{directory}: transformers opens no tokenizer there: {error}"
         ) from error
@@ -84,7 +84,7 @@ def _opened(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def _culprit(directory: Path) -> UserError | None:
-    """Names the file that keeps a tokenizer from being opened: tokenizer.json by itself, or the first beside it."""
+    """Names the file that prevents opening: tokenizer.json by itself, or the first of the others."""
     with tempfile.TemporaryDirectory() as folder:
         for name in (TOKENIZER, *BESIDE):
             if not (directory / name).is_file():
@@ -103,7 +103,7 @@ def _culprit(directory: Path) -> UserError | None:
 
 
 def _check_template(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """That it is text, or texts by name, and compiles; what it makes of conversations is `template_form`'s to find."""
+    """Checks that it is text, or texts by name, and compiles; `template_form` checks what it renders."""
     file = directory / next(name for name in (BESIDE[-1], BESIDE[0]) if (directory / name).is_file())
     template: object = tokenizer.chat_template
     texts = list(template.values()) if isinstance(template, dict) else [template]
@@ -121,7 +121,7 @@ def _check_template(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None
 
 
 def _converted(directory: Path) -> PreTrainedTokenizerFast:
-    """Opened from files, as whoever has an export opens it."""
+    """Opens it from files, as an export's users do."""
     with tempfile.TemporaryDirectory() as folder:
         tiktoken_vocabulary.convert(directory).save(f"{folder}/{TOKENIZER}")
         Path(folder, tiktoken_vocabulary.SETTINGS).write_text(json.dumps(tiktoken_vocabulary.settings(directory)))
