@@ -1,1 +1,1 @@
-"""Hugging Face weights in and out, streamed: `source.read(name, start, stop)`, and loops from a source to a sink."""
+"""A run's checkpoints: saving, manifest, reading on any layout, export."""

@@ -1,8 +1,8 @@
-"""From ZeRO's partitions to a Hugging Face directory, streamed.
+"""Streams ZeRO's partitions into a Hugging Face directory.
 
-A chunk of one tensor is in memory at a time, whatever the model's size. The files are planned beforehand, so several
-processes share them out without talking to one another, and a crash costs the files that were being written. All is
-written in `OUT.partial`, which whoever finishes the last file renames to OUT.
+One chunk of one tensor is in memory at a time, whatever the model's size. The files are planned up front, so several
+processes divide them without communication, and a crash costs only the files being written. Everything is written to
+`OUT.partial`; the process that finishes the last file renames it to OUT.
 
 The command `export` and the export at the end of `fit` (src/strategies/live_partitions.py) share it: the same weights
 give the same bytes, whether they are read from a checkpoint or from the running job.
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class OtherRankFailed(RuntimeError):
-    """Another rank's part of a collective work failed; its own error is on that rank."""
+    """Another rank failed in a collective step; its error is on that rank."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Export:
     """The files of an export, planned before any of them is written.
 
     Attributes:
-        record: directory with the run's config.yaml and run.json, and `hf/`: a checkpoint, or as one has them.
+        record: directory with the run's config.yaml, run.json and `hf/`, such as a checkpoint.
         config: the content of hf/config.json.
         dtype: bf16, fp8 or fp32.
         base: Hugging Face directory that an untrained multi-token-prediction block comes from; None if there is none.
-        beside: the one that training started from, where it is measured what is kept; None where it is not.
+        beside: the one that training started from, to measure how much is kept; None: not measured.
         shards: the files of weights.
     """
 
@@ -77,12 +77,12 @@ class Export:
         base: str | None = None,
         measure: bool = True,
     ) -> "Export":
-        """Lists what is to be written, reading none of it.
+        """Plans the files without reading any weights.
 
         Args:
             trained: the weights in Hugging Face names.
             base: by default the directory that `record` names.
-            measure: whether the base is read beside the weights, to find out how much of the training is kept.
+            measure: also read the base, to measure how much of the training is kept.
 
         Raises:
             ValueError: as `export`.
@@ -103,7 +103,7 @@ class Export:
         return any(mtp_layer(tensor.name, layers) for shard in self.shards for tensor in shard.tensors)
 
     def write_side_files(self, directory: Path) -> None:
-        """Everything but the weights; config.json is the last, it says that the others are there."""
+        """Writes everything but the weights; config.json last, as the sign that the others are there."""
         if self.config.get("num_nextn_predict_layers") and not self.mtp:
             log.warning(
                 "the multi-token-prediction block was not trained, and neither --base nor the directory that training "
@@ -125,7 +125,7 @@ class Export:
         aside.rename(directory / CARD)
 
     def _say_what_is_kept(self, directory: Path) -> None:
-        """From all files' notes: into the card, as a table to the terminal, and a warning where it is too little."""
+        """Adds up the files' notes, for the card and as a printed table; warns if too little is kept."""
         notes = read_notes(directory, self.shards)
         kept = by_group(notes, self.dtype)
         if not kept:
@@ -144,7 +144,7 @@ class Export:
             )
 
     def write_shards(self, directory: Path, rank: int, world_size: int) -> None:
-        """Writes this process's files of weights, those that are not there yet; a bar on rank 0."""
+        """Writes this process's missing files of weights; with a bar on rank 0."""
         shards = self.shards[rank::world_size]
         total = sum(shard.nbytes for shard in shards)
         with tqdm(total=total, unit="B", unit_scale=True, desc="Exporting", disable=rank != 0 or None) as bar:
@@ -156,7 +156,7 @@ class Export:
                     write_shard(directory, shard, update)
 
     def check_room(self, out: Path) -> None:
-        """Refuses an export to `out` whose files of weights, those that are not there yet, do not fit on its disk."""
+        """Raises if the missing files of weights do not fit on `out`'s disk."""
         partial = partial_of(out)
         needed = sum(shard.nbytes for shard in self.shards if not is_complete(partial, shard))
         check_room(out.parent, needed, f"the export to {out.name}")
@@ -176,7 +176,7 @@ class Export:
             self._say_what_is_kept(partial)
         except FileNotFoundError:  # another process saw the last file at the same moment
             return
-        for left in partial.glob(".model*.safetensors.*"):  # written aside by a process that was killed
+        for left in partial.glob(".model*.safetensors.*"):  # left by a killed process
             left.unlink(missing_ok=True)
         try:
             (partial / PLAN).unlink(missing_ok=True)
@@ -188,7 +188,7 @@ class Export:
 
 
 def _start(record: Path, base: str | None) -> HFDirectorySource | None:
-    """What to measure beside: `base`, or else where training started from as recorded. Says why where there is none."""
+    """The weights to compare with: `base`, else the recorded start of training; logs why if there are none."""
     recorded = base or read_record(record).get("base")
     if from_scratch(record):
         return None
@@ -204,6 +204,6 @@ def _start(record: Path, base: str | None) -> HFDirectorySource | None:
 
 
 def _recorded_base(record: Path, layers: int) -> str | None:
-    """Where training started from, if that has weights, and among them a multi-token-prediction block."""
+    """The recorded start of training, if it has weights with an MTP block."""
     base = read_record(record).get("base")
     return base if base is not None and has_mtp(base, layers) else None

@@ -1,4 +1,4 @@
-"""The directory in which an export is written until it is complete, and who may write there."""
+"""The directory of an incomplete export, and who may write to it."""
 
 import shutil
 import time
@@ -11,8 +11,8 @@ from src.weights.file_size import parse_size
 from src.weights.hf_writer import write_json
 
 PLAN = ".export.json"
-_LIVE = "the end of fit"  # the run in the plan of an export that is no command's
-_PATIENCE = 120  # seconds for which a process waits for the plan of the one that made the directory
+_LIVE = "the end of fit"  # the run's name in the plan of an export by `fit`
+_PATIENCE = 120  # seconds to wait for the plan of the process that made the directory
 
 
 def partial_of(out: Path) -> Path:
@@ -21,17 +21,17 @@ def partial_of(out: Path) -> Path:
 
 
 def check_target(out: Path, max_shard_size: str) -> None:
-    """Refuses beforehand, before training say, what an export at the end of it could not do.
+    """Checks up front, before training for example, that an export to `out` can be written.
 
     Raises:
-        ValueError: `out` holds something, an interrupted export to it by the command is there, or the size is none.
+        ValueError: `out` holds something, the command left an interrupted export to it, or the size is invalid.
     """
     parse_size(max_shard_size)
     _refuse_others(out)
 
 
 def start_live(out: Path) -> None:
-    """Makes the directory that an export at the end of training writes in, anew: it does not go on with another's.
+    """Makes a new directory for an export at the end of training, which never continues another one.
 
     Raises:
         ValueError: as `check_target`.
@@ -62,7 +62,7 @@ def _refuse_present(out: Path) -> None:
 
 
 def join(out: Path, plan: dict[str, Any], run: str, resume: bool) -> Path:
-    """The directory to write in: made by whichever process of this run comes first, or left by an interrupted run."""
+    """The directory to write to: made by this run's first process, or left by an interrupted run."""
     _refuse_present(out)
     partial = partial_of(out)
     plan_file = partial / PLAN

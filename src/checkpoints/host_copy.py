@@ -1,4 +1,4 @@
-"""A copy of a training state in host memory that later steps do not touch."""
+"""Copies a training state to host memory, where later steps do not change it."""
 
 import copy
 import math
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Smaller tensors are not worth keeping memory for.
+# Memory is not kept for smaller tensors.
 KEPT = 1 << 20
 
 
 class HostMemory:
-    """Memory for one copy at a time, kept for the next: touching new pages takes several times what copying does."""
+    """Memory for one copy at a time, kept for the next: touching new pages takes several times as long as copying."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[Tensor]] = defaultdict(list)
@@ -31,7 +31,7 @@ class HostMemory:
         return buffer
 
     def reuse(self) -> None:
-        """From now on what has been taken may be taken again; what was not taken since the last time is let go."""
+        """Makes taken memory available again, and frees what was not taken since the last call."""
         self._free.clear()
         for buffer in self._taken:
             self._free[buffer.nbytes].append(buffer)
@@ -40,7 +40,7 @@ class HostMemory:
 
 def _new(size: int) -> Tensor:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages, which are faster to touch and to copy to
+    with suppress(OSError):  # a kernel without huge pages, which are faster to touch and copy to
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
@@ -83,7 +83,7 @@ def _storage(tensor: Tensor) -> tuple[torch.device, int]:
 
 
 def _copy_group(group: dict[int, Tensor], memory: HostMemory) -> dict[int, Tensor]:
-    """Copies tensors of one storage, each under the name that it has."""
+    """Copies the tensors of one storage, each under its name."""
     views = {(t.storage_offset(), t.shape, t.stride(), t.dtype): t for t in group.values()}
     any_view = next(iter(views.values()))
     storage = any_view.untyped_storage()

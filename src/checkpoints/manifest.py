@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-# zlib.crc32 runs at 1 to 5 GB/s a core and without the interpreter's lock; with 4 files at a time disks are slower.
+# zlib.crc32 runs at 1 to 5 GB/s per core without the interpreter's lock; 4 at a time outrun the disk.
 THREADS = 4
-# Bytes up to which a file is read in any case: config.yaml and its like, which are parsed before the others.
+# Files up to this size are always checksummed: config.yaml and the like are parsed before the others.
 SMALL = 1 << 16
 # Seconds before a progress bar is worth showing.
 PATIENCE = 3.0
@@ -49,7 +49,7 @@ def dump_manifest(files: dict[str, FileRecord], world_size: int) -> str:
 
 
 def read_manifest(directory: Path) -> dict[str, FileRecord] | None:
-    """The files that belong to a checkpoint; None where its manifest is missing, or empty.
+    """The files that belong to a checkpoint; None if its manifest is missing or empty.
 
     Raises:
         ValueError: the manifest cannot be read, or is of a later format.
@@ -78,15 +78,15 @@ def check_manifest(
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Checks a checkpoint's files against its manifest; to be called before any of them is parsed.
+    """Checks a checkpoint's files against its manifest; call it before any of them is parsed.
 
-    Each rank checks the files that it wrote, of a larger world also those of rank + world_size and so on: nothing is
-    read twice over, and on the same layout a rank then finds its own file in the page cache. With `world_size` above 1
-    and a process group the call is collective: every rank raises the list of all.
+    Each rank checks the files that it wrote, and those of rank + world_size and so on of a larger world: no file is
+    read twice, and on the same layout a rank's own file is then in the page cache. With `world_size` above 1 and a
+    process group the call is collective: every rank raises the list of all.
 
     Args:
-        checksums: also read the files; without, of files above SMALL only presence and size are compared.
-        accept_unlisted: take files that the manifest does not list, or all where there is none, with a warning.
+        checksums: also read the files; else files above SMALL are compared by presence and size only.
+        accept_unlisted: accept, with a warning, files that the manifest does not list, or all if there is none.
 
     Raises:
         ValueError: all files that are missing, of another size or of other content, those that the manifest does not
@@ -99,7 +99,7 @@ def check_manifest(
         problems = _problems(path, files or {}, checksums, rank, world_size)
         if rank == 0 or not collective:
             unlisted = _unlisted(path, files)
-    except (ValueError, OSError) as error:  # a torn manifest or one that is not to be read: every rank must know
+    except (ValueError, OSError) as error:  # a torn or unreadable manifest: every rank must know
         problems = [str(error)]
     if accept_unlisted and unlisted:
         log.warning("%s, taken as it is: %s", path, "; ".join(unlisted))
@@ -118,7 +118,7 @@ def check_manifest(
 
 
 def _unlisted(directory: Path, files: dict[str, FileRecord] | None) -> list[str]:
-    """What cannot be checked, since the manifest does not list it; hidden files are none of a checkpoint's."""
+    """Files that the manifest does not list, so that they cannot be checked; hidden files do not count."""
     if files is None:
         return [f"{MANIFEST}: missing or empty, so that no other file can be checked"]
     there = (file.relative_to(directory) for file in sorted(directory.rglob("*")) if not file.is_dir())
@@ -127,7 +127,7 @@ def _unlisted(directory: Path, files: dict[str, FileRecord] | None) -> list[str]
 
 
 def _problems(directory: Path, files: dict[str, FileRecord], checksums: bool, rank: int, world_size: int) -> list[str]:
-    """What is wrong with this rank's share of the files."""
+    """The problems of this rank's share of the files."""
     share = {name: record for name, record in files.items() if record.rank % world_size == rank}
     total = sum(record.bytes for record in share.values()) if checksums else 0
     with (
@@ -149,7 +149,7 @@ def _problems(directory: Path, files: dict[str, FileRecord], checksums: bool, ra
 
 
 def _difference(file: Path, record: FileRecord, read: Callable[[int], object] | None) -> str | None:
-    """How a file differs from its record; its content is read if `read` is to be told how many bytes were."""
+    """How a file differs from its record; with `read`, called with the bytes read, its content is compared too."""
     if not file.is_file():
         return "missing"
     if file.stat().st_size != record.bytes:
@@ -163,7 +163,7 @@ def _difference(file: Path, record: FileRecord, read: Callable[[int], object] | 
 
 
 def _remedy(directory: Path) -> str:
-    """Names the newest other checkpoint beside `directory` that has all its files in their sizes."""
+    """Names the newest other checkpoint next to `directory` whose files all have their sizes."""
     here = directory.resolve()
     others = [file for file in here.parent.glob(f"*.ckpt/{MANIFEST}") if file.parent.resolve() != here]
     for file in sorted(others, key=lambda f: f.stat().st_mtime, reverse=True):

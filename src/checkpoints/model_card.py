@@ -1,7 +1,7 @@
-"""The README.md of an export: what the checkpoint's own files say of the run, and how to use the weights.
+"""The README.md of an export: the run as the checkpoint's own files record it, and how to use the weights.
 
-Nothing is said that config.yaml, run.json or the files in hf/ do not hold: an unknown fact has no line. Files and
-models are named without the folders that they lie in; those stand in the configuration alone, quoted as it is.
+It contains only what config.yaml, run.json or hf/ contain; an unknown fact has no line. Files and models are named
+without their folders, which appear only in the quoted configuration.
 """
 
 import re
@@ -31,11 +31,11 @@ def model_card(
     """The card's text.
 
     Args:
-        record: directory with config.yaml, run.json and hf/, as a checkpoint has them; either file may be missing.
+        record: directory with config.yaml, run.json and hf/, like a checkpoint's; either file may be missing.
         config: the content of config.json.
         dtype: of the weights written.
         mtp: whether the multi-token-prediction block is among them.
-        kept: how much of the training they keep, by group of weights; empty or None where it was not measured.
+        kept: how much of the training they keep, by group of weights; empty or None: not measured.
     """
     facts, text = read_record(record), _config(record)
     settings: dict[str, Any] = yaml.safe_load(text) or {}
@@ -95,7 +95,7 @@ def _from_scratch(settings: dict[str, Any]) -> bool:
 
 
 def _rows(facts: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is known of the run, in the order of the table."""
+    """The known facts of the run, in the table's order."""
     model, data, trainer = (settings.get(name) or {} for name in ("model", "data", "trainer"))
     strategy = (trainer.get("strategy") or {}).get("init_args", {}) if isinstance(trainer.get("strategy"), dict) else {}
     rows: list[tuple[str, str]] = []

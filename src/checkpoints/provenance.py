@@ -1,4 +1,4 @@
-"""Which code runs: the revision that is checked out, and the versions of the packages that decide what it does."""
+"""Which code runs: the git revision, and the versions of the packages that matter."""
 
 import platform
 import subprocess
@@ -9,7 +9,7 @@ PACKAGES = ("torch", "deepspeed", "lightning", "transformers", "datasets", "nump
 
 
 def git_revision() -> str | None:
-    """Of the code that runs, with "+changes" where the tree is not clean; None outside a checkout."""
+    """The running code's revision, with "+changes" if the tree is not clean; None outside a checkout."""
 
     def git(*args: str) -> str:
         return subprocess.run(

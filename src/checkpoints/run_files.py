@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside DeepSpeed's shards: the run's own files, and a Hugging Face directory's."""
+"""What a checkpoint holds in addition to DeepSpeed's shards: the run's own files and a Hugging Face directory's."""
 
 import shutil
 from pathlib import Path
@@ -19,8 +19,8 @@ def write_run_files(
 ) -> None:
     """Writes `files` (path to text) into a checkpoint, and `hf/` with all that an export needs but the weights.
 
-    The model's config and generation settings come from `model_directory`, all else from `tokenizer_directory`, but for
-    what `files` have of `hf/`.
+    The model's config and generation settings come from `model_directory`, all else from `tokenizer_directory`,
+    unless `files` has it under `hf/`.
     """
     hf = directory / "hf"
     hf.mkdir()
@@ -35,7 +35,7 @@ def write_run_files(
 
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """The content of a checkpoint's run.json; nothing where there is none."""
+    """The content of a checkpoint's run.json; empty if there is none."""
     file = directory / RUN_RECORD
     return read_object(file) if file.is_file() else {}
 

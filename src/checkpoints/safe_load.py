@@ -1,4 +1,4 @@
-"""Files of a checkpoint, read without running what they hold: a pickle may call anything while it is read."""
+"""Reads files of a checkpoint without running code from them: an unrestricted pickle may call anything."""
 
 import pickle
 from pathlib import Path, PosixPath
@@ -11,7 +11,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from src.errors import UserError
 
-# All that DeepSpeed and Lightning put beside tensors and plain Python.
+# All classes that DeepSpeed and Lightning save besides tensors and plain Python.
 ALLOWED = [DynamicLossScaler, LossScaler, PosixPath, ZeroStageEnum, fragment_address]
 
 
@@ -30,7 +30,7 @@ def load_safely(file: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
             f"{file} holds an object that is not loaded for safety; if you trust the file, allow its class with "
             f"torch.serialization.add_safe_globals: {reason}"
         ) from error
-    except Exception as error:  # PyTorch has one for each place at which a file may be damaged
+    except Exception as error:  # PyTorch raises another one for each place of damage
         raise UserError(
             f"{file} cannot be loaded ({' '.join(str(error).split())[:200]}); use another checkpoint"
         ) from error

@@ -1,4 +1,4 @@
-"""What went wrong with a save, in words that say what to do."""
+"""Why a save failed, and what to do."""
 
 import errno
 import logging
@@ -20,7 +20,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One rank's: what happened, and the system's number for it if it has one."""
+    """One rank's problem: what happened, and its errno if it has one."""
 
     text: str
     errno: int | None
@@ -28,7 +28,7 @@ class Problem:
     @classmethod
     def of(cls, rank: int, path: Path, error: Exception) -> "Problem":
         """An error while writing `path`, or the file that the error names."""
-        if not isinstance(error, OSError):  # not the disk's fault, so where it comes from is of interest
+        if not isinstance(error, OSError):  # not the disk's fault, so its origin matters
             log.error("rank %d, %s", rank, path, exc_info=error)
             return cls(f"Rank {rank} could not write {path}: {error!r}", None)
         reason = error.strerror or str(error)

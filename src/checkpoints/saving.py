@@ -1,17 +1,17 @@
-"""Checkpoints that appear whole or not at all, written beside training.
+"""Checkpoints that are complete or absent, written while training continues.
 
-The life of a save; what is indented runs on a thread of this rank's, or, where that is asked for, in the foreground:
+The steps of a save; the indented ones run on a thread of this rank, or in the foreground if asked for:
 
-    begin     the save before has ended; rank 0 makes the folder X.ckpt.incomplete
+    begin     the previous save has ended; rank 0 makes the folder X.ckpt.incomplete
     save      DeepSpeed hands over a state for each of this rank's files: copied to host memory
-    start     every rank's problems and bytes are known to all: what cannot fit on the disk fails here
-        every rank writes, checksums and synchronises its files, and reports to rank 0
-        rank 0 hears every rank, adds the run's own files and the manifest, synchronises the folders, renames
+    start     all ranks exchange problems and bytes: what cannot fit on the disk fails here
+        every rank writes, checksums and syncs its files, and reports to rank 0
+        rank 0 waits for all reports, adds the run's own files and the manifest, syncs the folders, renames
         X.ckpt.incomplete to X.ckpt and calls `then`, which moves the link `last.ckpt` and removes older checkpoints
-    wait      every rank learns what became of it
+    wait      every rank learns the outcome
 
-The threads do no collectives. They report through a key-value store, which needs neither the disk, which may be full,
-nor the main threads, which are training. A save that fails touches neither the training nor an earlier checkpoint.
+The threads use no collectives. They report through a key-value store, which needs neither the disk, which may be full,
+nor the main threads, which are training. A failed save affects neither training nor an earlier checkpoint.
 """
 
 import errno
@@ -42,14 +42,14 @@ from src.errors import UserError
 log = logging.getLogger(__name__)
 
 TAG = "checkpoint"  # the folder of DeepSpeed's files, whose name the file `latest` holds
-# Seconds without a byte written by any rank, after which those that have not reported are given up: while training
-# goes on, when a slow disk is likelier than a lost rank, and after an error, when it is not.
+# After so many seconds without a byte from any rank, those that have not reported are given up: while training
+# continues, when a slow disk is likelier than a lost rank; and after an error, when it is not.
 PATIENCE, PATIENCE_AFTER_ERROR = 1800.0, 60.0
 _POLL = 0.02, 2.0  # seconds, growing from the first to the second
 
 
 class SaveFailed(RuntimeError):
-    """Says which checkpoint was not saved, why, and what to do; the training and earlier checkpoints are unharmed."""
+    """Says which checkpoint was not saved, why, and what to do; training and earlier checkpoints are unaffected."""
 
 
 @dataclass
@@ -60,13 +60,13 @@ class _Save:
     final: Path
     asynchronous: bool
     states: list[tuple[Path, Any]] = field(default_factory=list)
-    problem: Problem | None = None  # of this rank, before anything is written
+    problem: Problem | None = None  # this rank's, before anything is written
     needed: int = 0  # bytes of all ranks
-    room: Room | None = None  # the least of all ranks', where it is too little
+    room: Room | None = None  # the smallest of all ranks', if too small
     side_files: dict[str, Any] | None = None
     then: Callable[[Path], None] | None = None
     begun: float = field(default_factory=time.monotonic)
-    held_up: float = 0.0  # seconds for which training stood still
+    held_up: float = 0.0  # save stall in seconds
 
     @property
     def aside(self) -> Path:
@@ -91,12 +91,12 @@ class CheckpointSaver(CheckpointEngine):
         self._patience = PATIENCE
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
-        self._error: str | None = None  # on rank 0: why the last save failed, until it has not
+        self._error: str | None = None  # on rank 0: why the last save failed; cleared by success
 
     # -- for the strategy -----------------------------------------------------------------------------------------
 
     def begin(self, final: Path, *, asynchronous: bool) -> Path:
-        """Waits for the save before and returns the folder that DeepSpeed is to save into.
+        """Waits for the previous save and returns the folder for DeepSpeed to save into.
 
         Raises:
             ValueError: there is a checkpoint `final` already.
@@ -120,11 +120,11 @@ class CheckpointSaver(CheckpointEngine):
             raise UserError(
                 f"{final} exists already, and checkpoints are never overwritten; move it away, or save to another path."
             )
-        self._error = f"{final} was not saved."  # unless it comes to its end
+        self._error = f"{final} was not saved."  # unless it completes
         return save.aside
 
     def start(self, side_files: dict[str, Any] | None = None, then: Callable[[Path], None] | None = None) -> None:
-        """Starts to write what DeepSpeed has handed over; returns when it is written where it is not asynchronous.
+        """Starts to write what DeepSpeed has handed over; if not asynchronous, returns when it is written.
 
         Args:
             side_files: what `write_run_files` takes after the directory, of rank 0.
@@ -136,7 +136,7 @@ class CheckpointSaver(CheckpointEngine):
         reports: list[Any] = [None] * self._world_size
         try:
             room = Room.at(save.final.parent)
-        except OSError as error:  # raised here it would leave the other ranks waiting
+        except OSError as error:  # raising here would leave the other ranks waiting
             room = Room("", "", 0)
             save.problem = save.problem or Problem.of(self._rank, save.final.parent, error)
         dist.all_gather_object(reports, (save.problem, sum(nbytes(state) for _, state in save.states), room))
@@ -170,7 +170,7 @@ class CheckpointSaver(CheckpointEngine):
             raise SaveFailed(error[0])
 
     def close(self) -> None:
-        """Ends the save in flight, if any, without the other ranks' main threads, which an error may have stopped."""
+        """Ends the save in flight, if any, without the other ranks' main threads, which an error may have ended."""
         self._patience = PATIENCE_AFTER_ERROR
         if self._thread is not None and self._thread.is_alive():
             log.info("finishing the checkpoint that is being written; a kill here costs that one alone")
@@ -227,7 +227,7 @@ class CheckpointSaver(CheckpointEngine):
             self._complete(save)
 
     def _complete(self, save: _Save) -> None:
-        """On rank 0: makes the folder a checkpoint once every rank has written its part of it."""
+        """On rank 0: turns the folder into a checkpoint once every rank has written its part."""
         try:
             reports = self._hear(save)
             problems = [Problem(*report["problem"]) for report in reports if report["problem"] is not None]
@@ -279,7 +279,7 @@ class CheckpointSaver(CheckpointEngine):
     # -- failing --------------------------------------------------------------------------------------------------
 
     def _fail(self, save: _Save, problems: list[Problem]) -> None:
-        """On rank 0: removes what there is of a checkpoint, and says why in one message."""
+        """On rank 0: removes the incomplete checkpoint, and says why in one message."""
         shutil.rmtree(save.aside, ignore_errors=True)
         self._error = failure(save.final, problems, save.needed, save.room or Room.at(save.final.parent))
         log.error(self._error)
@@ -290,7 +290,7 @@ def _key(save: _Save, rank: int) -> str:
 
 
 def _store(host: str, rank: int) -> dist.Store:
-    """A key-value store of all ranks, apart from the process group's own."""
+    """A key-value store of all ranks, separate from the process group's own."""
     master = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
     port = [master.port if master is not None else 0]
     dist.broadcast_object_list(port)

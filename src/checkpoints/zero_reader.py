@@ -13,7 +13,7 @@ in which the optimizer's groups are flat tensors:
                 share the experts, n of them, rank r has those of every n-th rank, its part by its place among these
     stages 1, 2 the concatenation of a group's parameters is cut into one part for each rank
 
-The files are mapped: a range costs the pages that it touches, and those are the page cache's, not this process's.
+The files are memory-mapped: a range costs the pages that it touches, in the page cache, not in this process.
 """
 
 import copy
@@ -52,7 +52,7 @@ Slot = Literal["fp32", "exp_avg", "exp_avg_sq"]
 
 # In a checkpoint of stage 0, put there by our strategy: the trained parameters' names, in the optimizer's order.
 OPTIMIZER_NAMES = "optimizer_names"
-# Put there too: how many ranks share a layer's experts, one where it is not there.
+# Put there too: how many ranks share a layer's experts; 1 if absent.
 EXPERT_PARALLEL_SIZE = "expert_parallel_size"
 
 _OPTIM = re.compile(r"((?:bf16_|fp16_)?zero_pp_rank_)(\d+)(_mp_rank_00_optim_states\.pt)")
@@ -60,7 +60,7 @@ _OPTIM = re.compile(r"((?:bf16_|fp16_)?zero_pp_rank_)(\d+)(_mp_rank_00_optim_sta
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter's elements are: element i is at `base + inner` of rank `ranks[r]`'s flat tensor, where
+    """The place of a parameter's elements: element i is at `base + inner` of rank `ranks[r]`'s flat tensor, where
     r, inner = divmod(shift + i, period)."""
 
     shape: tuple[int, ...]
@@ -120,7 +120,7 @@ class ZeroCheckpointSource:
 
     @property
     def step(self) -> int:
-        """Steps that AdamW has taken, by which it corrects its moments."""
+        """AdamW's step count, for its bias correction."""
         return int(self._adam(0)[0]["step"])
 
     def names(self) -> Iterable[str]:
@@ -150,7 +150,7 @@ class ZeroCheckpointSource:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _list_optim_files(self) -> list[Path]:
-        """Every rank's optimizer file, whether it is there or not; none for stage 0."""
+        """Every rank's optimizer file, existing or not; none for stage 0."""
         matches = [match for file in self._folder.glob("*") if (match := _OPTIM.fullmatch(file.name))]
         sound = [match for match in matches if zipfile.is_zipfile(self._folder / match[0])]
         if not matches:
