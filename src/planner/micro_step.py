@@ -4,7 +4,7 @@ from src.planner.cluster import Cluster
 from src.planner.schedule import Schedule
 from src.planner.settings import Settings
 from src.planner.steps import Visit, visits
-from src.planner.streams import COMPUTE, FROM_HOST, TO_HOST, Op
+from src.planner.streams import COMPUTE, EP, FROM_HOST, TO_HOST, Op
 from src.planner.zero import Zero
 
 
@@ -12,7 +12,7 @@ def micro_step(settings: Settings, cluster: Cluster, last: bool = True) -> Sched
     """Of one rank; `last` of its optimizer step, when an offloaded gradient crosses PCIe once more."""
     order, schedule = list(visits(settings, cluster)), Schedule()
     zero = Zero(settings, cluster, order, schedule, last)
-    fetched: dict[str, int] = {}  # the copies that bring tensors back from the host
+    fetched: dict[str, int] = {}  # the copies that bring tensors back from the host, and exchanges beside computation
     for visit in order:
         if visit.backward and not schedule.forward_ops:
             schedule.forward_ops = len(schedule.ops)
@@ -37,8 +37,11 @@ def _visit(visit: Visit, schedule: Schedule, zero: Zero, cluster: Cluster, fetch
             schedule.paid, schedule.stolen = schedule.paid + schedule.stolen, 0.0
         elif seconds == 0.0:
             continue
-        done = schedule.add(part._replace(seconds=seconds, name=f"{visit.name} {part.name}".rstrip(), after=waits))
-        waits = (done,)
+        added = schedule.add(part._replace(seconds=seconds, name=f"{visit.name} {part.name}".rstrip(), after=waits))
+        if part.stream == EP and visit.brings:
+            fetched[visit.brings] = added
+        else:
+            done, waits = added, (added,)
     if visit.backward:
         zero.gradients(visit, done)
     zero.release(visit, done)

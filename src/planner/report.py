@@ -57,14 +57,14 @@ def _micro_step_lines(plan: Plan) -> Iterator[TimeLine]:
     if s.ep > 1:
         a_token = f"{s.reach:.2f} GPUs x {s.sizes.hidden_size:,} x {bytes_each} x {s.ep - 1}/{s.ep}"
         passes = f"{received(sent, EP) / 1e9:.0f} GB; 2 forward, 3 backward: {s.tokens:,} tokens"
-        busiest = f"{s.load} times as much at the busiest (assumed)"
+        busiest = f"{s.load} times as much at the busiest (assumed); {t.travel:.2f} s of it beside no computation"
         yield _seconds("  tokens to shared experts", t.streams[EP], f"{passes} x {a_token} a layer, {busiest}")
     yield _seconds("  copies to the host", t.streams[TO_HOST], f"at {c.pcie_out_gb_s:g} GB/s")
     yield _seconds("  copies from the host", t.streams[FROM_HOST], f"at {c.pcie_in_gb_s:g} GB/s")
     yield _seconds("  gradients cast and summed", t.streams[CAST], "beside the computation")
     hold = "while ZeRO's collectives run, which hold multiprocessors; those take longer too"
     yield _seconds("  slowdown from NCCL overlap", t.slowed, hold)
-    exchanges = t.streams[SP] + t.streams[EP]
+    exchanges = t.streams[SP] + t.travel
     hidden = f"{t.micro:.2f} - {t.streams[COMPUTE]:.2f} - {t.slowed:.2f} - {exchanges:.2f}"
     yield _seconds("  compute stalls", t.exposed, f"{hidden}: what is not hidden")
     ahead = f"whose hooks and launches take {t.streams[HOST]:.2f} s, most of them ahead"

@@ -47,7 +47,8 @@ class Visit:
     gradients come out. syncs: the host waits for its end. host: seconds that the host needs besides the weights'.
     takes: allocated before its weights are fetched. during: there until gradients come out; beside: until all are.
     gives: freed behind it; leaves: allocated behind it; stows: copied to the host behind it, in bytes.
-    fetches: fetched from the host behind it; awaits: fetched before it, and used here.
+    fetches: fetched from the host behind it; awaits: fetched or brought before it, and used here. brings: what its
+    exchange of tokens brings for a later visit, while its next part does not wait.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Visit:
     stows: Mapping[str, float] = field(default_factory=dict)
     fetches: Mapping[str, Line] = field(default_factory=dict)
     awaits: tuple[str, ...] = ()
+    brings: str = ""
 
 
 def visits(settings: Settings, cluster: Cluster) -> Iterator[Visit]:
@@ -116,6 +118,8 @@ class _Layer:
             self._weights({f"shard {shard} {name}": size for name, size in s.shard.items()}, settings.holders, True)
             for shard in range(0 if self.dense else s.shards // settings.ep)
         ]
+        self.travels = settings.ep > 1 and not self.dense
+        self.brought = f"{self.name} tokens" if self.travels else ""
 
     def _weights(self, sizes: Mapping[str, int], ranks: int, expert: bool = False) -> Weights:
         return tuple(Weight(f"{self.name} {name}", size, ranks, expert) for name, size in sizes.items())
@@ -153,16 +157,20 @@ class _Layer:
         products = self.work.products(times * sum(weight.size for weight in weights))
         return (_compute(products + elementwise * self.work.elementwise()),)
 
+    def _shared_parts(self) -> tuple[Op, ...]:
+        """Router and shared expert, forward; behind its first projection tokens leave, while the others run."""
+        if not self.travels:
+            return self._mlp_parts(self.mlp, 1, ELEMENTWISE_FORWARD)
+        rest = self.work.products(sum(weight.size for weight in self.mlp[-2:]))
+        come = _exchange(EP, self.work.travel(1), "tokens come")
+        return (*self._mlp_parts(self.mlp[:-2], 1, ELEMENTWISE_FORWARD), come, _compute(rest, "other projections"))
+
     def _shard_parts(self, shard: int, backward: bool) -> tuple[Op, ...]:
-        """Before the first that runs tokens come, in the backward beside gradients; behind the last they return."""
-        work, runs = self.work, list(range(len(self.shards)))[:: -1 if backward else 1]
-        come = work.travel(2 if backward else 1) if shard == runs[0] else Exchange()
-        leave = work.travel(1) if shard == runs[-1] else Exchange()
-        return (
-            _exchange(EP, come, "tokens come"),
-            _compute(work.experts(backward) / len(self.shards), beside=EXPERTS_BESIDE),
-            _exchange(EP, leave, "sums return"),
-        )
+        """Behind the last that runs the sums return, and what comes next waits for them."""
+        experts = _compute(self.work.experts(backward) / len(self.shards), beside=EXPERTS_BESIDE)
+        if not self.travels or shard != (0 if backward else len(self.shards) - 1):
+            return (experts,)
+        return (experts, _exchange(EP, self.work.travel(1), "sums return"), _compute(0.0, "sums"))
 
     # -- visits -------------------------------------------------------------------------------------------------------
 
@@ -187,14 +195,17 @@ class _Layer:
             Visit(
                 self.mlp_name,
                 self.mlp,
-                self._mlp_parts(self.mlp, 1, ELEMENTWISE_FORWARD),
+                self._shared_parts(),
                 takes=route | {"MLP": tensors.forward_dense() if self.dense else tensors.forward_experts()},
                 syncs=not self.dense,  # for the route, without which it cannot call the shards
                 host=self._host,
+                brings=self.brought,
             )
         ]
         for shard, weights in enumerate(self.shards):
             calls.append(Visit(f"{self.name} shard {shard}", weights, self._shard_parts(shard, False), host=HOST_SHARD))
+        if self.travels:
+            calls[1] = replace(calls[1], awaits=(self.brought,))
         leaving = {f"{self.name} input": self.input.nbytes} if self.again and s.layer_input == "offload" else {}
         calls[-1] = replace(calls[-1], gives=("MLP", *leaving), stows=leaving)
         yield from calls
@@ -224,16 +235,17 @@ class _Layer:
             )
             for shard, weights in reversed(list(enumerate(self.shards)))
         ]
-        calls.append(
-            Visit(
-                f"{self.mlp_name} backward",
-                self.mlp,
-                self._mlp_parts(self.mlp, 2, ELEMENTWISE_BACKWARD_MLP),
-                backward=True,
-                host=self._host,
-                gives=(*(f"rows {shard}" for shard in range(len(self.shards))), "MLP", f"{self.name} mlp_graph"),
-            )
-        )
+        parts = self._mlp_parts(self.mlp, 2, ELEMENTWISE_BACKWARD_MLP)
+        graph, *rows = f"{self.name} mlp_graph", "MLP", *(f"rows {shard}" for shard in range(len(self.shards)))
+        mlp = Visit(f"{self.mlp_name} backward", self.mlp, parts, backward=True, host=self._host, gives=(*rows, graph))
+        if not self.travels:
+            calls.append(mlp)
+        else:  # first, while tokens and gradients travel; what the last shard leaves is summed at once
+            leave = _compute(0.0, "tokens leave"), _exchange(EP, self.work.travel(2), "tokens and gradients come")
+            mlp = replace(mlp, parts=(*leave, *parts), gives=(graph,), brings=self.brought)
+            calls[0] = replace(calls[0], awaits=(self.brought,))
+            calls[-1] = replace(calls[-1], leaves={}, gives=tuple(name for name in rows if name != "rows 0"))
+            calls.insert(0, mlp)
         calls[0] = replace(
             calls[0], takes={"MLP": tensors.backward_dense() if self.dense else tensors.backward_experts()}
         )

@@ -1,7 +1,7 @@
 """A schedule played on the streams of one GPU: each stream takes its operations in order, one at a time.
 
-An operation starts when its stream is free and everything that it waits for has ended. Computation and ZeRO's
-collectives share the device's multiprocessors, so each takes longer while the other runs.
+An operation starts when its stream is free and everything that it waits for has ended. Computation and the
+collectives beside it share the device's multiprocessors, so each takes longer while the other runs.
 """
 
 from collections import deque
@@ -23,7 +23,7 @@ STREAMS = HOST, COMPUTE, ZERO, SP, EP, TO_HOST, FROM_HOST, CAST = (
 class Op(NamedTuple):
     """seconds: alone on the device. after: indices of operations of the same schedule that must end first.
 
-    beside: how many times as long a computation takes while one of ZeRO's collectives runs, and the collective then.
+    beside: how many times as long a computation takes while a collective runs, and the collective then.
     nbytes: of an exchange between GPUs, what a rank receives.
     """
 
@@ -54,8 +54,9 @@ def play(ops: Sequence[Op]) -> list[Span]:
         if not left:
             break
         slower = dict.fromkeys(left, 1.0)
-        if COMPUTE in left and ZERO in left:
-            slower[COMPUTE], slower[ZERO] = ops[queues[COMPUTE][0]].beside
+        for network in (ZERO, EP):
+            if COMPUTE in left and network in left:
+                slower[COMPUTE], slower[network] = ops[queues[COMPUTE][0]].beside
         times = {stream: seconds * slower[stream] for stream, seconds in left.items()}
         passed = min(times.values())
         now += passed

@@ -3,7 +3,7 @@
 They are those of src/models/deepseek_v3 (attention.py, moe.py, experts.py) and src/models/loss.py; lines say which.
 """
 
-from src.models.deepseek_v3.sizes import attention_output_bytes, layer_input_bytes
+from src.models.deepseek_v3.sizes import MOST_RECEIVED, attention_output_bytes, layer_input_bytes
 from src.models.loss_chunks import GRAD_CHUNKS, chunk_tokens
 from src.planner.ledger import LAYER, LOSS, Line
 from src.planner.settings import Settings
@@ -22,8 +22,8 @@ class Tensors:
         self.output = s.num_attention_heads * s.v_head_dim
         # Of latents, a rank's own and the group's; of attention's output once more, on its way through SP.
         self.latents, self.exchanged = s.latents * (1 + (sp if sp > 1 else 0)), self.output if sp > 1 else 0
-        # Of what a rank receives of the tokens of its EP group.
-        self.received = settings.load * settings.reach * self.hidden
+        # Of what a rank receives at once of the tokens of its EP group, whatever these have chosen.
+        self.received = min(MOST_RECEIVED * settings.reach, settings.ep) * self.hidden
 
     def _line(self, elements: float, why: str) -> Line:
         """Elements per token, of the weights' type."""
@@ -50,12 +50,13 @@ class Tensors:
         return self._line(4 * self.hidden, "two inputs side by side, the main model's output and its gradient")
 
     def route(self) -> Line:
-        """Chosen experts, order, tokens, slots and shards of each row, int64, kept over the recomputation."""
+        """Chosen experts, order, tokens, slots and shards of each row, kept over the recomputation; int32, and counted
+        twice where each rank has all experts."""
         s, top_k = self.settings, self.sizes.num_experts_per_tok
         a_token = 5 * 8 * top_k
         if s.ep > 1:  # as src/models/deepseek_v3/expert_parallel.py: of what is received, and of what is sent
-            received = 20 * top_k * s.reach + 16 * top_k * s.load
-            a_token = round(received + 8 * s.reach + 16 * s.ep + 16 * top_k)
+            received = 12 * top_k * s.reach + 8 * top_k * s.load
+            a_token = round(received + 4 * s.reach + 8 * s.ep + 8 * top_k)
         return Line(LAYER, self.tokens * a_token, f"{self.tokens:,} tokens x {a_token} bytes: a layer's route")
 
     # -- forward ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ HIDDEN = 0.05  # of a micro-step: compute that stalls for less is what the step 
 @dataclass(frozen=True)
 class StepTime:
     """Seconds. micro: one micro-step; forward: of it; exposed: of it, when compute waits; host: of that, what a host
-    without work would save; slowed: of it, what compute takes longer beside collectives. optimizer: after the last.
+    without work would save; slowed: of it, what compute takes longer beside collectives; travel: of it, when tokens
+    travel to shared experts or back and nothing is computed. optimizer: after the last.
 
     streams: work of each stream in one micro-step, alone on the device.
     """
@@ -31,6 +32,7 @@ class StepTime:
     exposed: float
     host: float
     slowed: float
+    travel: float
     optimizer: float
     step: float
     streams: dict[str, float]
@@ -70,12 +72,14 @@ def step_time(settings: Settings, cluster: Cluster, quick: bool = False) -> Step
     streams = busy(last.ops)
     optimizer, _ = optimizer_seconds(settings, cluster)
     slowed = ((n - 1) * _slowed(others) + _slowed(spans)) / n
+    travel = _covered(spans, COMPUTE, EP) - _covered(spans, COMPUTE) if settings.ep > 1 else 0.0
     return StepTime(
         micro=all_micro / n,
         forward=makespan(span for span in spans[: last.forward_ops] if span.op.stream in (COMPUTE, SP, EP)),
-        exposed=all_micro / n - streams[COMPUTE] - slowed - streams[SP] - streams[EP],
+        exposed=all_micro / n - streams[COMPUTE] - slowed - streams[SP] - travel,
         host=0.0 if quick else max(0.0, makespan(spans) - makespan(play(_scaled(last.ops, {HOST: 0.0})))),
         slowed=slowed,
+        travel=travel,
         optimizer=optimizer,
         step=all_micro + optimizer,
         streams=streams,
@@ -91,6 +95,15 @@ def _scaled(ops: Iterable[Op], factors: Mapping[str, float]) -> list[Op]:
 
 def _slowed(spans: Iterable[Span]) -> float:
     return max(0.0, sum(span.end - span.start - span.op.seconds for span in spans if span.op.stream == COMPUTE))
+
+
+def _covered(spans: Iterable[Span], *streams: str) -> float:
+    """Seconds in which one of these streams is busy."""
+    seconds = end = 0.0
+    for span in sorted((span for span in spans if span.op.stream in streams), key=lambda span: span.start):
+        seconds += max(0.0, span.end - max(end, span.start))
+        end = max(end, span.end)
+    return seconds
 
 
 def step_seconds(settings: Settings, cluster: Cluster, time: StepTime, other: Cluster, kernels: float) -> float:

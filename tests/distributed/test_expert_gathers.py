@@ -1,6 +1,7 @@
 """Under ZeRO-3 an expert is gathered twice a micro-step, and two or three shards are whole at most, never a layer."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -44,7 +45,7 @@ def train(imbalanced: bool, lean: bool, ep: int = 1) -> dict[str, Any]:
         model = DeepseekV3ForCausalLM(config_from_dict(FIELDS), experts_per_shard=2)
     apply_activation_checkpointing(model)
     model.set_kept("recompute", "keep")
-    group, travelled = None, list[tuple[int, ...]]()
+    group, travelled, order = None, list[tuple[int, ...]](), list[str]()
     if ep > 1:
         dims = ParallelDims(dist.get_world_size(), 1, dist.get_rank(), ep)
         group = make_groups(dims, None)
@@ -53,7 +54,16 @@ def train(imbalanced: bool, lean: bool, ep: int = 1) -> dict[str, Any]:
 
         def watch_exchange(rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> Any:
             travelled.append(tuple(rows.shape[1:]))
-            return exchange(rows, sent, received)
+            coming = exchange(rows, sent, received)
+            if rows.shape[1:] != (2, 64):
+                return coming
+            order.append("leave")
+
+            def wait() -> torch.Tensor:
+                order.append("come")
+                return coming.wait()
+
+            return SimpleNamespace(wait=wait)
 
         group.exchange = watch_exchange  # type: ignore[method-assign]
     config["zero_optimization"] |= zero3_settings(model) | {"stage3_param_persistence_threshold": 0}
@@ -63,6 +73,9 @@ def train(imbalanced: bool, lean: bool, ep: int = 1) -> dict[str, Any]:
         parameter.ds_tensor.normal_(std=0.02)
     if imbalanced:
         one_expert_for_all(model)
+    for name, parameter in model.named_parameters():
+        if "shared_experts" in name:
+            parameter.register_hook(lambda _: order.append("shared"))
     apply_zero_leaves(model)
     shards = [m for m in model.modules() if isinstance(m, ExpertShard)]
     experts_of = {id(p): index for index, shard in enumerate(shards) for p in shard.parameters()}
@@ -95,11 +108,12 @@ def train(imbalanced: bool, lean: bool, ep: int = 1) -> dict[str, Any]:
     for _ in range(3):
         elements = most_live = head_releases = 0
         travelled.clear()
+        order.clear()
         engine.backward(engine(ids, labels, torch.tensor([0, 40, 64]).int(), 40).loss)
         engine.step()
         steps.append((elements / size, most_live, head_releases))
     others = sum(p.ds_numel for p in parameters) / size - 1
-    return {"steps": steps, "others": others, "shards": len(shards), "travelled": travelled}
+    return {"steps": steps, "others": others, "shards": len(shards), "travelled": travelled, "order": order}
 
 
 @pytest.mark.parametrize("imbalanced", [False, True])
@@ -124,6 +138,7 @@ def test_shared_experts_run_twice_and_their_tokens_travel_twice(world: int) -> N
         for gathered, live, _ in result["steps"][1:]:
             assert 2 <= gathered <= 2 + 3 * result["others"] and live <= 3
         assert result["travelled"] == 3 * layer_forward + 3 * layer_backward  # three layers, nothing in a recomputation
+        assert result["order"] == 3 * ["leave", "shared", "shared", "shared", "come"]  # in the backward
 
 
 def test_the_count_would_see_a_third_gather() -> None:

@@ -12,6 +12,7 @@ from src.planner.micro_step import micro_step
 from src.planner.network import halves
 from src.planner.settings import Settings
 from src.planner.streams import EP, ZERO, received
+from src.planner.tensors import Tensors
 from src.planner.timing import step_time
 from src.planner.work import Work
 
@@ -111,3 +112,24 @@ def test_on_one_node_nothing_of_the_experts_is_gathered_or_held() -> None:
 def test_sizes_that_do_not_divide_are_refused(ep: int) -> None:
     with pytest.raises(ValueError, match=f"expert_parallel_size {ep} must divide"):
         guide(nodes=1, ep=ep)
+
+
+def test_tokens_travel_beside_the_shared_expert_and_its_backward() -> None:
+    settings, cluster = shared(8), Cluster()
+    work, time = Work(settings, cluster), step_time(settings, cluster)
+    spans = {span.op.name: span for span in time.spans}
+    come, experts = spans["layer 9 router, shared tokens come"], spans["layer 9 shard 0"]
+    assert come.start == spans["layer 9 router, shared"].end and experts.start >= come.end
+    back = spans["layer 9 shard 0 sums return"]
+    assert back.start == experts.end and spans["layer 10 attention latents"].start >= back.end
+    both, shard = spans["layer 9 router, shared backward tokens and gradients come"], spans["layer 9 shard 0 backward"]
+    assert both.start < spans["layer 9 router, shared backward"].end <= shard.start and both.end <= shard.start
+    assert 58 * 2 * work.travel(1).seconds < time.travel < time.streams[EP]
+    assert time.streams[EP] == pytest.approx(58 * (3 * work.travel(1).seconds + work.travel(2).seconds))
+
+
+def test_a_rank_holds_no_more_tokens_than_the_bound() -> None:
+    eight, two = shared(8), shared(2)
+    a_token = 32768 * 7168 * 2
+    assert Tensors(eight).backward_experts().nbytes == pytest.approx(a_token * (1 + 2 * 1.5 * eight.reach))
+    assert Tensors(two).backward_experts().nbytes == pytest.approx(a_token * (1 + 2 * 2))  # all of two ranks

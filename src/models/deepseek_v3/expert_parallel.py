@@ -22,9 +22,8 @@ from torch import Tensor
 from ..kernels import sum_rows
 from .channel import Coming
 from .route import Route, host_copy, route
+from .sizes import MOST_RECEIVED
 
-# A rank receives at once at most so many times the mean of its group.
-MOST_RECEIVED = 1.5
 _ELSEWHERE = 1 << 30  # instead of an expert's number: it is on another rank
 
 

@@ -199,14 +199,14 @@ class Experts(nn.ModuleDict):
         if isinstance(way, Route):
             return way
         way.settle(weights.detach())
-        trip = (TripInPieces if way.in_pieces else Trip)(way)
+        node: Any = x.grad_fn
+        trip = (TripInPieces if way.in_pieces else Trip)(way, None if node is None else node._sequence_nr())
         if not recomputing():
             trip.depart(x.detach())
         return trip
 
     def forward(self, x: Tensor, weights: Tensor, way: Route | Trip) -> Tensor:
         """x [T, H], the chosen experts' weights fp32 [T, K] and what `set_out` returned for them -> [T, H]."""
-        before: Any = x.grad_fn
         if torch.is_grad_enabled() and not x.requires_grad and any(p.requires_grad for p in self.parameters()):
             # Nothing below is trained, but ZeRO-3 gathers and releases a shard behind an input that has a gradient.
             x = x.detach().requires_grad_()
@@ -214,10 +214,9 @@ class Experts(nn.ModuleDict):
             return self._run(x, weights, way, Channel(), x.detach())
         handle, of_received = Send.apply(x, weights, way)
         out = self._run(handle, of_received, way.journey.local, way, None)
-        if before is not None and out.grad_fn is not None:
-            # In the backward what was computed since x comes first, while tokens and gradients travel.
-            last: Any = out.grad_fn
-            last._set_sequence_nr(before._sequence_nr())
+        node: Any = out.grad_fn
+        if node is not None and way.began is not None:
+            node._set_sequence_nr(way.began)
         return Return.apply(out, x.detach(), way)
 
     def _run(self, x: Tensor, weights: Tensor, route: Route, channel: Channel, kept: Tensor | None) -> Tensor:

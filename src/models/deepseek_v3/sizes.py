@@ -78,6 +78,10 @@ class Sizes:
         return sum(size for _, size in named_parameters(self))
 
 
+# Of shared experts: a rank receives at once at most so many times the mean of its group's tokens.
+MOST_RECEIVED = 1.5
+
+
 def attention_weights(config: Sizes) -> dict[str, int]:
     """Elements of attention's projections in the order of the forward pass, the output's last."""
     hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.q_lora_rank

@@ -16,13 +16,17 @@ from .recompute import placeholder, recomputing
 
 
 class Trip(Channel):
-    """All tokens together: they come before the first shard, and their sums go behind the last."""
+    """All tokens together: they come before the first shard, and their sums go behind the last.
+
+    began: autograd's number of what the tokens are the output of. In the backward what was computed since comes before
+    the experts, while tokens and gradients travel.
+    """
 
     _coming: Coming | None = None
 
-    def __init__(self, journey: Journey) -> None:
+    def __init__(self, journey: Journey, began: int | None) -> None:
         super().__init__(journey.piece, spare=True)
-        self.journey = journey
+        self.journey, self.began = journey, began
 
     def depart(self, x: Tensor, grad: Tensor | None = None) -> None:
         """Starts to send tokens [T, H], in the backward beside their outputs' gradients."""
@@ -41,8 +45,8 @@ class Trip(Channel):
 class TripInPieces(Trip):
     """Each shard has its own tokens come, piece by piece, and their sums go."""
 
-    def __init__(self, journey: Journey) -> None:
-        super().__init__(journey)
+    def __init__(self, journey: Journey, began: int | None) -> None:
+        super().__init__(journey, began)
         self.own: tuple[Tensor, ...] = ()
         self.back: dict[int, Tensor] = {}  # by leg
 
