@@ -123,34 +123,22 @@ def data_of(config: Namespace, settings: Settings) -> tuple[Data, float]:
 def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, float]:
     """Rows and tokens of an epoch, the source of these numbers, and a document's length."""
     length = settings.max_length
-    files = _present(config.data.train_files)
-    if files is None:
-        rows = ASSUMED_ROWS
-        source = f"{', '.join(config.data.train_files)} not here; assumed: {rows:,} full rows, one document each"
-        return rows, rows * length, source, length
-    size = sum(os.path.getsize(file) for file in files)
-    values = config.data.as_dict()
-    values["tokenizer"] = values["tokenizer"] or config.model.pretrained
-    reason = None
-    if size > TOKENISED_HERE:
-        reason = f"more than {TOKENISED_HERE >> 20} MiB"
-    else:
-        from src.datamodules.tokenizer import load_tokenizer
-
-        try:
-            load_tokenizer(values["tokenizer"])
-        except (ValueError, OSError) as error:
-            reason = str(error).splitlines()[0].split("; ")[0]
-    if reason is not None:
+    try:
+        files = expand(config.data.train_files)
+    except NoMatch:
+        named = ", ".join(config.data.train_files)
+        source = f"{named} not here; assumed: {ASSUMED_ROWS:,} full rows, one document each"
+        return ASSUMED_ROWS, ASSUMED_ROWS * length, source, length
+    size, values = sum(os.path.getsize(file) for file in files), _values(config)
+    if (reason := _untokenised(size, values["tokenizer"])) is not None:
         tokens = int(size / BYTES_A_TOKEN)
-        rows = max(1, -(-tokens // length))
         many = f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
         rough = " (a rough guess for files that are compressed)" if any(f.endswith(PACKED) for f in files) else ""
         source = (
             f"{many} of files, not tokenised: {reason}; estimated: {BYTES_A_TOKEN} bytes a token{rough}, full rows, "
             "one document each (give --document_length; `check-data` counts)"
         )
-        return rows, tokens, source, length
+        return max(1, -(-tokens // length)), tokens, source, length
     from src.datamodules.packed_set import pack_files
     from src.datamodules.packing import check_accumulation
 
@@ -167,6 +155,25 @@ def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, floa
     return rows, tokens, source, document
 
 
+def _values(config: Namespace) -> dict[str, Any]:
+    """SFTDataModule's arguments, with the tokenizer that it will have."""
+    values: dict[str, Any] = config.data.as_dict()
+    return values | {"tokenizer": values["tokenizer"] or config.model.pretrained}
+
+
+def _untokenised(size: int, tokenizer: str) -> str | None:
+    """Why so many bytes of data are not tokenised here; None where they are."""
+    if size > TOKENISED_HERE:
+        return f"more than {TOKENISED_HERE >> 20} MiB"
+    from src.datamodules.tokenizer import load_tokenizer
+
+    try:
+        load_tokenizer(tokenizer)
+    except (ValueError, OSError) as error:
+        return str(error).splitlines()[0].split("; ")[0]
+    return None
+
+
 def row_lengths(config: Namespace) -> list[list[int]]:
     """The lengths of the documents of each row of the training data, in a random order, the same in every run.
 
@@ -176,13 +183,6 @@ def row_lengths(config: Namespace) -> list[list[int]]:
     expand(config.data.train_files)
     from src.datamodules.packed_set import pack_files
 
-    packed = pack_files(config.data.as_dict() | {"tokenizer": config.data.tokenizer or config.model.pretrained})
+    packed = pack_files(_values(config))
     order = np.random.default_rng(0).permutation(len(packed.rows))  # packing puts the fullest first
     return [packed.cache.lengths[packed.rows[i]].tolist() for i in order]
-
-
-def _present(patterns: list[str]) -> list[str] | None:
-    try:
-        return expand(patterns)
-    except NoMatch:
-        return None

@@ -4,16 +4,16 @@ from collections import Counter
 
 from src.models.deepseek_v3.sizes import small_parameters
 from src.planner.ledger import GROUPS, Line, total
-from src.planner.schedule import Schedule
 from src.planner.settings import Settings
+from src.planner.streams import Schedule
 from src.planner.tensors import Tensors
 from src.units import GIB, counted
 
-# Assumed, since nothing here has measured them on many nodes: what the driver takes for a process, NCCL's channels and
-# buffers for the world's group and for the SP group, and the part of what is allocated that lies between blocks.
+# Assumed, as they were never measured on many nodes: what the driver takes per process, NCCL's channels and buffers of
+# the world's group and of the SP group, and the part of the allocation that lies between blocks.
 CONTEXT, NCCL_WORLD, NCCL_SP, FRAGMENTATION = 0.6 * GIB, 1.2 * GIB, 0.5 * GIB, 0.05
 # Plain host memory of a rank with its libraries, with CUDA's and without, and of a loader's process. On four H100s a
-# rank with two loaders took 2.4 GiB; what NCCL pins for many nodes comes to that.
+# rank with two loaders took 2.4 GiB; on many nodes NCCL pins more.
 PROCESS, CPU_PROCESS, WORKER = 4 * GIB, 0.7 * GIB, 0.8 * GIB
 DISK_HEADERS = 1.001
 AT_START, IN_FIRST_STEP, AT_FIRST_SAVE = "at the start", "in the first micro-step", "at the first save"
@@ -99,8 +99,8 @@ def host(settings: Settings) -> list[Line]:
     if s.activation_checkpointing:
         layers = s.sizes.layers
         for name, place, line in (
-            ("attention outputs, pinned", s.attention_output, tensors.kept_output()),
-            ("layer inputs, pinned", s.layer_input, tensors.layer_input()),
+            ("attention outputs, pinned", s.attention_output, tensors.kept_output),
+            ("layer inputs, pinned", s.layer_input, tensors.layer_input),
         ):
             if place == "offload":
                 of_layer = f"{line.nbytes / GIB:.2f} GiB ({line.why})"

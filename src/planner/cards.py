@@ -1,13 +1,13 @@
-"""GPUs by the numbers of NVIDIA's data sheets, and what programs were measured to reach of an H100's.
+"""GPUs by NVIDIA's data sheets.
 
-A card's own rates, where nobody has measured them, are the H100's times the ratio of the two data sheets.
+Where a card's own rates are not measured, they are the H100's times the ratio of the two data sheets.
 """
 
 from typing import NamedTuple
 
 
 class Card(NamedTuple):
-    """peak: 1e12 dense bf16 operations a second. memory_gib: as CUDA states it. memory_tb_s: of its memory.
+    """peak: dense bf16, 1e12 operations/s. memory_gib: as CUDA states it. memory_tb_s: of its memory.
 
     link_gb_s: one way to the other GPUs of a node together; NVLink, or PCIe where the node has no switch.
     pcie_gb_s: one way to the host. nic_gbit: of the NIC beside it. hopper: whether flash-attn-4 runs on it.

@@ -1,11 +1,11 @@
-"""The machines that a plan counts on, read from a YAML file; what the file does not say is assumed.
+"""The machines of a plan, read from a YAML file; what the file does not give is assumed.
 
 `preflight --write FILE` measures and writes one, `plan --cluster FILE` reads it. Units: GiB are 2**30 bytes, GB and
 GB/s 10**9 bytes, Gbit 10**9 bits.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from src.errors import UserError
 from src.planner.cards import H100, Card, card_of
 from src.units import GIB
 
-# What was measured on H100s: the product of 8192 x 8192 matrices, a device copy read and written; assumed, NCCL's
-# bandwidth over a node's NVLink and over eight NICs of 400G; measured on four, pinned copies while all GPUs copy.
+# Measured on H100s: the product of 8192 x 8192 matrices, a device copy (read and written), and pinned copies while all
+# four GPUs of a host copy. Assumed: NCCL's bandwidth over a node's NVLink.
 TFLOPS, COPY, INTRA_GB_S, PCIE_IN_GB_S, PCIE_OUT_GB_S = 760.0, 2.95e12, 370.0, 41.0, 33.0
 OF_LINE_RATE = 0.925  # what NCCL reaches of the NICs' line rate
+MEASURED, ASSUMED = 0.05, 0.30  # how far off a rate may be that a file of measurements gave, and one that is assumed
 HOST_PART = 0.96  # of a node's memory: the rest stays for the system and for what comes at once
 
 
@@ -109,6 +110,15 @@ class Cluster:
         """Bytes of a node that a run may take."""
         return HOST_PART * self.host_memory_gib * GIB
 
+    def shifted(self, worse: bool) -> "Cluster":
+        """Every bandwidth, and the optimizer's rate, as low, or as high, as it may be."""
+        changes = {}
+        for name in _TYPES:
+            if name.endswith("_s"):
+                off = MEASURED if name in self.measured else ASSUMED
+                changes[name] = getattr(self, name) * (1 - off if worse else 1 + off)
+        return replace(self, **changes)
+
     @property
     def assumed(self) -> list[str]:
         return [name for name in _TYPES if name not in self.measured]
@@ -121,8 +131,8 @@ def read_cluster(path: str | Path) -> Cluster:
     """The cluster of a YAML file of `Cluster`'s fields; all other fields count as assumed (`cluster_of`).
 
     Raises:
-        ValueError: no such file, no YAML, an unknown field, a value of the wrong type or range, a GPU that no data
-            sheet is known of and whose memory or speed the file does not give.
+        ValueError: no such file, no YAML, an unknown field, a value of the wrong type or range, an unknown GPU whose
+            memory or speed the file does not give.
     """
     path = Path(path)
     if not path.is_file():

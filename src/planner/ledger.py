@@ -1,4 +1,4 @@
-"""Device memory followed in the order in which the host allocates and frees it, which is what the allocator counts."""
+"""Device memory in the order in which the host allocates and frees it, as the allocator counts it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

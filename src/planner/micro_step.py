@@ -1,10 +1,9 @@
 """One micro-step laid out: each visit of `steps`, with what ZeRO does for it and the copies to the host and back."""
 
 from src.planner.cluster import Cluster
-from src.planner.schedule import Schedule
 from src.planner.settings import Settings
 from src.planner.steps import Visit, visits
-from src.planner.streams import COMPUTE, EP, FROM_HOST, TO_HOST, Op
+from src.planner.streams import COMPUTE, EP, FROM_HOST, TO_HOST, Op, Schedule
 from src.planner.zero import Zero
 
 

@@ -1,4 +1,4 @@
-"""What an exchange between GPUs takes: the bytes that a rank receives over the bandwidth, and a latency."""
+"""Exchanges between GPUs: the bytes that a rank receives over the bandwidth, and a latency."""
 
 from typing import NamedTuple
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from src.errors import UserError
 from src.planner.streams import CAST, COMPUTE, EP, FROM_HOST, HOST, SP, STREAMS, TO_HOST, ZERO, Span, makespan
 
 COLOURS = {
@@ -21,22 +20,14 @@ COLOURS = {
 
 
 def chrome_trace(spans: Sequence[Span]) -> dict[str, Any]:
-    """Events as https://ui.perfetto.dev reads them: microseconds, one thread a stream."""
+    """Events as https://ui.perfetto.dev reads them: microseconds, one thread per stream."""
     threads = [stream for stream in STREAMS if stream != HOST]
-    names = [
-        {"name": "thread_name", "ph": "M", "pid": 0, "tid": i, "args": {"name": name}} for i, name in enumerate(threads)
-    ]
+    names = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": i, "args": {"name": n}} for i, n in enumerate(threads)]
     events = [
-        {
-            "name": span.op.name,
-            "ph": "X",
-            "pid": 0,
-            "tid": threads.index(span.op.stream),
-            "ts": 1e6 * span.start,
-            "dur": 1e6 * (span.end - span.start),
-        }
-        for span in spans
-        if span.op.stream != HOST and span.op.seconds
+        {"name": op.name, "ph": "X", "pid": 0, "tid": threads.index(op.stream), "ts": 1e6 * start}
+        | {"dur": 1e6 * (end - start)}
+        for op, start, end in spans
+        if op.stream != HOST and op.seconds
     ]
     return {"traceEvents": [*names, *events], "displayTimeUnit": "ms"}
 
@@ -46,15 +37,9 @@ def write_trace(path: str | Path, spans: Sequence[Span]) -> None:
 
 
 def draw(path: str | Path, spans: Sequence[Span], title: str) -> None:
-    """A bar a stream over the whole micro-step, and the middle tenth of it larger.
+    """A bar per stream over the whole micro-step; below, larger, 3 % of it from the backward pass. Needs matplotlib."""
+    import matplotlib
 
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("--picture needs matplotlib: pip install matplotlib, or the extra `demo`.") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -1,7 +1,7 @@
 """Does it fit, how long does it take, how much disk: one run's plan, from its settings and the cluster."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from src.models.deepseek_v3.flops import packed_flops
@@ -9,32 +9,13 @@ from src.planner import account
 from src.planner.cluster import Cluster
 from src.planner.ledger import Line, total
 from src.planner.settings import Settings
-from src.planner.timing import (
-    HIDDEN,
-    StepTime,
-    busiest,
-    load_seconds,
-    save_stall,
-    step_seconds,
-    step_time,
-    write_seconds,
-)
+from src.planner.timing import HIDDEN, StepTime, busiest, step_seconds, step_time
 from src.units import GIB
 
-# How far off an input may be: what a file of measurements gave, what is assumed, and the kernels' own rates.
-MEASURED, ASSUMED, KERNELS = 0.05, 0.30, 0.05
-RATES = (
-    "nccl_inter_node_gb_s",
-    "nccl_intra_node_gb_s",
-    "exchange_inter_node_gb_s",
-    "exchange_intra_node_gb_s",
-    "pcie_in_gb_s",
-    "pcie_out_gb_s",
-    "cpu_adam_gparams_s",
-    "disk_write_gb_s",
-)
+KERNELS = 0.05  # how far off the kernels' own rates may be
 LONG_OPTIMIZER = 0.4  # of a step: then the optimizer is what it waits for
 STOP_MARGIN = 60  # seconds that a stop has besides what is planned for it
+ORDINARY_COPY_GB_S = 8.0  # a process of the host copying between ordinary memory and the device
 
 
 @dataclass(frozen=True)
@@ -160,14 +141,36 @@ class Plan:
 
     def wall(self, step: float | None = None) -> float:
         """Seconds from reading the weights to the last checkpoint on the disk."""
-        stalls = self.saves * save_stall(self.settings, self.cluster)
-        last = write_seconds(self.settings, self.cluster) if self.settings.async_save else 0.0
-        return load_seconds(self.settings, self.cluster) + self.steps * (step or self.time.step) + stalls + last
+        last = self.write_seconds() if self.settings.async_save else 0.0
+        return self.load_seconds + self.steps * (step or self.time.step) + self.saves * self.save_stall + last
+
+    # Files: all nodes read and write at once.
+
+    @property
+    def save_stall(self) -> float:
+        """Seconds that training stands still for one save: the copy to host memory, or the whole write."""
+        if self.settings.async_save:
+            return account.checkpoint_bytes(self.settings) / self.settings.world / (ORDINARY_COPY_GB_S * 1e9)
+        return self.write_seconds()
+
+    def write_seconds(self, cluster: Cluster | None = None) -> float:
+        """Of a checkpoint; where not on the plan's cluster, on another."""
+        gb_s = (cluster or self.cluster).disk_write_gb_s
+        return account.checkpoint_bytes(self.settings) / self.settings.nodes / (gb_s * 1e9)
 
     @property
     def slowest_write(self) -> float:
-        """Seconds of a checkpoint at the slowest disk."""
-        return write_seconds(self.settings, shifted(self.cluster, worse=True))
+        return self.write_seconds(self.cluster.shifted(worse=True))
+
+    @property
+    def load_seconds(self) -> float:
+        """Reading the base weights in BF16, every byte once in the cluster."""
+        return account.export_bytes(self.settings) / self.settings.nodes / (self.cluster.disk_read_gb_s * 1e9)
+
+    @property
+    def export_seconds(self) -> float:
+        """Writing BF16 weights from the running job."""
+        return account.export_bytes(self.settings) / self.settings.nodes / (self.cluster.disk_write_gb_s * 1e9)
 
     @property
     def stop_lead(self) -> float:
@@ -203,20 +206,11 @@ class Plan:
         )
 
 
-def shifted(cluster: Cluster, worse: bool) -> Cluster:
-    """Every rate as low, or as high, as it may be."""
-    changes = {}
-    for name in RATES:
-        by = MEASURED if name in cluster.measured else ASSUMED
-        changes[name] = getattr(cluster, name) * (1 - by if worse else 1 + by)
-    return replace(cluster, **changes)
-
-
 def make_plan(settings: Settings, cluster: Cluster, data: Data, quick: bool = False) -> Plan:
     """quick: without the range, and the step from one micro-step: for many plans at once."""
     time = step_time(settings, cluster, quick)
     slowest = fastest = time.step
     if not quick:
-        slowest = step_seconds(settings, cluster, time, shifted(cluster, worse=True), 1 + KERNELS)
-        fastest = step_seconds(settings, cluster, time, shifted(cluster, worse=False), 1 - KERNELS)
+        slowest = step_seconds(settings, cluster, time, cluster.shifted(worse=True), 1 + KERNELS)
+        fastest = step_seconds(settings, cluster, time, cluster.shifted(worse=False), 1 - KERNELS)
     return Plan(settings, cluster, data, time, slowest, fastest)

@@ -1,17 +1,17 @@
-"""How fast kernels are on one H100, as measured in benchmarks/RESULTS.md, section 2; interpolated between its rows.
+"""Kernel rates of one H100, measured (benchmarks/RESULTS.md, section 2) and interpolated between its rows.
 
-Rates are useful operations a second as src/models/deepseek_v3/flops.py counts them, so that a forward's time is its
-operations over the forward's rate. Another GPU's are scaled by its own product of 8192 x 8192 matrices, which was
-737 to 778e12 operations a second in the runs below.
+Rates are useful operations/s as src/models/deepseek_v3/flops.py counts them, so that a forward's time is its operations
+over the forward's rate. Another GPU's are scaled by its own product of 8192 x 8192 matrices; here it reached 737 to
+778e12 operations/s.
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
-Table = Sequence[tuple[float, float]]  # (size, 1e12 operations a second), sizes rising
+Table = Sequence[tuple[float, float]]  # (size, 1e12 operations/s), sizes rising
 
-# "Attention (192, 128), packed": by tokens a document. The rows 64 x 512, 8 x 4096, 1 x 8192, 1 x 32768.
+# "Attention (192, 128), packed": by tokens per document. The rows 64 x 512, 8 x 4096, 1 x 8192, 1 x 32768.
 ATTENTION_FORWARD: dict[str, Table] = {
     "flash_attn_4": ((512, 189), (4096, 600), (8192, 603), (32768, 716)),
     "varlen": ((512, 115), (4096, 229), (32768, 275)),
@@ -22,8 +22,8 @@ ATTENTION_BACKWARD: dict[str, Table] = {
     "varlen": ((512, 75), (4096, 146), (32768, 185)),
     "sdpa": ((512, 3.6), (4096, 133), (32768, 375)),
 }
-# "Experts", the whole block from dispatch to combine: by rows an expert, tokens x 8 / 256. 8,192 to 32,768 tokens are
-# the table's rows; 128 rows an expert are "What one SP rank computes", 8 x 4096 at SP = 8, less what is not experts.
+# "Experts", the whole block from dispatch to combine: by rows per expert, tokens x 8 / 256. 8,192 to 32,768 tokens are
+# the table's rows; 128 rows per expert are "What one SP rank computes", 8 x 4096 at SP = 8, less what is not experts.
 EXPERTS_FORWARD: Table = ((128, 245), (256, 377), (512, 454), (1024, 522))
 EXPERTS_BACKWARD: Table = ((128, 200), (256, 295), (512, 362), (1024, 415))  # gate_up computed again, counted once
 # "A whole MoE layer": 75 ms of other products at 32,768 tokens, recomputation included.
@@ -32,11 +32,11 @@ PRODUCTS = 697.0
 HEAD = 616.0
 # The same layer: what is neither attention nor products nor the experts' block, 103 - 75 ms and 91 - 75 ms of 32,768
 # tokens of 7,168: norms, residuals, rotary embedding, assembly of heads, the route. Bytes through memory, so it grows
-# with the width. Seconds a token and unit of hidden size.
+# with the width. Seconds per token and unit of hidden size.
 ELEMENTWISE = 20e-3 / 32768 / 7168
-LAUNCH = 1.0e-3  # seconds a layer, forward and backward, however few its tokens: 1 x 8192 against 1 x 32768
+LAUNCH = 1.0e-3  # seconds per layer, forward and backward, however few its tokens: 1 x 8192 against 1 x 32768
 # The parts of that time in each half of a layer (attention, MLP): forward, and again where it is recomputed; in their
-# backward passes. 1.15 in all with recomputation, 0.85 without. Apportioned, not measured one by one; with them the
+# backward passes. 1.15 total with recomputation, 0.85 without. Apportioned, not measured one by one; with them the
 # seven rows of "A whole MoE layer" are planned within -0.7 and +3.2 %.
 ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD_ATTENTION, ELEMENTWISE_BACKWARD_MLP = 0.15, 0.30, 0.25
 
@@ -57,7 +57,7 @@ SKEW = 0.01  # "Four GPUs of one host": of a layer's time, what its six SP excha
 # Where ranks share the experts: the busiest rank's rows over the mean, assumed; the others wait for it.
 IMBALANCE = 1.15
 
-# Latency of a collective, assumed: seconds, and for each node and each rank of its group.
+# Latency of a collective, assumed: seconds, total, per node and per rank of its group.
 COLLECTIVE, COLLECTIVE_NODE, COLLECTIVE_RANK = 20e-6, 5e-6, 1e-6
 
 
@@ -67,7 +67,7 @@ def latency(ranks: int, nodes: int = 0) -> float:
 
 
 def interpolate(table: Table, size: float) -> float:
-    """Between rows in the logarithm of the size; above the last its rate; below the first the time of the first's."""
+    """By the logarithm of the size; above the last row its rate, below the first row its time."""
     if size <= table[0][0]:
         return table[0][1] * size / table[0][0]
     if size >= table[-1][0]:

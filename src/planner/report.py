@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from src.planner.account import checkpoint_bytes, export_bytes
+from src.planner.cluster import ASSUMED, MEASURED
 from src.planner.ledger import Line, total
-from src.planner.plan import ASSUMED, MEASURED, STOP_MARGIN, Plan
+from src.planner.plan import STOP_MARGIN, Plan
 from src.planner.search import PAYS, pays_until
 from src.planner.settings import Settings
 from src.planner.streams import CAST, COMPUTE, EP, FROM_HOST, HOST, SP, TO_HOST, ZERO, received
-from src.planner.timing import export_seconds, load_seconds, optimizer_seconds, save_stall, write_seconds
+from src.planner.timing import optimizer_seconds
 from src.units import GIB, counted
 
 TimeLine = tuple[str, str, str]  # what, how much, formula
@@ -104,17 +105,17 @@ def _step_lines(plan: Plan) -> Iterator[TimeLine]:
 def _run_lines(plan: Plan) -> Iterator[TimeLine]:
     s, c, data = plan.settings, plan.cluster, plan.data
     copied = "the copy to host memory" if s.async_save else "the whole write"
-    yield "save stall", duration(save_stall(s, c)), copied
+    yield "save stall", duration(plan.save_stall), copied
     nodes = f"/ {counted(s.nodes, 'node')} /"
     written, weights = f"{checkpoint_bytes(s) / 1e12:.2f} TB", f"{export_bytes(s) / 1e12:.2f} TB"
     disk = f"{nodes} {c.disk_write_gb_s:g} GB/s"
-    yield "  the write beside training", duration(write_seconds(s, c)), f"{written} {disk}"
+    yield "  the write beside training", duration(plan.write_seconds()), f"{written} {disk}"
     slow = f"{digits(plan.slowest)} + 2 x {plan.slowest_write:.0f} + {STOP_MARGIN}"
     lead = f"{slow}: the slowest step, the save under way, its own, at the slowest disk"
     yield "lead of a stop (--stop.lead)", f"{plan.stop_lead:.0f} s", lead
     read = f"{weights} in BF16 {nodes} {c.disk_read_gb_s:g} GB/s"
-    yield "reading the weights", duration(load_seconds(s, c)), read
-    yield "export in BF16", duration(export_seconds(s, c)), f"by the job: {weights} {disk}"
+    yield "reading the weights", duration(plan.load_seconds), read
+    yield "export in BF16", duration(plan.export_seconds), f"by the job: {weights} {disk}"
     run = f"{counted(plan.steps, 'step')}, {duration(plan.wall())}"
     between = f"{duration(plan.wall(plan.fastest))} to {duration(plan.wall(plan.slowest))}"
     ends = "trainer.max_steps, epochs unbounded"
@@ -198,11 +199,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "step_s": t.step,
             "step_s_range": [plan.fastest, plan.slowest],
             "streams_s": t.streams,
-            "save_stall_s": save_stall(s, c),
-            "save_write_s": write_seconds(s, c),
+            "save_stall_s": plan.save_stall,
+            "save_write_s": plan.write_seconds(),
             "stop_lead_s": plan.stop_lead,
-            "load_s": load_seconds(s, c),
-            "export_s": export_seconds(s, c),
+            "load_s": plan.load_seconds,
+            "export_s": plan.export_seconds,
             "wall_s": plan.wall(),
             "formulas": {what.strip(): why for what, _, why in time_lines(plan)},
         },
@@ -233,7 +234,7 @@ def search_text(plans: list[Plan], asked: Settings) -> str:
 
 
 def scale_text(plans: list[Plan]) -> str:
-    """What each size costs, where scaling stops paying, and from where all GPUs need more rows per step than asked."""
+    """What each size costs, where scaling stops paying, and from which size a step has more rows than asked."""
     out = ["  GPUs  fits  GPU GiB  host GiB  rows per step   step s  tokens/s per GPU  GPU-hours per 1B tokens  run"]
     for p in plans:
         hours = 1e9 / p.rate() / 3600

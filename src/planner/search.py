@@ -2,12 +2,12 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import combinations, product
 
-from src.models.deepseek_v3.sizes import auto_experts_per_shard
+from src.models.deepseek_v3.sizes import shard_size
 from src.planner.account import host, states
 from src.planner.cluster import Cluster
 from src.planner.ledger import total
@@ -24,46 +24,36 @@ Progress = Callable[[Iterable[float], int], Iterable[float]]  # of results, as t
 
 def _possible(settings: Settings, **changes: object) -> Settings | None:
     """None where the numbers do not divide. Another ep has the shards that 'auto' takes with it."""
-    experts = changes.pop("experts_per_shard", None)
     try:
         changed = settings.but(**changes)
+        s = changed.sizes
+        asked = s.experts_per_shard if changed.ep == settings.ep or "experts_per_shard" in changes else None
+        size = shard_size(s.n_routed_experts, s.hidden_size, s.moe_intermediate_size, asked, changed.ep)
     except ValueError:
         return None
-    sizes = changed.sizes
-    here = sizes.n_routed_experts // changed.ep
-    if experts is None and changed.ep != settings.ep:
-        experts = auto_experts_per_shard(here, sizes.hidden_size, sizes.moe_intermediate_size)
-    if isinstance(experts, int):
-        if not 1 <= experts <= here or here % experts:
-            return None
-        changed = changed.but(experts_per_shard=experts)
-    return None if changed.offload_parameters and changed.stage != 3 else changed
+    return changed.but(experts_per_shard=size)
 
 
-def _changes(settings: Settings, host_is_full: bool) -> Iterator[Change]:
+def _changes(settings: Settings, host_is_full: bool) -> list[Change]:
     """Single steps away from `settings`."""
     s = settings
-    if s.stage != 3:
-        yield "stage", 3
-    if not s.activation_checkpointing:
-        yield "activation_checkpointing", True
-    for output in ("offload", "recompute"):
-        if s.attention_output != output:
-            yield "attention_output", output
-    yield "layer_input", "keep" if s.layer_input == "offload" else "offload"
-    if not s.offload_optimizer:
-        yield "offload_optimizer", True
-    if s.async_save and host_is_full:
-        yield "async_save", False
-    if s.batch_size > 1:
-        yield "batch_size", s.batch_size // 2
-    yield "sp", 2 * s.sp
-    if s.halves:  # its groups have buffers of their own, and a node's sums take memory
-        yield "reduce_dtype", "fp32"
-    if s.experts_per_shard > 1:
-        yield "experts_per_shard", s.experts_per_shard // 2
-    for factor in (2, 4):
-        yield "nodes", factor * s.nodes
+    near: list[Change] = [
+        ("stage", 3),
+        ("activation_checkpointing", True),
+        ("attention_output", "offload"),
+        ("attention_output", "recompute"),
+        ("layer_input", "keep" if s.layer_input == "offload" else "offload"),
+        ("offload_optimizer", True),
+        ("async_save", s.async_save and not host_is_full),
+        ("batch_size", max(1, s.batch_size // 2)),
+        ("sp", 2 * s.sp),
+        # Its groups have buffers of their own, and a node's sums take memory.
+        ("reduce_dtype", "fp32" if s.halves else s.reduce_dtype),
+        ("experts_per_shard", max(1, s.experts_per_shard // 2)),
+        ("nodes", 2 * s.nodes),
+        ("nodes", 4 * s.nodes),
+    ]
+    return [(field, value) for field, value in near if value != getattr(s, field)]
 
 
 def _with_rows(settings: Settings, rows: int) -> Settings | None:
@@ -80,10 +70,10 @@ def _near_rows(settings: Settings, rows: int) -> Settings:
 def nearest(settings: Settings, cluster: Cluster, data: Data) -> tuple[str, Plan] | None:
     """The fewest changes that make it fit, and its plan; None where three do not suffice.
 
-    Among as many, those on the fewest nodes, then the fastest a GPU. Accumulation follows, so that the rows of a step
-    stay; it counts as no change of its own.
+    Ties go to the fewest nodes, then to the fastest per GPU. Accumulation follows to keep the rows per step, and is no
+    change of its own.
     """
-    steps = list(_changes(settings, total(host(settings)) > cluster.host_room))
+    steps = _changes(settings, host_is_full=total(host(settings)) > cluster.host_room)
     for count in (1, 2, 3):
         fitting = []
         for chosen in combinations(steps, count):
@@ -102,7 +92,7 @@ def nearest(settings: Settings, cluster: Cluster, data: Data) -> tuple[str, Plan
 
 
 def candidates(settings: Settings, nodes: Sequence[int] | None = None) -> list[Settings]:
-    """The grid of --search around `settings`, whose rows per step stay as near as the numbers allow.
+    """The grid of --search around `settings`, with rows per step as near as the numbers allow.
 
     Args:
         nodes: numbers of nodes to try; by default that of `settings` alone.
@@ -119,12 +109,11 @@ def candidates(settings: Settings, nodes: Sequence[int] | None = None) -> list[S
     for n, ep, sp, (optimizer, parameters), (output, layer) in product(
         nodes or [s.nodes], shared, batches, offloads, kept
     ):
+        places: dict[str, object] = {"offload_optimizer": optimizer, "offload_parameters": parameters}
+        places |= {"attention_output": output, "layer_input": layer}
         for batch in batches[sp]:
-            base = _possible(s, nodes=n, ep=ep, sp=sp, batch_size=batch)
-            if base is not None:
-                with_rows = _near_rows(base, s.rows_per_step)
-                kept_so = {"attention_output": output, "layer_input": layer}
-                grid.append(with_rows.but(offload_optimizer=optimizer, offload_parameters=parameters, **kept_so))
+            if changed := _possible(s, nodes=n, ep=ep, sp=sp, batch_size=batch, **places):
+                grid.append(_near_rows(changed, s.rows_per_step))
     return grid
 
 
@@ -148,10 +137,10 @@ def search(
     best: int = 10,
     nodes: Sequence[int] | None = None,
 ) -> list[Plan]:
-    """The fastest a GPU of the grid that fit, best first; shards of half the experts, half as many ranks that share
-    them, and gradients in bf16 are tried where that is fast.
+    """The settings of the grid that fit, fastest per GPU first.
 
-    Simulated on this process's cores, up to 16, by new processes: __main__ must be importable.
+    Of the best it also tries shards of half the experts, half as many ranks that share them, and gradients in bf16.
+    Simulated by up to 16 new processes, one per core: __main__ must be importable.
     """
     grid = [c for c in candidates(settings, nodes) if _may_fit(c, cluster)]
     with ProcessPoolExecutor(min(16, len(os.sched_getaffinity(0))), multiprocessing.get_context("spawn")) as pool:
@@ -172,7 +161,7 @@ def search(
 
 
 def scale(settings: Settings, cluster: Cluster, data: Data, most: int = 4096) -> list[Plan]:
-    """The same settings on 8 to `most` GPUs, accumulation so that the rows of a step stay as near as they can."""
+    """The same settings on one node to `most` GPUs, with the accumulation that keeps the rows per step nearest."""
     plans, gpus = [], settings.gpus
     while gpus <= most:
         if changed := _possible(settings, nodes=gpus // settings.gpus):
@@ -182,7 +171,7 @@ def scale(settings: Settings, cluster: Cluster, data: Data, most: int = 4096) ->
 
 
 def pays_until(plans: list[Plan]) -> Plan | None:
-    """The largest of doubling sizes whose doubling still made the run at least PAYS times as fast; None: none fits."""
+    """The last of the doubling sizes to be PAYS times as fast as the one before; None: none fits."""
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         return None

@@ -93,6 +93,7 @@ class Settings:
                 raise UserError(f"{OPTIONS[field]} is {value!r}; it must be a positive integer.")
         self.dims.check_experts(self.sizes.n_routed_experts)
         for option, on in (
+            ("offload_parameters", self.offload_parameters),
             ("expert_parallel_size above 1", self.ep > 1),
             ("reduce_dtype bf16", self.reduce_dtype == "bf16"),
         ):

@@ -1,12 +1,17 @@
-"""A schedule played on the streams of one GPU: each stream takes its operations in order, one at a time.
+"""One micro-step of a rank as operations, and these played on the streams of its GPU.
+
+Each stream takes its operations in order, one at a time.
 
 An operation starts when its stream is free and everything that it waits for has ended. Computation and the
 collectives beside it share the device's multiprocessors, so each takes longer while the other runs.
 """
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from src.planner.ledger import Ledger
 
 STREAMS = HOST, COMPUTE, ZERO, SP, EP, TO_HOST, FROM_HOST, CAST = (
     "the host",
@@ -33,6 +38,36 @@ class Op(NamedTuple):
     after: tuple[int, ...] = ()
     beside: tuple[float, float] = (1.0, 1.0)
     nbytes: float = 0.0
+
+
+@dataclass
+class Schedule:
+    """forward_ops: how many of `ops` belong to the forward pass.
+
+    gathered, reduced: elements through ZeRO, by the number of ranks over which they are partitioned.
+    halved: elements reduced in bf16.
+    host: the host's last operation. stolen: seconds of casts and copies on the device that no computation has been
+    lengthened by yet. paid: those that one has.
+    """
+
+    ops: list[Op] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
+    forward_ops: int = 0
+    gathered: Counter[int] = field(default_factory=Counter)
+    reduced: Counter[int] = field(default_factory=Counter)
+    halved: int = 0
+    host: int = -1
+    stolen: float = 0.0
+    paid: float = 0.0
+
+    def add(self, op: Op) -> int:
+        """Adds an operation and returns its index, for those that wait for it."""
+        self.ops.append(op)
+        return len(self.ops) - 1
+
+    def host_works(self, seconds: float, *after: int) -> None:
+        """The host, which does one thing after the other, waits for operations and works."""
+        self.host = self.add(Op(HOST, seconds, "host", after))
 
 
 class Span(NamedTuple):
@@ -70,6 +105,25 @@ def play(ops: Sequence[Op]) -> list[Span]:
     played = [span for span in spans if span is not None]
     assert len(played) == len(ops), "an operation waits for one that comes after it"
     return played
+
+
+def scaled(ops: Iterable[Op], factors: Mapping[str, float]) -> list[Op]:
+    """Operations that take so many times as long, by stream."""
+    return [op._replace(seconds=op.seconds * factors.get(op.stream, 1.0)) for op in ops]
+
+
+def slowed(spans: Iterable[Span]) -> float:
+    """Seconds that computation takes longer beside collectives."""
+    return max(0.0, sum(span.end - span.start - span.op.seconds for span in spans if span.op.stream == COMPUTE))
+
+
+def covered(spans: Iterable[Span], *streams: str) -> float:
+    """Seconds in which one of these streams is busy."""
+    seconds = end = 0.0
+    for span in sorted((span for span in spans if span.op.stream in streams), key=lambda span: span.start):
+        seconds += max(0.0, span.end - max(end, span.start))
+        end = max(end, span.end)
+    return seconds
 
 
 def makespan(spans: Iterable[Span]) -> float:

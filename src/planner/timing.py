@@ -1,20 +1,33 @@
 """From the simulated micro-step to an optimizer step, a run and its cost."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from src.planner.account import checkpoint_bytes, export_bytes
 from src.planner.cluster import Cluster
 from src.planner.micro_step import micro_step
-from src.planner.schedule import Schedule
 from src.planner.settings import Settings
-from src.planner.streams import CAST, COMPUTE, EP, FROM_HOST, HOST, SP, TO_HOST, ZERO, Op, Span, busy, makespan, play
+from src.planner.streams import (
+    CAST,
+    COMPUTE,
+    EP,
+    FROM_HOST,
+    HOST,
+    SP,
+    TO_HOST,
+    ZERO,
+    Schedule,
+    Span,
+    busy,
+    covered,
+    makespan,
+    play,
+    scaled,
+    slowed,
+)
 
 # A parameter: fused AdamW on fp32 states 28, flattened gradient 8, its norm in fp64 20, clipping 8, cast to bf16 6; and
 # what comes after a step whatever its size: callbacks and logging (measured: 70 to 92 ms at 2.1e9 to 2.8e9 parameters).
 ADAM_BYTES, AFTER_STEP = 70, 20e-3
 HOST_ADAM_BYTES = 28  # of a parameter, that AdamW on the host reads and writes: it is bound by the memory
-ORDINARY_COPY_GB_S = 8.0  # a process of the host copying between ordinary memory and the device
 HIDDEN = 0.05  # of a micro-step: compute that stalls for less is what the step waits for
 
 
@@ -71,14 +84,14 @@ def step_time(settings: Settings, cluster: Cluster, quick: bool = False) -> Step
     all_micro = (n - 1) * makespan(others) + makespan(spans)
     streams = busy(last.ops)
     optimizer, _ = optimizer_seconds(settings, cluster)
-    slowed = ((n - 1) * _slowed(others) + _slowed(spans)) / n
-    travel = _covered(spans, COMPUTE, EP) - _covered(spans, COMPUTE) if settings.ep > 1 else 0.0
+    lost = ((n - 1) * slowed(others) + slowed(spans)) / n
+    travel = covered(spans, COMPUTE, EP) - covered(spans, COMPUTE) if settings.ep > 1 else 0.0
     return StepTime(
         micro=all_micro / n,
         forward=makespan(span for span in spans[: last.forward_ops] if span.op.stream in (COMPUTE, SP, EP)),
-        exposed=all_micro / n - streams[COMPUTE] - slowed - streams[SP] - travel,
-        host=0.0 if quick else max(0.0, makespan(spans) - makespan(play(_scaled(last.ops, {HOST: 0.0})))),
-        slowed=slowed,
+        exposed=all_micro / n - streams[COMPUTE] - lost - streams[SP] - travel,
+        host=0.0 if quick else max(0.0, makespan(spans) - makespan(play(scaled(last.ops, {HOST: 0.0})))),
+        slowed=lost,
         travel=travel,
         optimizer=optimizer,
         step=all_micro + optimizer,
@@ -88,24 +101,6 @@ def step_time(settings: Settings, cluster: Cluster, quick: bool = False) -> Step
     )
 
 
-def _scaled(ops: Iterable[Op], factors: Mapping[str, float]) -> list[Op]:
-    """Operations that take so many times as long, by stream."""
-    return [op._replace(seconds=op.seconds * factors.get(op.stream, 1.0)) for op in ops]
-
-
-def _slowed(spans: Iterable[Span]) -> float:
-    return max(0.0, sum(span.end - span.start - span.op.seconds for span in spans if span.op.stream == COMPUTE))
-
-
-def _covered(spans: Iterable[Span], *streams: str) -> float:
-    """Seconds in which one of these streams is busy."""
-    seconds = end = 0.0
-    for span in sorted((span for span in spans if span.op.stream in streams), key=lambda span: span.start):
-        seconds += max(0.0, span.end - max(end, span.start))
-        end = max(end, span.end)
-    return seconds
-
-
 def step_seconds(settings: Settings, cluster: Cluster, time: StepTime, other: Cluster, kernels: float) -> float:
     """A step's seconds on a cluster of other rates, kernels `kernels` times as slow: the same schedule played again."""
     s = settings
@@ -113,7 +108,7 @@ def step_seconds(settings: Settings, cluster: Cluster, time: StepTime, other: Cl
     rates[FROM_HOST] = "pcie_in_gb_s"
     factors = {stream: getattr(cluster, name) / getattr(other, name) for stream, name in rates.items()}
     factors |= {COMPUTE: kernels, CAST: kernels}
-    ratio = makespan(play(_scaled(time.schedule.ops, factors))) / makespan(time.spans)
+    ratio = makespan(play(scaled(time.schedule.ops, factors))) / makespan(time.spans)
     optimizer, _ = optimizer_seconds(s, other)
     return s.accumulate * time.micro * ratio + optimizer * (1.0 if s.offload_optimizer else kernels)
 
@@ -126,27 +121,3 @@ def busiest(time: StepTime) -> str:
         return HOST
     name = max((ZERO, TO_HOST, FROM_HOST, CAST), key=lambda stream: time.streams[stream])
     return "ZeRO's network" if name == ZERO else name
-
-
-# -- files: all nodes read and write at once --------------------------------------------------------------------------
-
-
-def save_stall(settings: Settings, cluster: Cluster) -> float:
-    """Seconds that training stands still for one save: the copy to host memory, or the whole write."""
-    if settings.async_save:
-        return checkpoint_bytes(settings) / settings.world / (ORDINARY_COPY_GB_S * 1e9)
-    return write_seconds(settings, cluster)
-
-
-def write_seconds(settings: Settings, cluster: Cluster) -> float:
-    return checkpoint_bytes(settings) / settings.nodes / (cluster.disk_write_gb_s * 1e9)
-
-
-def load_seconds(settings: Settings, cluster: Cluster) -> float:
-    """Reading the base weights in BF16, every byte once in the cluster."""
-    return export_bytes(settings) / settings.nodes / (cluster.disk_read_gb_s * 1e9)
-
-
-def export_seconds(settings: Settings, cluster: Cluster) -> float:
-    """Writing BF16 weights from the running job."""
-    return export_bytes(settings) / settings.nodes / (cluster.disk_write_gb_s * 1e9)

@@ -1,9 +1,8 @@
-"""ZeRO-3's gathers and reductions as DeepSpeed 0.19.8 orders them: what is fetched ahead, what is copied, what waits.
+"""ZeRO-3's gathers and reductions in DeepSpeed 0.19.8's order: what it prefetches, what it copies and what waits.
 
 Follows `PartitionedParameterCoordinator.fetch_sub_module` and `release_sub_module`,
 `DeepSpeedZeroOptimizer_Stage3.__reduce_and_partition_ipg_grads` and `src/strategies/zero3_collectives.py`. The host
-runs ahead of the device; it waits for a gather where more than two are under way, and for a reduction likewise, and
-what it has not come to cannot start.
+runs ahead of the device, by two gathers and two reductions at most, and nothing starts before the host launches it.
 """
 
 from collections import Counter, deque
@@ -14,13 +13,12 @@ from src.planner import rates
 from src.planner.cluster import Cluster
 from src.planner.ledger import GRADIENTS, SHARDS, Line
 from src.planner.network import Exchange, collective, halves
-from src.planner.schedule import Schedule
 from src.planner.settings import Settings
 from src.planner.steps import Visit, Weight, Weights
-from src.planner.streams import CAST, FROM_HOST, TO_HOST, ZERO, Op
+from src.planner.streams import CAST, FROM_HOST, TO_HOST, ZERO, Op, Schedule
 from src.strategies.zero_limits import OWN_MEMORY, PIECE, reduced_in_pieces, zero3_limits
 
-EVENTS = 2  # gathers, and reductions, that may be unfinished when the host comes to the next
+EVENTS = 2  # gathers, and reductions, that may be unfinished when the host launches the next
 NORM_ELEMENTS = 250_000_000  # whose norm is taken at once (`_constant_buffered_norm2`)
 
 
@@ -143,7 +141,7 @@ class Zero:
         self.ledger.take(weight.name, Line(SHARDS, nbytes, f"{weight.size / 1e6:.0f}e6 elements of {weight.name}"))
 
     def _arrive(self, weight: Weight) -> int:
-        """Waits for a weight's gather. The first of a gather has the small ones copied out of the flat buffer."""
+        """Waits for a weight's gather; for its first weight, copies the small ones out of the flat buffer."""
         self._back_pressure(self._arrivals)
         gather = self._under_way.pop(weight)
         self._arrivals.append(gather.op)
@@ -160,7 +158,7 @@ class Zero:
             self.schedule.host_works(0.0, events[-1 - EVENTS])
 
     def release(self, visit: Visit, done: int) -> None:
-        """Frees a visit's weights, which `done` has used, but those whose next use a prefetch has passed over."""
+        """Frees a visit's weights once `done` has used them, except those that are prefetched for a later visit."""
         for weight in visit.weights:
             there = weight in self._available and weight not in self._under_way
             if there and self._fetched_for[weight] < self._step:
@@ -171,7 +169,7 @@ class Zero:
     # -- gradients ----------------------------------------------------------------------------------------------------
 
     def gradients(self, visit: Visit, made_by: int) -> None:
-        """The visit's weight gradients exist; those that overfill the bucket send the ones before on their way.
+        """Puts the visit's weight gradients into the bucket, which is reduced first where they would overfill it.
 
         What is `beside` of the computation is still there when the gradients are, and gone when they are reduced.
         """

@@ -54,7 +54,7 @@ from .rounding import NEAREST, Kind, Rounding
 from .sequence_parallel import ProcessGroupSP
 from .zero3_collectives import reduce_by_one_view
 from .zero3_hooks import hook_owners_alone
-from .zero_limits import check_stage
+from .zero_limits import check_goes_with, check_stage
 
 # DeepSpeed's and our own collectives under names that torch 2.13 deprecates and torch 2.11 knows no others for.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
@@ -107,8 +107,8 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         reduce_node_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if offload_parameters and stage != 3:
-            raise UserError(f"offload_parameters needs ZeRO stage 3, stage is {stage}.")
+        if offload_parameters:
+            check_goes_with("offload_parameters", {"stage": stage}, {})
         super().__init__(
             stage=stage,
             contiguous_gradients=stage != 3 if contiguous_gradients is None else contiguous_gradients,

@@ -97,6 +97,10 @@ def test_data_that_is_there_is_counted(tmp_path: Path) -> None:
         (["--cluster", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--trainer.strategy.init_args.sequence_parallel_size", "3"], "not a multiple of sequence_parallel_size 3"),
         (["--model.experts_per_shard", "24"], "experts_per_shard 24 does not divide the 256 experts"),
+        (
+            ["--trainer.strategy.stage=2", "--trainer.strategy.offload_parameters=true"],
+            "offload_parameters needs ZeRO stage 3, stage is 2: set one",
+        ),
         (["--model.pretrained", "configs"], "configs/config.json does not exist"),
         (["--data.batch_size", "0"], "data.batch_size is 0; it must be in [1, 65536]"),
         (["--trainer.accumulate_grad_batches", "-1"], "trainer.accumulate_grad_batches is -1"),
@@ -146,7 +150,7 @@ def test_the_grid_keeps_the_rows_of_a_step_and_is_valid() -> None:
     assert Counter(settings.ep for settings in grid) == {1: len(grid) // 2, 8: len(grid) // 2}
     assert {settings.ep for settings in candidates(guide(ep=4))} == {1, 4, 8}
     assert {settings.ep for settings in candidates(guide(gpus=6))} == {1}  # 6 do not divide 256 experts
-    assert {settings.ep for settings in candidates(guide(stage=2))} == {1}
+    assert {(settings.ep, settings.offload_parameters) for settings in candidates(guide(stage=2))} == {(1, False)}
 
 
 @pytest.mark.parametrize(

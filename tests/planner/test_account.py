@@ -25,7 +25,7 @@ def test_a_layers_work_is_what_was_measured() -> None:
     """benchmarks/RESULTS.md, "A whole MoE layer": 15.1, 7.5 and 3.7 GiB at 32k, 16k and 8k tokens, output kept."""
     for tokens, measured in ((32768, 15.1), (16384, 7.5), (8192, 3.7)):
         one = Tensors(guide(max_length=tokens))
-        peak = one.graph_attention().nbytes + one.kept_output().nbytes + one.backward_attention().nbytes
+        peak = one.graph_attention.nbytes + one.kept_output.nbytes + one.backward_attention.nbytes
         assert peak / GIB == pytest.approx(measured, rel=0.05)
 
 
@@ -73,7 +73,7 @@ def test_the_heads_work_is_what_was_measured() -> None:
     # Benchmarks' "Projection to the vocabulary": 4.30 and 4.41 GiB over inputs at 8k and 16k tokens, of which the fp32
     # gradient, logits, their gradients and the hidden states' gradient; ours keeps two more copies of hidden states.
     for tokens, measured in ((8192, 4.30), (16384, 4.41)):
-        items = Tensors(guide(max_length=tokens)).head()
+        items = Tensors(guide(max_length=tokens)).head
         peak = total(items.values()) - 2 * tokens * 7168 * 2
         assert peak / GIB == pytest.approx(measured, rel=0.25)
 

@@ -131,5 +131,5 @@ def test_tokens_travel_beside_the_shared_expert_and_its_backward() -> None:
 def test_a_rank_holds_no_more_tokens_than_the_bound() -> None:
     eight, two = shared(8), shared(2)
     a_token = 32768 * 7168 * 2
-    assert Tensors(eight).backward_experts().nbytes == pytest.approx(a_token * (1 + 2 * 1.5 * eight.reach))
-    assert Tensors(two).backward_experts().nbytes == pytest.approx(a_token * (1 + 2 * 2))  # all of two ranks
+    assert Tensors(eight).experts[2].nbytes == pytest.approx(a_token * (1 + 2 * 1.5 * eight.reach))
+    assert Tensors(two).experts[2].nbytes == pytest.approx(a_token * (1 + 2 * 2))  # all of two ranks
