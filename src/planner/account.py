@@ -93,7 +93,7 @@ def host(settings: Settings) -> list[Line]:
 
     if s.offload_optimizer:
         what = ": master and gradient (pinned), two moments, in fp32"
-        states("optimizer states and gradient", s.partition * s.trained, 16, what, AT_START)
+        states("optimizer states and gradient", s.stepped, 16, what, AT_START)
     if s.offload_parameters:
         states("weights, pinned", s.partition, b, "", AT_START)
     if s.activation_checkpointing:
@@ -108,7 +108,7 @@ def host(settings: Settings) -> list[Line]:
                 lines.append(Line(name, s.gpus * layers * line.nbytes, why, IN_FIRST_STEP))
     if s.async_save:
         what, each = f", {AT_FIRST_SAVE} and kept", 12 if b == 2 else 8 + b
-        states("copy written by a save, pageable", s.partition * s.trained, each, what, AT_FIRST_SAVE)
+        states("copy written by a save, pageable", s.stepped, each, what, AT_FIRST_SAVE)
     process, loaders = CPU_PROCESS if s.cpu else PROCESS, counted(s.num_workers, "worker")
     why = f"{ranks} x ({process / GIB:.1f} GiB + {loaders} x {WORKER / GIB} GiB), assumed"
     lines.append(Line("processes and loaders", s.gpus * (process + s.num_workers * WORKER), why, AT_START))

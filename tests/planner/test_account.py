@@ -64,6 +64,15 @@ def test_a_parameter_takes_16_bytes_of_host_memory_and_activations_their_own_siz
     assert named["copy written by a save, pageable"] == pytest.approx(671.026e9 / 32 * 12, rel=1e-4)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ranks_share_the_optimizers_states_at_every_stage_of_zero(stage: int) -> None:
+    def on_host(settings: Settings) -> dict[str, float]:
+        return {line.name: line.nbytes for line in host(settings)}
+
+    assert on_host(guide(stage=stage)) == on_host(guide())
+    assert on_host(guide(stage=stage, offload_optimizer=False)) == on_host(guide(offload_optimizer=False))
+
+
 def test_a_checkpoint_is_8_tb() -> None:
     assert checkpoint_bytes(guide()) / 1e12 == pytest.approx(8.05, abs=0.02)
     assert checkpoint_bytes(guide(trained=0.5)) < 0.6 * checkpoint_bytes(guide())
