@@ -54,10 +54,11 @@ def settings_of(config: Namespace, cluster: Cluster) -> Settings:
     sizes = read_sizes(model.pretrained, experts, mtp, options.get("expert_parallel_size", 1))
     given = {f"{STRATEGY}{name}": value for name, value in options.items()}
     same = {field: given.get(option, config.get(option)) for field, option in OPTIONS.items()}
+    auto_kernel = "flash_attn_4" if cluster.card.hopper else "varlen"
     named = {
         "gpus": _devices(trainer.devices, cluster),
         "document": config.get("document_length", None) or config.data.max_length,
-        "attention_kernel": "flash_attn_4" if model.attention_kernel == "auto" else model.attention_kernel,
+        "attention_kernel": auto_kernel if model.attention_kernel == "auto" else model.attention_kernel,
         "experts_per_shard": None,  # sizes has it
     }
     return Settings(

@@ -83,6 +83,17 @@ def test_json_has_what_a_script_asks_for(tmp_path: Path) -> None:
     assert low < answer["tokens_per_s_per_gpu"] < high
 
 
+def test_auto_is_the_kernel_that_the_card_can_run(tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    for gpu, kernel in (
+        ("NVIDIA A100-SXM4-80GB", "varlen"),
+        ("NVIDIA B200", "varlen"),
+        ("NVIDIA H200", "flash_attn_4"),
+    ):
+        cluster.write_text(f"gpu: {gpu}\n")
+        assert plan_file(CONFIG, "--cluster", str(cluster)).settings.attention_kernel == kernel
+
+
 def test_data_that_is_there_is_counted(tmp_path: Path) -> None:
     arguments = ["--data.train_files", "[data/demo/train.jsonl]", "--data.cache_dir", str(tmp_path)]
     command = PlanCLI(["--config", "configs/1gpu_small.yaml", *arguments])
