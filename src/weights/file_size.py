@@ -1,4 +1,4 @@
-"""Sizes of files as a user writes them."""
+"""File sizes as users write them."""
 
 import re
 

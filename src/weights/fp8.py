@@ -1,7 +1,7 @@
-"""DeepSeek-V3's FP8 weights: e4m3, one fp32 scale for each block of 128 x 128, value = weight x scale.
+"""DeepSeek-V3's FP8 weights: e4m3 with one fp32 scale per block of 128 x 128, value = weight x scale.
 
-DeepSeek-V3 technical report, section 3.3; the published layout is `X.weight` [R, C] in float8_e4m3fn beside
-`X.weight_scale_inv` [ceil(R/128), ceil(C/128)] in fp32. Blocks at the edges are as if padded with zeros.
+DeepSeek-V3 technical report, section 3.3; the published layout is `X.weight` [R, C] in float8_e4m3fn and
+`X.weight_scale_inv` [ceil(R/128), ceil(C/128)] in fp32. Blocks at the edges count as padded with zeros.
 """
 
 import re
@@ -64,16 +64,16 @@ def quantise(weight: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[t
 def quantise_change(
     weight: torch.Tensor, base: torch.Tensor, scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantises a weight so that most of its change from `base` is left, block by block.
+    """Quantises a weight, block by block, so that most of its change from `base` survives.
 
-    A block has its own scale or the base's, whichever gives the smaller error |r - d| of the change r that is left
-    of d = weight - base. Under the base's scale what has not moved stays where it was; where much has, the weight's own
-    largest value may not be in its range.
+    A block takes its own scale or the base's, whichever gives the smaller error |r - d|, where d = weight - base and r
+    is the change after quantising. With the base's scale, unchanged values stay exact; after large changes the weight's
+    largest value may be out of that scale's range.
 
     Args:
         weight: [R, C] fp32, as `quantise` takes it.
         base: [R, C] fp32.
-        scale: the base's, where it is in FP8; by default those that `quantise` gives it.
+        scale: the base's, if it is in FP8; by default `quantise`'s of the base.
 
     Returns:
         As `quantise`, and r [R, C] fp32, the change beside the base in its own scales.

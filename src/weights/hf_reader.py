@@ -1,7 +1,7 @@
-"""Byte ranges of a Hugging Face directory's safetensors files, FP8 dequantised on the way.
+"""Reads byte ranges of a Hugging Face directory's safetensors files, and dequantises FP8.
 
-Nothing is mapped or cached: a range is one `preadv` into the memory that is returned, so what a process holds is what
-it asked for. File format: https://github.com/huggingface/safetensors (8 bytes header length, JSON header, data).
+Nothing is mapped or cached: a range is one `preadv` into the returned memory, so a process holds only what it asked
+for. File format: https://github.com/huggingface/safetensors (8 bytes header length, JSON header, data).
 """
 
 import json
@@ -39,7 +39,7 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: in the open file `descriptor`, `offset` bytes from its start."""
+    """A tensor's place: in the open file `descriptor`, `offset` bytes from its start."""
 
     descriptor: int
     offset: int
@@ -56,7 +56,7 @@ class HFDirectorySource:
 
     Args:
         path: holds model.safetensors, or model.safetensors.index.json and its shards.
-        dequantise: False offers the FP8 values and their `weight_scale_inv` as they are stored, for copying.
+        dequantise: False offers the FP8 values and `weight_scale_inv` as stored, for copying.
 
     Raises:
         ValueError: the directory has no safetensors weights; or one list of all that is wrong with it: missing or
@@ -105,7 +105,7 @@ class HFDirectorySource:
         return dequantise(values, scale.view(-1, scale_columns), start, columns, self._block)
 
     def scales(self, name: str, first_row: int, stop_row: int) -> torch.Tensor | None:
-        """The scales [rows, columns of blocks] of some rows of an FP8 weight in blocks of 128 x 128; None of others.
+        """The scales [rows, columns of blocks] of some rows of an FP8 weight in 128 x 128 blocks; None for others.
 
         first_row: a multiple of 128.
         """
@@ -148,11 +148,11 @@ class HFDirectorySource:
 
 
 def open_weights(path: Path, descriptors: list[int]) -> tuple[dict[str, Stored], list[str]]:
-    """Opens a directory's safetensors files and reads their headers alone.
+    """Opens a directory's safetensors files and reads only their headers.
 
     Args:
         path: holds model.safetensors, or model.safetensors.index.json and its shards.
-        descriptors: takes the open files, to be given to `close`.
+        descriptors: receives the open files, for `close`.
 
     Returns:
         The tensors by name, and what is wrong with files and index.
@@ -171,7 +171,7 @@ def open_weights(path: Path, descriptors: list[int]) -> tuple[dict[str, Stored],
         )
     present = [file for file in files if (path / file).is_file()]
     problems = [f"{file}: missing" for file in files if file not in present]
-    with ThreadPoolExecutor(16) as pool:  # latency of a network file system, not work
+    with ThreadPoolExecutor(16) as pool:  # hides the latency of a network file system
         opened = list(pool.map(lambda file: _open_file(path / file, descriptors), present))
     where: dict[str, str] = {}
     stored: dict[str, Stored] = {}
@@ -228,7 +228,7 @@ def _open_file(file: Path, descriptors: list[int]) -> tuple[dict[str, Stored], l
 
 
 def _header(descriptor: int, size: int) -> tuple[dict[str, Any], int]:
-    """A safetensors file's entries and the byte at which its data starts; ValueError where that cannot be read."""
+    """A safetensors file's entries and the byte where its data starts; ValueError if it cannot be read."""
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little") if size >= 8 else 0
     if not 0 < length <= min(size - 8, _MAX_HEADER):
         raise ValueError(f"truncated, or no safetensors file: {size} bytes, header of {length}")
@@ -245,7 +245,7 @@ def _header(descriptor: int, size: int) -> tuple[dict[str, Any], int]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether it has a dtype, a shape and where the data lies, in the format's types."""
+    """Whether an entry has dtype, shape and data offsets of the format's types."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
@@ -278,12 +278,12 @@ def _block_size(path: Path) -> tuple[int, int]:
 
 
 def has_mtp(directory: str | Path, num_hidden_layers: int) -> bool:
-    """Whether a directory's weights, if there are any, have a multi-token-prediction block; reads headers alone."""
+    """Whether a directory's weights, if any, have an MTP block; reads only headers."""
     return any(mtp_layer(name, num_hidden_layers) for name in stored_dtypes(directory))
 
 
 def stored_dtypes(directory: str | Path) -> dict[str, torch.dtype]:
-    """The dtypes of a directory's tensors by name, none where it has no weights; reads headers alone."""
+    """The dtypes of a directory's tensors by name, empty without weights; reads only headers."""
     if not any(Path(directory).glob("*.safetensors")):
         return {}
     descriptors: list[int] = []

@@ -1,10 +1,10 @@
-"""A Hugging Face directory of safetensors files, written tensor by tensor from a plan made beforehand.
+"""Writes a Hugging Face directory of safetensors files, tensor by tensor, from a plan made up front.
 
-The plan, which tensor goes into which file, is a pure function of names, shapes, dtypes and `max_shard_size`. So each
-file can be written by another process, and what a crash leaves behind can be told from what is complete.
+The plan, which tensor goes into which file, is a pure function of names, shapes, dtypes and `max_shard_size`. So any
+process can write any file, and after a crash complete files are known from incomplete ones.
 
-Names are transformers' own: `model.safetensors` where one file holds everything, otherwise
-`model-00001-of-000NN.safetensors` and `model.safetensors.index.json`.
+Names are transformers' own: `model.safetensors` for a single file, else `model-00001-of-000NN.safetensors` and
+`model.safetensors.index.json`.
 """
 
 import json
@@ -24,9 +24,9 @@ from src.weights.hf_reader import DTYPE_NAMES, SINGLE_FILE
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to be written: `chunks()` yields its elements in order, as 1-D CPU tensors of `dtype`.
+    """A tensor to write: `chunks()` yields its elements in order, as 1-D CPU tensors of `dtype`.
 
-    `notes()` tells, as JSON has it, what was found out meanwhile; it is kept beside the file.
+    `notes()` returns, as JSON values, what was measured meanwhile; it is stored next to the file.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors, the header not counted."""
+        """Bytes of the tensors, without the header."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def layout(self) -> tuple[bytes, dict[str, int]]:
-        """The file's first bytes, and where in the file each tensor begins.
+        """The file's first bytes, and each tensor's offset in the file.
 
         Wide dtypes come first, so that each tensor begins at a multiple of its own item size: torch refuses to view a
         tensor elsewhere.
@@ -100,13 +100,13 @@ def index(shards: list[Shard]) -> dict[str, Any]:
 
 
 def is_complete(directory: Path, shard: Shard) -> bool:
-    """Whether `write_shard` has finished this file: only then does it have its name."""
+    """Whether `write_shard` has finished this file, which gets its name only then."""
     path = directory / shard.file
     return path.is_file() and path.stat().st_size == len(shard.layout()[0]) + shard.nbytes
 
 
 def write_shard(directory: Path, shard: Shard, progress: Callable[[int], object] = lambda nbytes: None) -> None:
-    """Writes one file aside, flushes it to the disk and gives it its name; holds one chunk of one tensor at a time.
+    """Writes one file under a temporary name, syncs it and renames it; holds one chunk of one tensor at a time.
 
     Args:
         progress: called with the bytes of each chunk written.
@@ -132,7 +132,7 @@ def write_shard(directory: Path, shard: Shard, progress: Callable[[int], object]
 
 
 def read_notes(directory: Path, shards: list[Shard]) -> dict[str, Any]:
-    """What was noted of all tensors of files that are complete, by name."""
+    """The notes on all tensors of complete files, by name."""
     notes: dict[str, Any] = {}
     for shard in shards:
         if any(tensor.notes is not None for tensor in shard.tensors):
@@ -145,7 +145,7 @@ def _notes_file(directory: Path, shard: Shard) -> Path:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all, also where the machine stops."""
+    """Writes a JSON file that is complete or absent, even if the machine stops."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with named_if_full(path):
         aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

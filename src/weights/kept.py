@@ -1,10 +1,10 @@
-"""How much of a training is left in rounded weights.
+"""How much of the training survives in rounded weights.
 
 Training has changed the base's weights by d = masters - base; rounded to a dtype, they have changed by
 r = rounded(masters) - rounded(base). Two figures over a set of weights:
 
     kept    r . d / d . d       1: the whole training, on average; 0: none of it, the base is served
-    error   |r - d| / |d|       of single weights; without a bias it may be above 1 where all is kept
+    error   |r - d| / |d|       of single weights; it may be above 1 even if all is kept
 """
 
 import math
@@ -17,7 +17,7 @@ from src.weights.fp8 import quantise_change
 from src.weights.hf_reader import HFDirectorySource
 
 GROUPS = ("whole", "experts", "attention", "the rest")
-ENOUGH = 0.9  # of the training; less is warned of
+ENOUGH = 0.9  # of the training; below it a warning
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Kept:
 
     @property
     def part(self) -> float:
-        """NaN where nothing was changed."""
+        """NaN if nothing was changed."""
         return self.along / self.change if self.change else math.nan
 
     @property
@@ -49,7 +49,7 @@ class Kept:
 
 @dataclass
 class Change:
-    """What is kept of one tensor's change from `base`, counted while its chunks are written.
+    """Measures how much of one tensor's change from `base` is kept, while its chunks are written.
 
     `kept` is by dtype: of FP8 also what BF16 would keep; of what is BF16 either way, BF16 alone.
     """
@@ -62,7 +62,7 @@ class Change:
         self.kept = {}
 
     def notes(self) -> dict[str, dict[str, float]]:
-        """`kept` as JSON has it."""
+        """`kept` as JSON values."""
         return {dtype: asdict(kept) for dtype, kept in self.kept.items()}
 
     def cast(self, masters: torch.Tensor, start: int) -> None:
@@ -85,7 +85,7 @@ class Change:
 
 
 def group_of(name: str) -> str:
-    """Of which of GROUPS a tensor is, beside the whole."""
+    """The group of GROUPS that a tensor belongs to, besides the whole."""
     if ".mlp.experts." in name:
         return "experts"
     return "attention" if ".self_attn." in name else "the rest"
@@ -102,6 +102,6 @@ def by_group(notes: Mapping[str, Mapping[str, Mapping[str, float]]], dtype: str)
 
 
 def table(groups: Mapping[str, Kept]) -> str:
-    """Both figures of each group, as Markdown."""
+    """A Markdown table of both figures by group."""
     rows = [f"| {group} | {kept.part:.1%} | {kept.relative_error:.1%} |" for group, kept in groups.items()]
     return "\n".join(["| weights | of the training kept | error of single weights |", "| --- | --- | --- |", *rows])

@@ -1,6 +1,6 @@
-"""Our parameter names against those of Hugging Face.
+"""Maps our parameter names to Hugging Face's.
 
-They differ in one thing: we stack the routed experts in shards of e experts, Hugging Face has three tensors an expert.
+They differ only in the routed experts: we stack shards of e experts, Hugging Face has three tensors per expert.
 
     model.layers.3.mlp.experts.{s}.gate_up_proj [e, 2I, H] = for each expert s*e + j: gate_proj [I, H], up_proj [I, H]
     model.layers.3.mlp.experts.{s}.down_proj    [e, H, I]  = for each expert s*e + j: down_proj [H, I]
@@ -74,9 +74,9 @@ def hf_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
 
 
 def place_in_layer(name: str, numel: int) -> tuple[str, int]:
-    """Where our tensor `name` of `numel` elements is if the experts of a layer are not cut into shards.
+    """The place of our tensor `name`, of `numel` elements, if a layer's experts were not cut into shards.
 
-    Returns the name of the whole, and which of its elements is the tensor's first.
+    Returns the name of the whole and the index of the tensor's first element in it.
     """
     match = _EXPERTS.fullmatch(name)
     return (f"{match[1]}.{match[3]}_proj", int(match[2]) * numel) if match else (name, 0)
@@ -89,7 +89,7 @@ def mtp_layer(name: str, num_hidden_layers: int) -> bool:
 
 
 def mtp_copies(num_hidden_layers: int) -> dict[str, str]:
-    """The MTP block's copies of shared tensors: name of the copy -> name of what it copies."""
+    """The MTP block's copies of shared tensors: copy's name -> original's name."""
     layer = f"model.layers.{num_hidden_layers}"
     return {
         f"{layer}.embed_tokens.weight": "model.embed_tokens.weight",

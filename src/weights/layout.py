@@ -1,4 +1,4 @@
-"""Whether a Hugging Face directory has the layout in which DeepSeek-V3's weights are published, by headers alone.
+"""Compares a Hugging Face directory, by headers only, with the published layout of DeepSeek-V3's weights.
 
 The layout is computed from config.json: names, shapes and dtypes of every tensor, in FP8 (e4m3 with F32 scales), BF16
 or F32; the correction bias is F32 always. For DeepSeek-V3's own config.json it gives 91,991 tensors of 688.6 GB in FP8.
@@ -20,12 +20,12 @@ from src.weights.key_map import hf_shapes, mtp_copies, mtp_layer
 from src.weights.side_files import architecture, read_config
 from src.weights.source import raise_listed
 
-_LEFTOVERS = (".model*.safetensors.*", ".export.json")  # of an export that was interrupted
+_LEFTOVERS = (".model*.safetensors.*", ".export.json")  # of an interrupted export
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a directory holds; parameters are elements of weights, FP8's scales not counted."""
+    """What a directory holds; parameters are elements of weights, without FP8's scales."""
 
     dtype: str
     tensors: int
@@ -34,14 +34,14 @@ class Layout:
     parameters: int
     mtp_parameters: int
     mtp_copies: int
-    remarks: list[str]  # what is not as published, and keeps neither transformers nor training from reading it
+    remarks: list[str]  # differences from the published layout that transformers and training can read
 
 
 def check_layout(directory: str | Path, known: Sequence[str] = ()) -> Layout:
     """Compares a directory with the published layout of its config.json's model; reads no weight.
 
     Args:
-        known: what is known to be wrong with it already.
+        known: problems found before.
 
     Raises:
         ValueError: there is no config.json or no weights; or one list of everything that is wrong.
@@ -148,7 +148,7 @@ def _other_total(path: Path, tensors: dict[str, Stored]) -> list[str]:
     metadata = read_object(path / INDEX_FILE).get("metadata")
     claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(_nbytes(stored) for stored in tensors.values())
-    # DeepSeek's own index of FP8 weights counts two bytes an element, scales included.
+    # DeepSeek's own index of FP8 weights counts two bytes per element, scales included.
     if claimed in (total, 2 * sum(stored.numel for stored in tensors.values())):
         return []
     return [f"{INDEX_FILE}: total_size is {claimed}, the tensors have {total} bytes"]
@@ -159,7 +159,7 @@ def _there(present: bool) -> str:
 
 
 def _wrong_files(path: Path, tensors: dict[str, Stored]) -> list[str]:
-    """What stands beside the weights, and the index."""
+    """Checks the files other than weights, and the index."""
     problems = []
     named = {SINGLE_FILE}
     if (path / INDEX_FILE).is_file():

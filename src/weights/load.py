@@ -1,14 +1,14 @@
-"""From a source to a sink, in place: each rank reads the ranges that it keeps, nothing is gathered or broadcast.
+"""Loads a source into sinks, in place: each rank reads the ranges that it keeps, without gather or broadcast.
 
 Under ZeRO-3 rank r of n keeps the elements [r*p, (r+1)*p) of each flattened parameter, p = ceil(numel / n), in
 `param.ds_tensor`; the last partitions end in padding (deepspeed/runtime/zero/partition_parameters.py, 0.19.8,
 `Init._partition_param`). Other parameters and all buffers are filled whole. `load` is for a model before
-`deepspeed.initialize`, which copies the fp32 masters from what stands here; `fill` is the loop that it shares with a
-resumed run, whose masters and moments are sinks too.
+`deepspeed.initialize`, which copies the fp32 masters from these weights; `fill` is the loop that a resumed run uses
+too, with masters and moments as sinks.
 
-bf16 is the upper half of fp32. So that masters are the source's fp32 values to the bit, and each byte is still read
-once, a load for training writes the upper halves into the parameters and returns the lower ones, two bytes an element
-in host memory, until the masters are there (src/strategies/masters.py).
+bf16 is the upper half of fp32. To give masters the source's exact fp32 values and still read each byte once, a load for
+training writes the upper halves into the parameters and returns the lower ones, two bytes per element in host memory,
+until the masters exist (src/strategies/masters.py).
 """
 
 import logging
@@ -30,13 +30,13 @@ from src.weights.source import WeightSource, chunks, raise_listed
 
 log = logging.getLogger(__name__)
 
-# Together with CHUNK this bounds the memory beyond the partition: 8 x (16 MiB as stored + 32 MiB dequantised).
+# With CHUNK this bounds the memory besides the partition: 8 x (16 MiB as stored + 32 MiB dequantised).
 THREADS = 8
 
 
 @dataclass(frozen=True)
 class Sink:
-    """Where values go: destination [n], on any device, takes elements [start, start + n) of the flattened tensor.
+    """A destination [n], on any device, for elements [start, start + n) of the flattened tensor.
 
     With `low`, int16 [n], a bf16 destination takes the upper halves of fp32 values, `low` the lower ones.
     """
@@ -82,11 +82,11 @@ def load(
         num_hidden_layers: layers from this id on are the MTP block, which only `source` may have.
         lower_halves: cut fp32 values of trained bf16 parameters instead of rounding them, and return what is cut off.
         threads: reads in flight.
-        progress: a bar with bytes a second, on rank 0.
+        progress: a bar with bytes per second, on rank 0.
 
     Returns:
         With `lower_halves`, by name, int16 [n] in host memory: of this rank's partition without padding, or of the
-        whole parameter where it is not partitioned. Only of parameters whose values in `source` are fp32.
+        whole parameter if it is not partitioned. Only for parameters whose values in `source` are fp32.
 
     Raises:
         ValueError: one list of all tensors that are missing, unexpected or of another shape, and of destinations that
@@ -103,7 +103,7 @@ def load(
         )
 
     view, problems = stacked_view(source, tensors | elsewhere(model), unneeded)
-    if not problems:  # a destination is compared with its source, which must be there
+    if not problems:  # compares destinations with their sources, which must exist
         problems = unfit(tensors, view)
     many = counted(len(problems), "tensor does", "tensors do")
     raise_listed(f"{many} not fit the model; check config.json against the weights:", problems)
@@ -115,14 +115,14 @@ def load(
 
 
 def _cut(sink: Sink) -> Sink:
-    """The sink with room for the lower halves, where its values have any that its destination does not take."""
+    """The sink with room for lower halves, if its values have any that its destination cannot hold."""
     if sink.destination.dtype != torch.bfloat16 or sink.source.dtype(sink.name) != torch.float32:
         return sink
     return replace(sink, low=torch.empty(len(sink.destination), dtype=torch.int16))
 
 
 def fill(sinks: list[Sink], what: str, threads: int = THREADS, progress: bool = True) -> None:
-    """The loop: `threads` reads in flight, each chunk cast as it is copied, on rank 0 a bar titled `what`."""
+    """Copies with `threads` reads in flight; casts each chunk as it is copied; rank 0 shows a bar titled `what`."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     total = sum(sink.destination.nbytes for sink in sinks)
     started = time.monotonic()
@@ -145,14 +145,14 @@ def fill(sinks: list[Sink], what: str, threads: int = THREADS, progress: bool = 
 
 
 def persistent(model: nn.Module) -> dict[str, Any]:
-    """Parameters, partitioned or not, and those buffers that a checkpoint holds, by name."""
+    """Parameters, partitioned or not, and the buffers that a checkpoint holds, by name."""
     kept = model.state_dict().keys()  # under ZeRO-3 the values are placeholders; the keys are right
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
     return dict(model.named_parameters()) | buffers
 
 
 def elsewhere(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the model that other ranks alone have (`Experts.elsewhere`), without values, by name."""
+    """The model's parameters that only other ranks have (`Experts.elsewhere`), without values, by name."""
     return {
         f"{prefix}.{name}": parameter
         for prefix, module in model.named_modules()
@@ -163,9 +163,9 @@ def elsewhere(model: nn.Module) -> dict[str, nn.Parameter]:
 def stacked_view(
     source: WeightSource, tensors: dict[str, Any], unneeded: Callable[[str], bool] = lambda name: False
 ) -> tuple[StackedExperts, list[str]]:
-    """`source` in our names, as `tensors` are called and stacked, and what is missing, unexpected or mis-shaped in it.
+    """`source` under the names and stacking of `tensors`, and what is missing, unexpected or mis-shaped in it.
 
-    A tensor of the source is unexpected if it is none of `tensors` nor `unneeded`.
+    A tensor of the source is unexpected if it is neither in `tensors` nor `unneeded`.
     """
     view = StackedExperts(source, {name: _shape(tensor) for name, tensor in tensors.items()})
     needed = {piece.name: piece.shape for pieces in view.pieces.values() for piece in pieces}
@@ -187,7 +187,7 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 
 def unfit(tensors: dict[str, Any], view: StackedExperts) -> list[str]:
-    """Which of `tensors` cannot take what `view` has for them."""
+    """The problems of `tensors` that cannot take `view`'s values."""
     problems = []
     for name, tensor in tensors.items():
         if tensor.is_meta:
@@ -206,7 +206,7 @@ def unfit(tensors: dict[str, Any], view: StackedExperts) -> list[str]:
 
 
 def sink_of(source: WeightSource, name: str, tensor: Any) -> Sink:
-    """The sink that a parameter, or this rank's partition of it, or a buffer is; padding is zeroed and left out."""
+    """The sink of a parameter, of this rank's partition of it, or of a buffer; zeroes and excludes padding."""
     if not hasattr(tensor, "ds_tensor"):
         assert tensor.is_contiguous(), f"{name} is not contiguous"
         return Sink(source, name, tensor.detach().view(-1), 0)
@@ -217,7 +217,7 @@ def sink_of(source: WeightSource, name: str, tensor: Any) -> Sink:
 
 
 def partition_range(parameter: Any) -> tuple[int, int]:
-    """Where this rank's partition of a ZeRO-3 parameter starts in the flattened tensor, its length without padding."""
+    """The start of this rank's partition in the flattened ZeRO-3 parameter, and its length without padding."""
     size = parameter.ds_tensor.numel()
     start = dist.get_rank(parameter.ds_process_group) * size
     return start, max(0, min(size, parameter.ds_numel - start))

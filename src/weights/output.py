@@ -1,4 +1,4 @@
-"""What a Hugging Face directory of weights consists of, tensor by tensor, in BF16, FP8 or FP32."""
+"""The tensors of a Hugging Face directory of weights, in BF16, FP8 or FP32."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ def output_tensors(
     base: WeightSource | None = None,
     beside: HFDirectorySource | None = None,
 ) -> list[OutputTensor]:
-    """What an export consists of, in the order of the files.
+    """The tensors of an export, in file order.
 
     Args:
         trained: the weights in Hugging Face names; without those of the MTP block where that was not built.
@@ -48,7 +48,7 @@ def output_tensors(
 
     tensors, problems = [], [f"unexpected: {name} {trained.shape(name)}" for name in have if name not in shapes]
     for name, shape in shapes.items():
-        stored = copies.get(name, name)  # the copies are written from the trained embedding and head
+        stored = copies.get(name, name)  # copies are written from the trained embedding and head
         source = base if not built and mtp_layer(stored, layers) else trained
         assert source is not None, "the MTP block is written only where it was built or a base is given"
         if stored not in (have if source is trained else available):
@@ -68,7 +68,7 @@ def output_tensors(
 def _change(
     name: str, shape: tuple[int, ...], dtype: Dtype, trained: WeightSource, beside: HFDirectorySource | None
 ) -> Change | None:
-    """What counts how much is kept of a tensor that is rounded from fp32 masters and in the base has this shape."""
+    """The counter of how much is kept, if a tensor is rounded from fp32 masters and has this shape in the base."""
     if beside is None or _is_exact(name, dtype) or trained.dtype(name) != torch.float32:
         return None
     return Change(beside, name) if name in beside and beside.shape(name) == shape else None
@@ -122,7 +122,7 @@ class _Cast:
 
 @dataclass
 class _Quantise:
-    """A weight's e4m3 chunks, bands of rows; the scales are left over from them, or made anew in another file."""
+    """A weight's e4m3 chunks, bands of rows; the scales are kept from them, or recomputed in another file."""
 
     source: WeightSource
     name: str

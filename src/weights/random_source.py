@@ -19,8 +19,8 @@ _BLOCK = 1 << 16
 class RandomSource:
     """Normal(0, initializer_range) for matrices, ones for norms, zeros for biases, in Hugging Face names, fp32.
 
-    Each block of 65,536 elements has its own counter of Philox under a key made of seed and name, so that a range's
-    values depend neither on who reads them (DP, SP, world, experts_per_shard) nor on what was read before.
+    Each block of 65,536 elements has its own Philox counter under a key made from seed and name, so a range's values
+    depend neither on its reader (DP, SP, world, experts_per_shard) nor on earlier reads.
 
     Args:
         config: its shapes and initializer_range.

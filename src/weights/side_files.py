@@ -1,4 +1,4 @@
-"""What a Hugging Face directory holds beside the weights: configuration, generation settings, tokenizer, template."""
+"""A Hugging Face directory's other files: configuration, generation settings, tokenizer, template."""
 
 import copy
 import logging
@@ -34,7 +34,7 @@ _PATTERNS = (
 
 
 def copy_side_files(src_dir: str | Path, dst_dir: str | Path, skip: tuple[str, ...] = ()) -> list[str]:
-    """Copies those files of a Hugging Face directory that are not weights nor model code.
+    """Copies the files of a Hugging Face directory that are neither weights nor model code.
 
     Files are copied as they are: transformers' own `save_pretrained` drops rope_scaling, rope_theta and torch_dtype.
 
@@ -57,7 +57,7 @@ def copy_side_files(src_dir: str | Path, dst_dir: str | Path, skip: tuple[str, .
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """config.json as it is written. Raises ValueError where there is none."""
+    """The content of config.json. Raises ValueError if there is none."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise UserError(f"{path} is missing; it comes with the weights, and training copies it into each checkpoint")
@@ -86,7 +86,7 @@ def write_config(directory: Path, config: dict[str, Any], *, dtype: str, mtp_lay
 
 
 def transformers_knows(model_type: str) -> bool:
-    """Whether AutoModelForCausalLM opens a config.json of this model_type without code that comes with the weights."""
+    """Whether AutoModelForCausalLM opens this model_type without code that comes with the weights."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
