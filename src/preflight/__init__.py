@@ -1,4 +1,4 @@
-"""Every node looked at before a run: what it has, what it measures, and where it differs from the others.
+"""Checks every node before a run: what it has, what it measures, and where it differs from the others.
 
-`node` and `files` look at one machine, `rates` measures what its ranks do together, `verdict` compares the nodes.
+`node` and `files` check one machine, `measure` what the ranks do together, `verdict` compares the nodes.
 """

@@ -1,4 +1,4 @@
-"""The files of a run as one node sees them: weights, data, and the folders that it writes to."""
+"""A run's files as one node sees them: weights, data, and output folders."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 
 
 def weights(directory: str, config_only: bool) -> dict[str, str]:
-    """File name to size and digest: of a safetensors file's header, which lists every tensor, of other files' whole.
+    """File name to size and digest: of a safetensors file's header, which lists every tensor, else of the whole file.
 
     Raises:
         FileNotFoundError: there is no such directory, or it holds no weights.
@@ -37,7 +37,7 @@ def weights(directory: str, config_only: bool) -> dict[str, str]:
 
 
 def data(patterns: list[str]) -> dict[str, str]:
-    """File name to size; each file's first byte is read. Raises ValueError or OSError where one cannot be."""
+    """File name to size; reads each file's first byte. Raises ValueError or OSError if it cannot."""
     digests = {}
     for path in expand(patterns):
         with open(path, "rb") as file:
@@ -51,7 +51,7 @@ def free_gb(folder: str) -> float:
 
 
 def disk_seconds(folder: str, nbytes: int, barrier: Callable[[], None]) -> tuple[float, float]:
-    """Seconds to write a file of `nbytes` bytes down to the disk, and to read it back past the machine's own cache."""
+    """Seconds to write and sync a file of `nbytes` bytes, and to read it back without the page cache."""
     probe, block = Path(folder) / f".preflight-{uuid.uuid4().hex}", os.urandom(min(_BLOCK, nbytes))
     descriptor = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:

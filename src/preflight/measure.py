@@ -9,14 +9,14 @@ import torch.distributed as dist
 
 from .ranks import Ranks
 
-_GATHERED = 2 << 30  # bytes that a collective gives to each rank: about an expert shard of DeepSeek-V3
+_GATHERED = 2 << 30  # bytes that each rank receives from a collective: about an expert shard of DeepSeek-V3
 _COPIED = 1 << 30
 _SIZE = 8192  # of the square matrices whose product is timed
-_STEPPED = {"cuda": 1 << 26, "cpu": 1 << 20}  # parameters a rank; 16 bytes each, far more than caches hold
+_STEPPED = {"cuda": 1 << 26, "cpu": 1 << 20}  # parameters per rank of 16 bytes, far more than caches hold
 
 
 def _seconds(function: Callable[[], object], device: torch.device, count: int) -> float:
-    """Of one call, over `count` after a first one."""
+    """Seconds per call, over `count` calls after a first one."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -32,7 +32,7 @@ def _seconds(function: Callable[[], object], device: torch.device, count: int) -
 
 
 def product(device: torch.device) -> tuple[float, str]:
-    """bf16 TFLOP/s of one GPU, and a checksum of the product that all GPUs of a kind have in common."""
+    """bf16 TFLOP/s of one GPU, and a checksum of the product, equal on all GPUs of a kind."""
     torch.cuda.set_device(device)
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(_SIZE, _SIZE, device=device, dtype=torch.bfloat16, generator=generator) for _ in range(2))
@@ -53,19 +53,19 @@ def copies(device: torch.device, barrier: Callable[[], None]) -> tuple[float, fl
 
 
 def host_optimizer(device: torch.device) -> Callable[[], float]:
-    """Builds DeepSpeedCPUAdam, compiling it where that was never done, and returns what measures it: 1e9 parameters
-    a second of this rank, to be called on all ranks at once."""
+    """Builds DeepSpeedCPUAdam, compiling it if needed, and returns its measurement in 1e9 parameters per second of this
+    rank; call that on all ranks at once."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     parameter = torch.nn.Parameter(torch.zeros(_STEPPED[device.type]))
     parameter.grad = torch.ones_like(parameter)
     optimizer = DeepSpeedCPUAdam([parameter], adamw_mode=True)
-    optimizer.step()  # makes the moments
+    optimizer.step()  # allocates the moments
     return lambda: parameter.numel() / _seconds(optimizer.step, torch.device("cpu"), 5) / 1e9
 
 
 def all_gather(group: dist.ProcessGroup | None, device: torch.device) -> tuple[float, list[int]]:
-    """Bus bandwidth a rank in GB/s, and the ranks of the group whose part did not arrive as it was sent."""
+    """Bus bandwidth per rank in GB/s, and the ranks of the group whose part arrived changed."""
     rank = dist.get_rank(group)
     expected, received = _parts(group, device)
     sent = expected + rank
@@ -73,7 +73,7 @@ def all_gather(group: dist.ProcessGroup | None, device: torch.device) -> tuple[f
 
 
 def all_to_all(group: dist.ProcessGroup, device: torch.device) -> tuple[float, list[int]]:
-    """GB/s that a rank sends to the others, and the ranks whose part did not arrive as it was sent."""
+    """GB/s that a rank sends to the others, and the ranks whose part arrived changed."""
     size, rank = group.size(), group.rank()
     expected, received = _parts(group, device)
     sent = (torch.arange(size, dtype=torch.int32, device=device) * size + rank)[:, None] + expected  # to each its own
@@ -96,8 +96,8 @@ def _rate(collective: Callable[[], object], expected: torch.Tensor, received: to
 
 
 def ring(nodes: int) -> list[list[tuple[int, int]]]:
-    """Rounds of pairs of neighbours, each node in at most one pair of a round and in two pairs in all; two nodes are
-    measured by the all-gather over the world."""
+    """Rounds of pairs of neighbours, each node in at most one pair per round and two pairs total; the all-gather over
+    the world measures two nodes."""
     if nodes < 3:
         return []
     rounds: list[list[tuple[int, int]]] = [[], [], []]

@@ -1,4 +1,4 @@
-"""What one node has: GPUs and their state, NICs, memory, code and packages."""
+"""One node's GPUs and their state, NICs, memory, code and packages."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ _BUSY_MIB = 2000  # a driver alone takes less
 
 
 def code() -> dict[str, str]:
-    """The revision that is checked out, and a digest of the source files as they are."""
+    """The checked-out revision, and a digest of the actual source files."""
     digest = hashlib.sha256()
     for file in sorted((ROOT / "src").rglob("*.py")):
         digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
@@ -47,12 +47,12 @@ def packages() -> dict[str, str]:
 
 
 def settings() -> dict[str, str]:
-    """Environment variables that all ranks should have alike."""
+    """Environment variables that should be equal on all ranks."""
     return {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)}
 
 
 def gpus(wanted: int) -> tuple[list[str], dict[str, str]]:
-    """What is wrong with this node's GPUs, and what all nodes should have alike. To be called before CUDA is used."""
+    """The problems of this node's GPUs, and what should be equal on all nodes. Call it before CUDA is used."""
     if shutil.which("nvidia-smi") is None:
         return [], {}
     try:
@@ -61,7 +61,7 @@ def gpus(wanted: int) -> tuple[list[str], dict[str, str]]:
         listing = _smi(f"--query-gpu={_GPU_FIELDS.format(_CLOCK_FIELDS[1])}")
     try:
         rows = _smi("--query-remapped-rows=gpu_bus_id,remapped_rows.pending,remapped_rows.failure")
-    except RuntimeError:  # kinds of GPU that do not remap rows
+    except RuntimeError:  # GPUs that do not remap rows
         rows = []
     return gpu_problems(listing, rows, wanted), gpu_kinds(listing)
 
@@ -83,7 +83,7 @@ def gpu_kinds(listing: list[list[str]]) -> dict[str, str]:
 
 
 def gpu_problems(listing: list[list[str]], remapped: list[list[str]], wanted: int) -> list[str]:
-    """Of what nvidia-smi prints for `_GPU_FIELDS` and for remapped rows."""
+    """The problems in nvidia-smi's output for `_GPU_FIELDS` and remapped rows."""
     problems = []
     if len(listing) < wanted:
         problems.append(
@@ -107,7 +107,7 @@ def gpu_problems(listing: list[list[str]], remapped: list[list[str]], wanted: in
 
 
 def nics(folder: Path = Path("/sys/class/infiniband")) -> tuple[list[str], dict[str, int]]:
-    """Problems; `nics_per_node` and `nic_gbit` of the fastest active ports, nothing where there are none."""
+    """Problems; `nics_per_node` and `nic_gbit` of the fastest active ports, empty if there are none."""
     rates, down = [], []
     for port in sorted(folder.glob("*/ports/*")):
         rate = int(float((port / "rate").read_text().split()[0]))
@@ -121,7 +121,7 @@ def nics(folder: Path = Path("/sys/class/infiniband")) -> tuple[list[str], dict[
 
 
 def memory_limit(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that this process's control groups let it take, of version 2 (`memory.max`) or 1; None without a limit."""
+    """The memory limit of this process's control groups, version 2 (`memory.max`) or 1, in bytes; None without one."""
     limits = []
     for line in process.read_text().splitlines() if process.is_file() else []:
         number, controllers, own = line.split(":", 2)
@@ -131,7 +131,7 @@ def memory_limit(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/
             folder, name = root / "memory", "memory.limit_in_bytes"
         else:
             continue
-        # A group's limit binds those below it. Inside a container the path may be the host's: then the root's holds.
+        # A group's limit also applies below it. In a container the path may be the host's; then the root's counts.
         for path in (folder / own.lstrip("/"), *(folder / parent for parent in PurePosixPath(own.lstrip("/")).parents)):
             if (path / name).is_file() and (text := (path / name).read_text().strip()).isdigit():
                 limits.append(int(text))
@@ -139,13 +139,13 @@ def memory_limit(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/
 
 
 def usable_memory() -> int:
-    """Bytes of the host's memory that this process could still take."""
+    """Bytes of host memory still available to this process."""
     limit, available = memory_limit(), int(psutil.virtual_memory().available)
     return available if limit is None else min(available, limit)
 
 
 def memory(host_gib: float | None, cuda: bool, infiniband: bool = False) -> tuple[list[str], dict[str, Any]]:
-    """Problems with the host's memory, `host_gib` of which the run needs; what the cluster file takes."""
+    """Problems with host memory, of which the run needs `host_gib`; and values for the cluster file."""
     machine, limit, problems = psutil.virtual_memory(), memory_limit(), list[str]()
     available, total = machine.available / GIB, machine.total
     if limit is not None and limit < total:
@@ -175,7 +175,7 @@ def memory(host_gib: float | None, cuda: bool, infiniband: bool = False) -> tupl
 
 
 def one_thread(cuda: bool) -> list[str]:
-    """DeepSpeedCPUAdam works with OpenMP's threads, of which torchrun gives each process one."""
+    """Reports too few OpenMP threads for DeepSpeedCPUAdam; torchrun gives each process one."""
     if not cuda or torch.get_num_threads() > 1 or (os.cpu_count() or 1) <= torch.cuda.device_count():
         return []
     return [

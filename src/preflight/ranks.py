@@ -1,4 +1,4 @@
-"""Who takes part, as srun or torchrun tell; and meeting them, where those who do not come are named."""
+"""The participating ranks, from srun's or torchrun's variables, and a rendezvous that names absent ones."""
 
 import os
 import socket
@@ -27,7 +27,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Ranks":
-        """One task a GPU under srun, one worker a GPU under torchrun, else this process alone."""
+        """One task per GPU under srun, one worker per GPU under torchrun, else this process alone."""
         if "TORCHELASTIC_RUN_ID" in environment:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         elif "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
@@ -54,7 +54,7 @@ class Ranks:
         return self.local_rank == 0
 
     def names(self) -> list[str]:
-        """Of the nodes, where Slurm knows them; else their numbers."""
+        """The nodes' names if Slurm knows them, else their indices."""
         with suppress(OSError, subprocess.CalledProcessError, KeyError):
             hosts = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
             listed = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()
@@ -64,7 +64,7 @@ class Ranks:
 
 
 class Absent(RuntimeError):
-    """Says which nodes did not come, or what cannot be reached from here."""
+    """Names the absent nodes, or the address that cannot be reached."""
 
 
 def meet(ranks: Ranks, backend: str, patience: float = PATIENCE) -> None:
@@ -120,7 +120,7 @@ def _await_all(store: dist.Store, ranks: Ranks, patience: float) -> None:
 
 
 def _first_node(environment: Mapping[str, str]) -> str:
-    """Where rank 0 is, as Slurm tells a step that no launch script has told."""
+    """Rank 0's address from Slurm, for a step without a launch script."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     several = nodes is not None and int(environment.get("SLURM_NNODES", "1")) > 1
     return SLURMEnvironment.resolve_root_node_address(nodes) if nodes and several else "127.0.0.1"

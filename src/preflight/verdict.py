@@ -1,4 +1,4 @@
-"""From all ranks' reports: what is wrong with which node, and what the cluster can do."""
+"""Turns all ranks' reports into problems by node, and the cluster's figures."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 from src.units import counted
 
-SLOW = 0.8  # of the median, below which a node's rate is a problem: a job runs at the pace of its slowest
+SLOW = 0.8  # fraction of the median below which a node is too slow: a job is as fast as its slowest node
 SKEW = 5.0  # seconds
 
 REMEDIES = {
@@ -25,7 +25,7 @@ REMEDIES = {
 
 @dataclass
 class Report:
-    """What one rank found. same: topic -> name -> value that all are to have alike; rates: higher is better."""
+    """What one rank found. same: topic -> name -> value that must be equal everywhere; rates: higher is better."""
 
     rank: int
     local_rank: int
@@ -36,17 +36,17 @@ class Report:
     values: dict[str, Any] = field(default_factory=dict)  # for the cluster file
     network: dict[str, Any] = field(default_factory=dict)
     disk: tuple[int, float, float] | None = None  # bytes, seconds to write, to read
-    adam: float | None = None  # 1e9 parameters a second that the optimizer on the host updates for this rank
-    time: float = 0.0  # of the clock, when all ranks looked at it
+    adam: float | None = None  # 1e9 parameters per second, of the optimizer on the host for this rank
+    time: float = 0.0  # the clock, read by all ranks at the same moment
 
 
 def problems(reports: list[Report], cuda: bool) -> dict[str, list[str]]:
-    """Node -> what is wrong with it; nodes without problems are absent."""
+    """Node -> its problems; nodes without problems are absent."""
     by_node: dict[str, list[str]] = {}
 
     def add(report: Report, text: str) -> None:
         lines = by_node.setdefault(report.node, [])
-        if text not in lines:  # of several ranks of the node
+        if text not in lines:  # several ranks of a node report the same
             lines.append(text)
 
     for report in reports:
@@ -68,7 +68,7 @@ def problems(reports: list[Report], cuda: bool) -> dict[str, list[str]]:
 
 
 def _differences(topic: str, reports: list[Report]) -> list[tuple[Report, str]]:
-    """Where a report's values are not those of most; the first's where as many say one thing as another."""
+    """The values of a report that differ from the majority's; in a tie from the first report's."""
     having = [report for report in reports if topic in report.same]
     differences = []
     names = {name: None for report in having for name in report.same[topic]}
@@ -112,7 +112,7 @@ def _slow(reports: list[Report]) -> list[tuple[Report, str]]:
             )
     pairs = [rate for report in reports for rate in report.network.get("pairs", {}).values()]
     for report in reports:
-        # A node is slow where it is slow with both its neighbours.
+        # A node is slow if it is slow with both neighbours.
         best = max(report.network.get("pairs", {}).values(), default=None)
         if best is not None and best < SLOW * (usual := median(pairs)):
             text = f"all-gathers with its neighbours {best:.0f} GB/s, the median is {usual:.0f}; look at its NICs"
@@ -121,7 +121,7 @@ def _slow(reports: list[Report]) -> list[tuple[Report, str]]:
 
 
 def host_optimizers(reports: list[Report]) -> dict[str, float]:
-    """Node -> 1e9 parameters a second of all its ranks, where all of them have measured it."""
+    """Node -> 1e9 parameters per second of all its ranks, if all have measured it."""
     nodes: dict[str, list[float | None]] = {}
     for report in reports:
         nodes.setdefault(report.node, []).append(report.adam)
@@ -129,7 +129,7 @@ def host_optimizers(reports: list[Report]) -> dict[str, float]:
 
 
 def cluster(reports: list[Report], cuda: bool) -> dict[str, Any]:
-    """The fields of `src.planner.cluster.Cluster` that were measured; a node's, of the weakest."""
+    """The measured fields of `src.planner.cluster.Cluster`; for node figures the weakest node's."""
     fields: dict[str, Any] = {}
     for report in reports:
         for name, value in report.values.items():
@@ -163,7 +163,7 @@ def cluster(reports: list[Report], cuda: bool) -> dict[str, Any]:
 
 
 def lines(by_node: dict[str, list[str]], names: list[str], slurm: bool) -> list[str]:
-    """One line a failing node and problem, then the verdict."""
+    """One line per failing node and problem, then the verdict."""
     if not by_node:
         return [f"preflight: {counted(len(names), 'node')} ready"]
     failing = [name for name in names if name in by_node]
