@@ -240,16 +240,15 @@ class _Layer:
             f"{self.mlp_name} backward", self.mlp, parts, backward=True, host=self.mlp_host, gives=(*rows, graph)
         )
         calls = [*self._shard_visits(backward=True), mlp]
-        if (
-            self.travels
-        ):  # it runs first, while tokens and gradients travel; what the last shard leaves is summed at once
+        if self.travels:
+            # The shared expert's backward runs first, beside the exchange; the last shard's rows are summed at once.
             leave = _compute(0.0, "tokens leave"), _exchange(EP, self.work.travel(2), "tokens and gradients come")
             *shards, last = calls[:-1]
             mlp = replace(mlp, parts=(*leave, *parts), gives=(graph,), brings=self.brought)
             last = replace(last, leaves={}, gives=tuple(name for name in rows if name != "rows 0"))
             calls = [mlp, *shards, last]
-        first, *calls = calls
-        yield from (replace(first, takes={"MLP": self.mlp_backward}), *calls)
+        calls[0] = replace(calls[0], takes={"MLP": self.mlp_backward})
+        yield from calls
         held = ["graph", "kept", "input"]
         if self.again:
             held += ["route"] * (not self.dense) + ["joined"] * self.mtp
