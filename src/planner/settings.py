@@ -1,11 +1,10 @@
 """What decides a run's memory and time, as the planner takes it from a config; with the ranks' arithmetic."""
 
 from dataclasses import dataclass, replace
-from math import comb
 from typing import Any
 
 from src.errors import UserError
-from src.models.deepseek_v3.sizes import Sizes
+from src.models.deepseek_v3.sizes import Sizes, reach
 from src.planner import rates
 from src.strategies.parallel_dims import ParallelDims
 from src.strategies.zero_limits import check_goes_with
@@ -154,16 +153,7 @@ class Settings:
     @property
     def reach(self) -> float:
         """Ranks of an EP group that have one of a token's experts, all choices as likely; 0 without such groups."""
-        s, ep = self.sizes, self.ep
-        if ep == 1:
-            return 0.0
-        groups = max(1, s.n_group // ep)  # of experts, with a part on a rank
-        part, chosen = s.n_routed_experts // max(ep, s.n_group), s.n_routed_experts * s.topk_group // s.n_group
-        missed = 0.0
-        for n in range(min(groups, s.topk_group) + 1):  # of a rank's groups among the chosen
-            likely = comb(groups, n) * comb(s.n_group - groups, s.topk_group - n) / comb(s.n_group, s.topk_group)
-            missed += likely * comb(chosen - n * part, s.num_experts_per_tok) / comb(chosen, s.num_experts_per_tok)
-        return ep * (1 - missed)
+        return reach(self.sizes, self.ep) if self.ep > 1 else 0.0
 
     # -- tokens and parameters ----------------------------------------------------------------------------------------
 

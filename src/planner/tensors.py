@@ -3,7 +3,7 @@
 They are those of src/models/deepseek_v3 (attention.py, moe.py, experts.py) and src/models/loss.py; lines say which.
 """
 
-from src.models.deepseek_v3.sizes import MOST_RECEIVED, attention_output_bytes, layer_input_bytes
+from src.models.deepseek_v3.sizes import attention_output_bytes, layer_input_bytes, most_received
 from src.models.loss_chunks import GRAD_CHUNKS, chunk_tokens
 from src.planner.ledger import LAYER, LOSS, Line
 from src.planner.settings import Settings
@@ -67,7 +67,7 @@ class Tensors:
         load, ep, inner = settings.load, settings.ep, s.moe_intermediate_size
         rows, shard = load * s.num_experts_per_tok, load * s.num_experts_per_tok * ep / s.shards
         # What a rank receives at once of the tokens of its EP group, whatever these have chosen.
-        received = min(MOST_RECEIVED * settings.reach, ep) * hidden
+        received = (most_received(s, ep) if ep > 1 else 0) * hidden
         also = ", tokens received and sums to return" if ep > 1 else ""
         self.experts = (
             line(

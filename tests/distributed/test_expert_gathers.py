@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-from src.models.deepseek_v3 import DeepseekV3ForCausalLM, ExpertShard, config_from_dict, expert_parallel, experts
+from src.models.deepseek_v3 import DeepseekV3ForCausalLM, ExpertShard, config_from_dict, experts
 from src.strategies import zero3_collectives
 from src.strategies.expert_parallel import make_groups
 from src.strategies.parallel_dims import ParallelDims
@@ -47,7 +47,6 @@ def train(imbalanced: bool, lean: bool, ep: int = 1) -> dict[str, Any]:
     model.set_kept("recompute", "keep")
     group, travelled, order = None, list[tuple[int, ...]](), list[str]()
     if ep > 1:
-        expert_parallel.MOST_RECEIVED = 2.0  # all tokens of two ranks: nothing goes in pieces, whatever was chosen
         dims = ParallelDims(dist.get_world_size(), 1, dist.get_rank(), ep)
         group = make_groups(dims, None)
         share_experts(model, dims, group)

@@ -97,12 +97,14 @@ def assert_two_steps(model: Any, fields: dict[str, Any], layout: Layout, folder:
     return expected
 
 
-def test_all_tokens_may_go_to_one_ranks_experts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ep", [2, 4])
+def test_all_tokens_may_go_to_a_part_of_the_ranks(ep: int, tmp_path: Path) -> None:
+    """Of two to the first; of four to two of them, which is more than they receive at once."""
     model = oracle(DEEPSEEK_V3)
     for name, bias in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             bias[:4] += 4.0  # groups 0 and 1, the first rank's
-    layout = Layout(dp=2, sp=1, accumulation=2, batch_size=1, ep=2, experts_per_shard=2)  # in two pieces a shard
+    layout = Layout(dp=ep, sp=1, accumulation=4 // ep, batch_size=1, ep=ep, experts_per_shard=1)
     expected = assert_two_steps(model, DEEPSEEK_V3, layout, tmp_path)
     assert not expected["gradients"]["model.layers.1.mlp.experts.down_proj"][4:].any()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.models.deepseek_v3 import channel, expert_parallel
+from src.models.deepseek_v3 import channel
 from src.models.deepseek_v3 import experts as module
 from src.models.deepseek_v3.experts import Experts
 
@@ -99,17 +99,14 @@ def batch(sizes: list[int], choice: Choice, dtype: torch.dtype) -> Iterator[tupl
 @pytest.mark.parametrize("sizes", [[5, 9], [0, 7], [0, 0], [4, 0, 6, 11]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("most", [4.0, 1.5, 0.2])
-def test_shared_experts_are_all_experts(
-    sizes: list[int], choice: Choice, dtype: torch.dtype, most: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(expert_parallel, "MOST_RECEIVED", most)
+def test_shared_experts_are_all_experts(sizes: list[int], choice: Choice, dtype: torch.dtype, most: float) -> None:
     parts = list(batch(sizes, choice, dtype))
     whole = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     expected = run(experts(dtype).float(), whole[0].float(), whole[1], whole[2], whole[3].float())
     group = Threads(len(sizes))
     made = [experts(dtype) for _ in sizes]
     for rank, one in enumerate(made):
-        one.share(group.member(rank))
+        one.share(group.member(rank), most)
         assert {*one.elsewhere} | {name for name, _ in one.named_parameters()} == {*dict(experts().named_parameters())}
     with ThreadPoolExecutor(len(sizes)) as pool:
         results = list(pool.map(lambda job: run(job[0], *job[1]), zip(made, parts, strict=True)))
@@ -126,7 +123,7 @@ def check_travel(group: Threads, parts: list[tuple[Tensor, ...]], sizes: list[in
     """A token goes once to a rank, whatever it has chosen there; in the backward once more, beside its gradient."""
     owner = E // len(sizes)
     received = [sum(int((c // owner == rank).any(1).sum()) for _, _, c, _ in parts) for rank in range(len(sizes))]
-    bound = max(1, int(most * sum(received) / len(sizes)))
+    bound = max(1, int(most * sum(sizes) / len(sizes)))
     for rank in range(len(sizes)):
         shapes = group.rows[rank]
         if max(received) > bound:  # each shard in pieces; one row more for each rank, since each cuts its own
@@ -147,11 +144,10 @@ def test_rows_beyond_a_ranks_share_go_through_in_pieces(monkeypatch: pytest.Monk
         return swiglu(gate, up, weight)
 
     monkeypatch.setattr(module, "swiglu", watched)
-    monkeypatch.setattr(expert_parallel, "MOST_RECEIVED", 2)
     parts = list(batch([2, 30], lambda tokens, generator: torch.arange(K).expand(tokens, K), torch.float32))
     group, made = Threads(2), [experts(shard=4), experts(shard=4)]
     for rank, one in enumerate(made):
-        one.share(group.member(rank))
+        one.share(group.member(rank), 2.0)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: run(job[0], *job[1]), zip(made, parts, strict=True)))
     assert seen == [48, 48]  # of 32 tokens with 3 experts on the first rank, and none on the second
@@ -175,6 +171,6 @@ def test_what_is_received_is_released_before_the_rows_are_summed(monkeypatch: py
 
     monkeypatch.setattr(member, "exchange", watched)
     monkeypatch.setattr(channel, "sum_rows", counted)
-    made.share(member)
+    made.share(member, 1.0)
     run(made, *next(batch([6], anyhow, torch.float32)))
     assert len(received) == 4 and alive[0] == 0  # tokens; then outputs, tokens with gradients, gradients

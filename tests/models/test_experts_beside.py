@@ -59,7 +59,7 @@ def test_the_shared_expert_runs_while_tokens_travel(again: bool) -> None:
         torch.nn.init.normal_(parameter, std=0.1)
     alone = MoE(config_from_dict(DEEPSEEK_V3), experts_per_shard=8)
     alone.load_state_dict(layer.state_dict())
-    layer.experts.share(Alone(log))
+    layer.experts.share(Alone(log), 1.0)
     layer.kept = Kept(None) if again else None
     shard = layer.experts["0"]
     assert isinstance(shard, ExpertShard)

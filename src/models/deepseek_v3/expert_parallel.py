@@ -5,7 +5,7 @@ in fp32, and one row comes back. So it is in the forward pass; a recomputation s
 goes again, beside its output's gradient, and one gradient comes back: what was received is never kept. Both times the
 tokens travel while the layer computes what every token passes.
 
-Usually all go at once. Where a rank would receive far more than the mean, each shard has the tokens of its experts
+Usually all go at once. Where a rank would receive far more than usual, each shard has the tokens of its experts
 come and return by itself, in pieces, so that ZeRO-3 gathers it no more often: a rank never holds more than a bound.
 
 Legend: T this rank's tokens, K experts a token, H hidden, G ranks of the group, S rows sent, R rows received, M rows
@@ -22,7 +22,6 @@ from torch import Tensor
 from ..kernels import sum_rows
 from .channel import Coming
 from .route import Route, host_copy, route
-from .sizes import MOST_RECEIVED
 
 _ELSEWHERE = 1 << 30  # instead of an expert's number: it is on another rank
 
@@ -85,6 +84,7 @@ class Journey:
     Args:
         chosen: integers [T, K], each token's experts.
         experts, shards: that are on each rank.
+        most: tokens that a rank receives at once, for each token of its own, the group's mean.
     """
 
     legs: list[Leg]  # as many on every rank of the group
@@ -93,8 +93,8 @@ class Journey:
     local: Route  # of the received rows, by legs in place of shards where they go in pieces
     weights: Tensor  # fp32 [R, K], of the received rows' experts, any value for a spare place
 
-    def __init__(self, chosen: Tensor, experts: int, shards: int, group: ExpertParallelGroup) -> None:
-        self.group, self._experts, self._shards = group, experts, shards
+    def __init__(self, chosen: Tensor, experts: int, shards: int, group: ExpertParallelGroup, most: float) -> None:
+        self.group, self._experts, self._shards, self._most = group, experts, shards, most
         self._chosen: Tensor | None = chosen
         self._told: list[Coming] = []
         tokens, size = len(chosen), group.size
@@ -118,8 +118,8 @@ class Journey:
         there, rows, for_shard, reached = counts.split([1, self._shards, self._shards, size], 1)
         self._rows = rows.sum(0)  # [shards]
         share = max(1, -(-int(there.sum()) * top_k // size))
-        most = reached.sum(0)  # [G], that each rank receives
-        pieces = -(-int(most.max()) // max(1, int(MOST_RECEIVED * int(most.sum()) / size)))
+        received = reached.sum(0)  # [G], by each rank
+        pieces = -(-int(received.max()) // max(1, int(self._most * int(there.sum()) / size)))
         self.in_pieces = pieces > 1
         self.piece = share if self.in_pieces or self._rows.sum() >= 2 * share else None
         unit = self._experts // (self._shards if self.in_pieces else 1)

@@ -174,12 +174,13 @@ class Experts(nn.ModuleDict):
         )
         self.experts_per_shard = experts_per_shard
         self.group: ExpertParallelGroup | None = None
+        self._most = 0.0
         # The parameters that other ranks have and this one has not, as they were built, by their names here.
         self.elsewhere: dict[str, nn.Parameter] = {}
 
-    def share(self, group: ExpertParallelGroup) -> None:
-        """Leaves to this rank its part of the shards, which the group's size must divide."""
-        self.group = group
+    def share(self, group: ExpertParallelGroup, most: float) -> None:
+        """Leaves to this rank its part of the shards, which the group's size must divide; most: as `most_received`."""
+        self.group, self._most = group, most
         part = len(self) // group.size
         for shard in range(len(self)):
             if shard // part != group.rank:
@@ -191,7 +192,7 @@ class Experts(nn.ModuleDict):
         experts = len(self) * self.experts_per_shard
         if self.group is None:
             return route(chosen, experts, len(self))
-        return Journey(chosen, experts, len(self), self.group)
+        return Journey(chosen, experts, len(self), self.group, self._most)
 
     def set_out(self, x: Tensor, weights: Tensor, way: Route | Journey) -> Route | Trip:
         """Sends tokens [T, H] and weights fp32 [T, K] on the way that `route` returned; they travel on beside what the

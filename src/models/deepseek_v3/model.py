@@ -29,7 +29,7 @@ from .norm import RMSNorm
 from .recompute import Kept
 from .rope import cos_sin, positions
 from .row import RowGeometry
-from .sizes import attention_output_bytes, layer_input_bytes
+from .sizes import attention_output_bytes, layer_input_bytes, most_received
 from .sp_group import SequenceParallelGroup, SingleProcess
 
 
@@ -166,7 +166,7 @@ class DeepseekV3ForCausalLM(nn.Module):
         """The group that shares each layer's experts, before these have memory; its size must divide the shards."""
         for module in self.modules():
             if isinstance(module, Experts):
-                module.share(group)
+                module.share(group, most_received(self.config, group.size))
 
     def set_balance(self, on: bool) -> None:
         """Whether the MoE layers compute the balance loss."""

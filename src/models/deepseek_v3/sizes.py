@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,24 @@ class Sizes:
         return sum(size for _, size in named_parameters(self))
 
 
-# Of shared experts: a rank receives at once at most so many times the mean of its group's tokens.
-MOST_RECEIVED = 1.5
+def reach(config: Sizes, ep: int) -> float:
+    """Ranks of an EP group that have one of a token's experts, all choices as likely."""
+    groups = max(1, config.n_group // ep)  # of experts, with a part on a rank
+    part = config.n_routed_experts // max(ep, config.n_group)
+    chosen, top_k = config.n_routed_experts * config.topk_group // config.n_group, config.num_experts_per_tok
+    missed = 0.0
+    for n in range(min(groups, config.topk_group) + 1):  # of a rank's groups among the chosen
+        likely = comb(groups, n) * comb(config.n_group - groups, config.topk_group - n)
+        missed += (
+            likely / comb(config.n_group, config.topk_group) * comb(chosen - n * part, top_k) / comb(chosen, top_k)
+        )
+    return ep * (1 - missed)
+
+
+def most_received(config: Sizes, ep: int) -> float:
+    """Tokens that a rank has of its EP group's at once, for each token of its own: half as many again as even choices
+    send it, or all."""
+    return min(1.5 * reach(config, ep), ep)
 
 
 def attention_weights(config: Sizes) -> dict[str, int]:
