@@ -251,7 +251,7 @@ def test_switches_stand_alone(trained: Path, tmp_path: Path, capsys: pytest.Capt
 def test_a_second_fit_into_the_folder_is_refused(trained: Path, inputs: Path) -> None:
     result = run(*fit_args(inputs, trained), check=False)
     assert result.returncode != 0 and "holds checkpoints of an earlier run" in result.stderr
-    assert "Traceback" not in result.stderr and "\nerror: " in result.stderr
+    assert "Traceback" not in result.stderr and "error: " in result.stderr
     assert "--ckpt_path last" in result.stderr
 
 
