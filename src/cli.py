@@ -2,6 +2,7 @@
 
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -82,6 +83,13 @@ def _command(name: str) -> Callable[..., Any]:
     return command
 
 
+def _nobody_reads() -> bool:
+    """Whether whoever reads our output has ended, as `head` does."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    return bool(output.poll(0))
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command; `args` are the command line's by default."""
     command, *rest = (sys.argv[1:] if args is None else args) or [""]
@@ -118,6 +126,11 @@ def main(args: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:  # of anything else the traceback is wanted
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

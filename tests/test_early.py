@@ -121,3 +121,10 @@ def test_the_pages_wrong_option(
     with pytest.raises(SystemExit):
         read("plan", ["--config", "mine.yaml"])
     assert capsys.readouterr().err == pasted("docs/configs.md", "error: ").partition("\n")[2]
+
+
+@pytest.mark.parametrize("args", ["--help", "fit --help all"])
+def test_a_reader_that_ends_is_no_error(args: str) -> None:
+    command = f"set -o pipefail; {sys.executable} -m src.cli {args} | true"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
