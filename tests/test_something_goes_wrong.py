@@ -140,7 +140,7 @@ CAUSES: dict[str, Callable[[Given], str]] = {
     "does not fit": plan,
     "cannot be written": place,
     "CUDA out of memory": memory,
-    "the optimizer in host memory has one thread a process": threads,
+    "the optimizer in host memory has one thread per process": threads,
     "rank 3 failed:": one_rank,
     "building cpu_adam in /tmp/...": build,
     "the loss is not finite": loss,

@@ -46,7 +46,7 @@ def remedies(trainer: pl.Trainer, pl_module: Any) -> list[Setting]:
     larger = [n for n in range(sp + 1, trainer.world_size + 1) if trainer.world_size % n == 0 and heads % n == 0]
     if sp and larger:
         more = f"{larger[0] / sp:g}"
-        cost = f"1/{more} of the tokens a GPU and micro-step, so {more} x accumulate_grad_batches for the same rows"
+        cost = f"1/{more} of the tokens per GPU and micro-step, so {more} x accumulate_grad_batches for the same rows"
         changes.append(Setting(f"{STRATEGY}sequence_parallel_size", sp, larger[0], cost))
     batch_size = getattr(data, "batch_size", 1)
     if batch_size > 1:

@@ -202,7 +202,7 @@ def describe(reports: Mapping[int, Report], world_size: int) -> str:
         lines.append(f"and {len(apart) - 20} more, {_ranks(sorted(apart)[20:])}")
     rest = sorted(set(reports) - set(apart))
     if rest:
-        label = "The others" if apart else "All stand at the same line, a collective that does not end, maybe"
+        label = "The others" if apart else "All are at the same line, perhaps a collective that never ends"
         which = f"{_ranks(rest)}, e.g. " if len(rest) > 1 else ""
         lines.append(f"{label}: {which}{_where(reports[rest[0]])}")
     return "\n".join(lines)

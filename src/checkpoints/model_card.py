@@ -116,7 +116,7 @@ def _rows(facts: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, st
         add("training tokens", facts["tokens"], f"{facts['tokens']:,}, prompts included, padding not")
     if "max_length" in data:
         packed = "packed rows" if data.get("packing", True) else "one sample a row"
-        add("tokens a row", data["max_length"], f"{data['max_length']:,}, {packed}")
+        add("tokens per row", data["max_length"], f"{data['max_length']:,}, {packed}")
     if {"learning_rate", "min_learning_rate", "warmup_ratio"} <= model.keys():
         peak, floor, warmup = (model[name] for name in ("learning_rate", "min_learning_rate", "warmup_ratio"))
         add("learning rate", peak, f"AdamW, linear to {peak:g} over {warmup:g} of the steps, cosine to {floor:g}")

@@ -136,7 +136,7 @@ def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, floa
         many = f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
         rough = " (a rough guess for files that are compressed)" if any(f.endswith(PACKED) for f in files) else ""
         source = (
-            f"{many} of files, not tokenised: {reason}; estimated: {BYTES_A_TOKEN} bytes a token{rough}, full rows, "
+            f"{many} of files, not tokenised: {reason}; estimated: {BYTES_A_TOKEN} bytes per token{rough}, full rows, "
             "one document each (give --document_length; `check-data` counts)"
         )
         return max(1, -(-tokens // length)), tokens, source, length

@@ -53,7 +53,7 @@ class _Text:
             elif after == "a value":
                 raise ValueError("a comma or ']' is missing")
             elif char in (b",", b"]", b"}"):
-                raise ValueError(f"{char.decode()!r} stands where a value is due")
+                raise ValueError(f"{char.decode()!r} found where a value is expected")
             else:
                 start = self.offset + self.position
                 yield "array" if after else "values", start, self._value()

@@ -64,7 +64,7 @@ def _message_problems(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if not isinstance(reasoning, str | None):
         yield "reasoning_content", f"is {kind_of(reasoning)}; it must be a string or absent"
     elif reasoning and not assistant:
-        yield "reasoning_content", f"stands on a {message['role']} turn; only assistant turns reason: remove it"
+        yield "reasoning_content", f"is on a {message['role']} turn; only assistant turns reason: remove it"
     elif reasoning and isinstance(content, str) and content.lstrip().startswith("<think>"):
         yield "reasoning_content", "is given and content begins with <think> too; give the reasoning once"
     loss = message.get("loss")
@@ -78,7 +78,7 @@ def _message_problems(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if not calls and isinstance(calls, list | None):
         return
     if not assistant:
-        yield "tool_calls", f"stands on a {message['role']} turn; only assistant turns call tools: remove it"
+        yield "tool_calls", f"is on a {message['role']} turn; only assistant turns call tools: remove it"
     elif not isinstance(calls, list):
         yield "tool_calls", f"is {kind_of(calls)}; it must be a list of {{type, function: {{name, arguments}}}}"
     else:
@@ -104,11 +104,11 @@ def _order_problem(previous: dict[str, Any] | None, message: dict[str, Any]) -> 
     if role == "system" and before not in (None, "system"):
         return f"is 'system' after a {before} turn; system turns come first: move it to the front"
     if role == "tool" and not (before == "tool" or (previous and before == "assistant" and previous.get("tool_calls"))):
-        return "is 'tool', but no assistant turn with tool_calls stands before it"
+        return "is 'tool', but no assistant turn with tool_calls comes before it"
     if role == "user" and before == "tool":
-        return "is 'user' right after a tool's output; an assistant turn that answers it must stand between"
+        return "is 'user' right after a tool's output; an assistant turn that answers it must come between"
     if role == "assistant" and before is None and message.get("loss") is not False:
-        return "is 'assistant', the first turn of all; the user's turn that it answers must stand before it"
+        return "is 'assistant', the first turn of all; the user's turn that it answers must come before it"
     if role == "assistant" and before == "assistant":
         return "is 'assistant' right after another assistant turn; merge the two or put the user's turn between them"
     return None

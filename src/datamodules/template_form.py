@@ -102,7 +102,7 @@ def probe(apply: Apply, stops: Collection[str]) -> Form:
     before, prompt, shown = show(ask()), show(ask(), True), show(ask(answer()))
     if not prompt.startswith(before) or not shown.startswith(before):
         raise UserError(
-            "the chat template changes what stands before an assistant turn when the turn is added, so that no prompt "
+            "the chat template changes the text before an assistant turn when the turn is added, so that no prompt "
             "can be told from it: use the template that the model is served with"
         )
     header, mark, end = shown[len(before) :].partition(_ANSWER)
@@ -117,7 +117,7 @@ def probe(apply: Apply, stops: Collection[str]) -> Form:
     thinking, untold = (shown_thinking, "") if shown_thinking else _untold_thinking(show, generation, header)
     bare = {"user": _rest(header, generation), "tool": _bare_after_tool(show, _rest(header, generation))}
     if bare["user"] is None and (thinking is None or not thinking.opened_by(prompt)):
-        other = f"its generation prompt is {generation!r}, but {header!r} stands before an answer of history"
+        other = f"its generation prompt is {generation!r}, but {header!r} precedes an answer in the history"
         raise UserError(
             f"the chat template does not tell how a model answers: {untold if _OPENS.search(generation) else other}; "
             "use the template that the model is served with"

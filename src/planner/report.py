@@ -45,7 +45,7 @@ def _micro_step_lines(plan: Plan) -> Iterator[TimeLine]:
     rows = f"{s.batch_size} x {s.max_length:,} tokens per {counted(s.sp, 'GPU')}"
     yield _seconds("micro-step, simulated", t.micro, f"{rows}; the mean of {s.accumulate} simulated schedules")
     yield _seconds("  forward pass", t.forward)
-    again = "useful operations a GPU, and what is computed again, at the kernels' rates"
+    again = "useful operations per GPU, and what is computed again, at the kernels' rates"
     yield _seconds("  compute", t.streams[COMPUTE], f"{plan.gpu_flops / 1e15:.2f}e15 {again}")
     bandwidth = f"{getattr(c, s.zero_link):g} GB/s ({'inter' if s.nodes > 1 else 'intra'}-node)"
     yield _seconds("  ZeRO's network", t.streams[ZERO], f"{_zero_formula(plan)} / {bandwidth}")
@@ -54,12 +54,12 @@ def _micro_step_lines(plan: Plan) -> Iterator[TimeLine]:
         outputs = s.sizes.num_attention_heads * s.sizes.v_head_dim
         a_token = f"({s.sizes.latents:,} x {s.sp - 1} + {outputs:,} x {s.sp - 1}/{s.sp}) x {bytes_each}"
         passes = f"{received(sent, SP) / 1e9:.0f} GB; forward, again, backward: {s.tokens:,} tokens"
-        yield _seconds("  SP exchanges", t.streams[SP], f"{passes} x {a_token} a layer")
+        yield _seconds("  SP exchanges", t.streams[SP], f"{passes} x {a_token} per layer")
     if s.ep > 1:
         a_token = f"{s.reach:.2f} GPUs x {s.sizes.hidden_size:,} x {bytes_each} x {s.ep - 1}/{s.ep}"
         passes = f"{received(sent, EP) / 1e9:.0f} GB; 2 forward, 3 backward: {s.tokens:,} tokens"
         busiest = f"{s.load} times as much at the busiest (assumed); {t.travel:.2f} s of it beside no computation"
-        yield _seconds("  tokens to shared experts", t.streams[EP], f"{passes} x {a_token} a layer, {busiest}")
+        yield _seconds("  tokens to shared experts", t.streams[EP], f"{passes} x {a_token} per layer, {busiest}")
     yield _seconds("  copies to the host", t.streams[TO_HOST], f"at {c.pcie_out_gb_s:g} GB/s")
     yield _seconds("  copies from the host", t.streams[FROM_HOST], f"at {c.pcie_in_gb_s:g} GB/s")
     yield _seconds("  gradients cast and summed", t.streams[CAST], "beside the computation")
@@ -97,7 +97,7 @@ def _step_lines(plan: Plan) -> Iterator[TimeLine]:
     tokens = f"{plan.step_tokens:,.0f} tokens per step / {counted(s.world, 'GPU')} / {digits(t.step)} s"
     yield "tokens/s per GPU", rate, tokens
     mfu = f"{plan.mfu():.1%} ({plan.mfu(plan.slowest):.1%} to {plan.mfu(plan.fastest):.1%})"
-    useful = f"{plan.gpu_flops * s.accumulate / 1e15:.1f}e15 useful operations a GPU"
+    useful = f"{plan.gpu_flops * s.accumulate / 1e15:.1f}e15 useful operations per GPU"
     peak = f"{plan.cluster.card.peak:.0f}"
     yield f"MFU of {peak} TFLOP/s", mfu, f"{useful} / {digits(t.step)} s / {peak}e12"
 

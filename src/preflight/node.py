@@ -179,6 +179,6 @@ def one_thread(cuda: bool) -> list[str]:
     if not cuda or torch.get_num_threads() > 1 or (os.cpu_count() or 1) <= torch.cuda.device_count():
         return []
     return [
-        "one thread a rank for the optimizer on the host; set OMP_NUM_THREADS to a rank's cores, as the launch scripts "
-        "do"
+        "one thread per rank for the optimizer on the host; set OMP_NUM_THREADS to a rank's cores, as the launch "
+        "scripts do"
     ]

@@ -198,7 +198,7 @@ class DeepSpeedSPStrategy(CheckpointingStrategy):
         cores = len(os.sched_getaffinity(0)) // max(1, self.num_processes)
         if self.offloads_optimizer and self.root_device.type != "cpu" and torch.get_num_threads() == 1 < cores:
             rank_zero_warn(
-                f"the optimizer in host memory has one thread a process, and {cores} cores: its steps take "
+                f"the optimizer in host memory has one thread per process, and {cores} cores: its steps take "
                 f"{cores} times as long. Set the environment variable OMP_NUM_THREADS={cores}."
             )
 

@@ -54,7 +54,7 @@ def test_of_two_ranks_the_one_outside_a_collective_is_slow() -> None:
 def test_ranks_that_say_nothing_come_first() -> None:
     lines = told(*(report(rank) for rank in (0, 1, 3)), world_size=4)
     assert lines[1].startswith("Nothing from rank 2: gone, unable to run Python, or still at work. Look there first.")
-    assert lines[2].startswith("All stand at the same line, a collective that does not end, maybe: ranks 0, 1, 3 (3)")
+    assert lines[2].startswith("All are at the same line, perhaps a collective that never ends: ranks 0, 1, 3 (3)")
 
 
 def watching(folder: Path, phase: str, still: float, first_step: bool) -> Watchdog:

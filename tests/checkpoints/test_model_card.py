@@ -63,7 +63,7 @@ def test_every_recorded_fact(tmp_path: Path) -> None:
         "train files": "`*.jsonl`, `b.parquet`",
         "optimizer steps": "1234",
         "training tokens": "5,678,901, prompts included, padding not",
-        "tokens a row": "32,768, packed rows",
+        "tokens per row": "32,768, packed rows",
         "learning rate": "AdamW, linear to 2e-07 over 0.03 of the steps, cosine to 0",
         "train/loss": "1.250000 at step 1234",
         "val/loss": "1.500000 at step 1200",

@@ -47,11 +47,11 @@ def calling(function: Any) -> dict[str, Any]:
         (assistant(reasoning_content="r", content="<think>\nr\n</think>\n\na"), r"give the reasoning once"),
         (
             {"messages": [USER | {"reasoning_content": "r"}, ANSWER]},
-            r"messages\[0\]\.reasoning_content: stands on a user",
+            r"messages\[0\]\.reasoning_content: is on a user",
         ),
         (assistant(loss=1), r"messages\[1\]\.loss: is 1; it must be true, false or absent"),
         ({"messages": [USER | {"loss": True}, ANSWER]}, r"messages\[0\]\.loss: is true on a user turn"),
-        ({"messages": [USER | {"tool_calls": [CALL]}, ANSWER]}, r"messages\[0\]\.tool_calls: stands on a user turn"),
+        ({"messages": [USER | {"tool_calls": [CALL]}, ANSWER]}, r"messages\[0\]\.tool_calls: is on a user turn"),
         (assistant(tool_calls={"a": 1}), r"messages\[1\]\.tool_calls: is an object; it must be a list"),
         (assistant(tool_calls=["f"]), r"messages\[1\]\.tool_calls\[0\]\.function: is null"),
         (calling({"arguments": "{}"}), r"tool_calls\[0\]\.function\.name: is null; it must be a string"),

@@ -107,7 +107,7 @@ PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor
     [
         (PLAIN + "{% if add_generation_prompt %}<assistant><think>{% endif %}", "opens '<think>', and nothing in it"),
         (PLAIN + "{% if add_generation_prompt %}<answer>{% endif %}", "does not tell how a model answers: .*<answer>"),
-        (PLAIN + "{% if add_generation_prompt %}Answer:{% endif %}", "'Answer:', but '<assistant>' stands before an"),
+        (PLAIN + "{% if add_generation_prompt %}Answer:{% endif %}", "'Answer:', but '<assistant>' precedes an"),
         (
             PLAIN.replace("<|im_end|>", "{{ m.reasoning_content or '' }}<|im_end|>")
             + "{% if add_generation_prompt %}<assistant>{% endif %}",
@@ -118,7 +118,7 @@ PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor
             + "{% if add_generation_prompt %}<assistant>{% endif %}",
             "shows reasoning_content, but not before the answer",
         ),
-        ("{{ messages | length }}" + PLAIN, "changes what stands before an assistant turn"),
+        ("{{ messages | length }}" + PLAIN, "changes the text before an assistant turn"),
         (PLAIN.replace("<|im_end|>", ""), "does not show an assistant turn's content followed by an end of turn"),
     ],
 )  # fmt: skip
