@@ -21,6 +21,9 @@ def pinned(nbytes: int) -> Tensor:
     memory = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages, which are faster to touch and to copy
         memory.madvise(mmap.MADV_HUGEPAGE)
+    # Not in processes forked later, as loaders' workers are: the system would copy locked pages for each of them, or
+    # move this process's at its next write, away from those that the device knows.
+    memory.madvise(mmap.MADV_DONTFORK)
     buffer = (ctypes.c_uint8 * len(memory)).from_buffer(memory)  # its finalizer runs before the memory is unmapped
     tensor = torch.frombuffer(buffer, dtype=torch.uint8)
     if torch.cuda.is_available():

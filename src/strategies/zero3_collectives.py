@@ -87,12 +87,13 @@ def _register_bucket(registry: InflightParamRegistry, param: Any, handle: Any) -
 
 def _launch(params: list[Any], device: torch.device) -> _Bucket:
     """Starts the gather of parameters of one group and dtype, as one launch."""
-    if params[0].ds_zero_partition_world_size == 1:  # an expert that no other rank has: used where it lies
-        return _Bucket([], [(p.ds_tensor.data.to(device, non_blocking=True).view(1, -1), [p]) for p in params])
-    if device.type == "cuda":
+    first = params[0]
+    alone = first.ds_zero_partition_world_size == 1  # experts that no other rank has
+    if device.type == "cuda" and not (alone and first.ds_tensor.device == device):
         for param in params:
             param.gathered_on = torch.cuda.current_stream(device)
-    first = params[0]
+    if alone:  # used where they lie, or copied from the host
+        return _Bucket([], [(p.ds_tensor.data.to(device, non_blocking=True).view(1, -1), [p]) for p in params])
     group, world, rank = first.ds_process_group, first.ds_zero_partition_world_size, first.ds_zero_partition_rank
     dtype = first.ds_tensor.dtype
     large = [p for p in params if p.ds_numel * dtype.itemsize >= zero_limits.OWN_MEMORY]

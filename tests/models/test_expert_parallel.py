@@ -12,6 +12,7 @@ from torch import Tensor
 
 from src.models.deepseek_v3 import channel
 from src.models.deepseek_v3 import experts as module
+from src.models.deepseek_v3.expert_parallel import Journey
 from src.models.deepseek_v3.experts import Experts
 
 E, K, H, INNER = 8, 3, 16, 8
@@ -64,8 +65,12 @@ def experts(dtype: torch.dtype = torch.float32, shard: int = 1) -> Experts:
 
 def run(made: Experts, x: Tensor, weights: Tensor, chosen: Tensor, grad: Tensor) -> dict[str, Tensor]:
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-    out = made(x, weights, made.set_out(x, weights, made.route(chosen)))
+    way = made.route(chosen)
+    out = made(x, weights, made.set_out(x, weights, way))
     out.backward(grad)
+    if isinstance(way, Journey):
+        held = [name for name, value in vars(way).items() if isinstance(value, Tensor)]
+        assert held == ["_rows"]  # one number for each shard; the rest is given up, though `out` is there
     assert x.grad is not None and weights.grad is not None
     gradients = {f"grad of {name}": p.grad for name, p in made.named_parameters() if p.grad is not None}
     assert len(gradients) == len(list(made.parameters()))

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def test_it_is_unlocked_before_it_is_given_back(monkeypatch: pytest.MonkeyPatch)
     assert unlocked == [] and is_mapped(address)
     del view
     assert unlocked == [True] and not is_mapped(address)
+
+
+def test_processes_forked_later_do_not_have_it() -> None:
+    tensor = pinned(1 << 20)
+    child = os.fork()
+    if child == 0:
+        os._exit(is_mapped(tensor.data_ptr()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and is_mapped(tensor.data_ptr())
 
 
 def is_mapped(address: int) -> bool:

@@ -189,6 +189,10 @@ class Journey:
         """[S, H] by leg -> [T, H]: the sums of what has come back for each token."""
         return sum_rows([*back, back[0].new_zeros(1, back[0].shape[1])], self._slots, self._parts)
 
+    def forget(self) -> None:
+        """Gives up its tensors, after the backward: autograd's nodes, which know it, live as long as the loss."""
+        del self.weights, self.local, self._slots, self._parts, self._tokens, self._goal, self._counts, self._received
+
     def by_expert(self, back: Tensor) -> Tensor:
         """[S, K] -> [T, K]: what has come back for each of a token's experts."""
         return back.gather(0, self._slots.gather(1, self._goal.long()).long())

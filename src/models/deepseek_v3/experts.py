@@ -91,12 +91,17 @@ class _ExpertShardFunction(Function):
             of_gate_up = torch.zeros_like(gate_up_proj)
         if trained_down and of_down is None:
             of_down = torch.zeros_like(down_proj)
+        # One after the other: sums of pieces are fp32, and the first is gone before the second is rounded.
+        if of_gate_up is not None:
+            of_gate_up = of_gate_up.to(gate_up_proj.dtype)
+        if of_down is not None:
+            of_down = of_down.to(down_proj.dtype)
         return (
             grad_rows,
             grad_weights[0] if len(grad_weights) == 1 else torch.cat([weight[:0], *grad_weights]),
             *(None, None),
-            None if of_gate_up is None else of_gate_up.to(gate_up_proj.dtype),
-            None if of_down is None else of_down.to(down_proj.dtype),
+            of_gate_up,
+            of_down,
             *(None, None),
         )
 

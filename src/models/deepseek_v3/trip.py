@@ -103,7 +103,9 @@ class Send(Function):
         journey: Journey = ctx.trip.journey
         back = [journey.come(leg, grad_weights[leg.received]) for leg in journey.legs]
         grad_x = ctx.trip.home(grad)
-        return grad_x, journey.by_expert(torch.cat([rows.wait() for rows in back])), None
+        grad_weights = journey.by_expert(torch.cat([rows.wait() for rows in back]))
+        journey.forget()
+        return grad_x, grad_weights, None
 
 
 class Return(Function):
