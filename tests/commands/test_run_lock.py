@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from src.commands.config_command import ConfigCommand
+from src.commands.options import STRATEGY
 from src.commands.run_lock import LOCK, lock_run
 from src.commands.writable import check_writable, unwritable
 from src.errors import UserError
@@ -92,6 +93,11 @@ class Parse(ConfigCommand):
         ("trainer.default_root_dir, weights", "--trainer.default_root_dir={0.parent} --weights.every_n_train_steps=1"),
         ("data.cache_dir", "--data.cache_dir={}"),
         ("export.out", "--export.out={}"),
+        ("stop.marker", "--stop.marker={}/marker"),
+        *(
+            (f"{STRATEGY}nvme_path", f"--{STRATEGY}nvme_path={{}} --{STRATEGY}{device}=nvme")
+            for device in ("remote_device", "offload_optimizer_device", "offload_params_device")
+        ),
         (
             "trainer.logger CSVLogger",
             "--trainer.logger=lightning.pytorch.loggers.CSVLogger --trainer.logger.save_dir={}",
