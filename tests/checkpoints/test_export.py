@@ -111,20 +111,20 @@ def test_what_the_directory_holds(checkpoints: Checkpoints, tmp_path: Path) -> N
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("max_shard_size", ["500KB", "5GB"])
+@pytest.mark.parametrize(("max_shard_size", "out"), [("500KB", "out"), ("5GB", "out"), ("5GB", "new/deep/out")])
 def test_a_power_cut_right_after_it_costs_nothing(
-    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_shard_size: str
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_shard_size: str, out: str
 ) -> None:
     root = tmp_path / "root"
     root.mkdir()
     disk = Disk(root, 10**9, monkeypatch)
-    export(str(checkpoints.folder / "stage 3"), str(root / "out"), max_shard_size=max_shard_size)
+    export(str(checkpoints.folder / "stage 3"), str(root / out), max_shard_size=max_shard_size)
     monkeypatch.undo()
     left = disk.after_power_cut(tmp_path / "left")
     disk.close()
     files = {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
     assert {str(f.relative_to(left)): f.read_bytes() for f in left.rglob("*") if f.is_file()} == files
-    assert "out/config.json" in files and len(files) > 5
+    assert f"{out}/config.json" in files and len(files) > 5
 
 
 def test_one_file_has_no_index(checkpoints: Checkpoints, tmp_path: Path) -> None:
