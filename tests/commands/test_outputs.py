@@ -5,9 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from src.commands import plan, preflight
 from src.commands.check_data import CheckDataCLI
 from src.commands.outputs import PICTURES, TRACES, check_output, writes
+from src.commands.plan import PlanCLI
 from src.commands.preflight import PreflightCLI
 from src.errors import UserError
 
@@ -76,3 +79,28 @@ def test_check_data_and_preflight_refuse_before_they_read(
     printed = capsys.readouterr()
     assert stop.value.code == 2 and "--write /proc/cluster.yaml cannot be written: " in printed.err
     assert not printed.out
+
+
+def fails(*_: object) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_preflights_other_ranks_are_released_before_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(preflight, "write_cluster", fails)
+    monkeypatch.setattr(preflight, "_look", lambda *_: None)
+    monkeypatch.setattr(preflight, "_look_together", lambda *_: None)
+    monkeypatch.setattr(preflight, "cluster", lambda *_: {})
+    with pytest.raises(UserError, match=f"^--write {tmp_path}/c.yaml cannot be written: Input/output error"):
+        PreflightCLI([*TINY, f"--write={tmp_path}/c.yaml"])
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("option", "function"), [("--trace", "write_trace"), ("--picture", "draw")])
+def test_a_plan_that_cannot_be_drawn_ends_in_one_line(
+    option: str, function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, function, fails)
+    with pytest.raises(UserError, match=f"^{option} {tmp_path}/p.png cannot be written: Input/output error"):
+        PlanCLI([*TINY, f"{option}={tmp_path}/p.png"])
+    assert "tokens" in capsys.readouterr().out
