@@ -15,6 +15,12 @@ from src.disk.space import Room, try_to_write
 
 log = logging.getLogger(__name__)
 
+# What Lightning and this project call of a logger, if it has it.
+WRITES = (
+    *("log_metrics", "log_hyperparams", "log_graph", "log_image", "log_text"),
+    *("after_save_checkpoint", "save", "finalize"),
+)
+
 
 @contextmanager
 def spare_the_run(path: Path, logger: Logger | None = None) -> Generator[None, None, None]:
@@ -121,8 +127,9 @@ def outlive_full_disks(logger: Logger) -> None:
 
         return write
 
-    for name in ("log_metrics", "log_hyperparams", "save", "finalize"):
-        setattr(logger, name, spared(name, getattr(logger, name)))
+    for name in WRITES:
+        if hasattr(logger, name):
+            setattr(logger, name, spared(name, getattr(logger, name)))
 
 
 def count_steps_from_one(trainer: pl.Trainer) -> None:
@@ -175,4 +182,5 @@ def log_texts(trainer: pl.Trainer, name: str, texts: dict[str, str], step: int) 
                     logger.experiment.add_text(f"{name}/{index}", shown, step)
         elif hasattr(logger, "log_text"):
             rows = [[str(step), prompt, text] for prompt, text in texts.items()]
-            logger.log_text(key=name, columns=["step", "prompt", "text"], data=rows, step=step)
+            with spare_the_run(Path(logger.save_dir or "."), logger):
+                logger.log_text(key=name, columns=["step", "prompt", "text"], data=rows, step=step)

@@ -152,10 +152,17 @@ class Stop(pl.Callback):
             raise SystemExit(1)
         if trainer.is_global_zero:
             log.info("%s: stopped after step %d, which is saved; continue with --ckpt_path last", why, step)
-            if self.marker is not None:
-                self.marker.parent.mkdir(parents=True, exist_ok=True)
-                self.marker.write_text(json.dumps({"step": step, "why": why}) + "\n")
+            self._mark(step, why)
         raise SystemExit(0)  # past `on_train_end`, where finished runs export
+
+    def _mark(self, step: int, why: str) -> None:
+        if self.marker is None:
+            return
+        try:
+            self.marker.parent.mkdir(parents=True, exist_ok=True)
+            self.marker.write_text(json.dumps({"step": step, "why": why}) + "\n")
+        except OSError as error:  # the step is saved, which the exit status is to say
+            log.error("stop.marker %s was not written: %s; nothing continues the run by itself", self.marker, error)
 
     # -- time -----------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from src.disk.durable import make_folder
 from src.disk.json_file import read_object
 from src.errors import UserError
 from src.weights.file_size import parse_size
@@ -40,7 +41,7 @@ def start_live(out: Path) -> None:
     partial = partial_of(out)
     if partial.exists():
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    make_folder(partial)
     write_json(partial / PLAN, {"run": _LIVE, "plan": {"out": str(out)}})
 
 
@@ -66,7 +67,7 @@ def join(out: Path, plan: dict[str, Any], run: str, resume: bool) -> Path:
     _refuse_present(out)
     partial = partial_of(out)
     plan_file = partial / PLAN
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(partial.parent)
     try:
         partial.mkdir()
     except FileExistsError:

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from src.commands.checks import check_data_fits_model, parallel_dims
 from src.commands.config_command import ConfigCommand
-from src.commands.outputs import check_output
+from src.commands.outputs import check_output, writes
 from src.datamodules import SFTDataModule
 from src.datamodules.report.collect import check
 from src.datamodules.report.html import page
 from src.datamodules.report.text import report_lines, verdict
 from src.datamodules.tokenizer import load_tokenizer
-from src.disk.space import named_if_full
 from src.errors import UserError
 from src.models.deepseek_v3 import load_config
 
@@ -50,7 +49,7 @@ class CheckDataCLI(ConfigCommand):
         wrong = sum(report.wrong for report in reports)
         print("\n".join([verdict(wrong), *report_lines(reports, data.tokenizer, colour)]))
         if settings.html:
-            with named_if_full(Path(settings.html)):
+            with writes("--html", settings.html):
                 Path(settings.html).write_text(page(reports, data.tokenizer, "check-data"), encoding="utf-8")
         if wrong:
             raise SystemExit(1)

@@ -9,10 +9,9 @@ from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
 from src.commands.early import read
-from src.commands.outputs import PICTURES, check_output
+from src.commands.outputs import PICTURES, check_output, writes
 from src.commands.planned import plan_of
 from src.commands.writable import unwritable
-from src.disk.space import named_if_full
 from src.errors import UserError
 from src.planner.picture import draw, write_trace
 from src.planner.plan import Plan
@@ -80,10 +79,10 @@ class PlanCLI:
             if sizes is not None:
                 print(f"\n{scale_text(sizes)}")
         if config.trace:
-            with named_if_full(Path(config.trace)):
+            with writes("--trace", config.trace):
                 write_trace(config.trace, plan.time.spans)
         if config.picture:
-            with named_if_full(Path(config.picture)):
+            with writes("--picture", config.picture):
                 draw(config.picture, plan.time.spans, f"One micro-step, simulated: {settings.options()}")
         if not plan.fits:
             raise SystemExit(1)

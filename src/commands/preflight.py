@@ -15,10 +15,9 @@ from src.callbacks.step_checkpoint import checkpoint_folder
 from src.callbacks.weights_checkpoint import weights_folder
 from src.commands.checks import check_experts_divide, newest_checkpoint, parallel_dims
 from src.commands.config_command import ConfigCommand
-from src.commands.outputs import check_output
+from src.commands.outputs import check_output, writes
 from src.commands.planned import settings_of
 from src.commands.writable import unwritable
-from src.disk.space import named_if_full
 from src.errors import UserError
 from src.models.deepseek_v3.config_json import read_fields
 from src.planner import account
@@ -78,11 +77,11 @@ class PreflightCLI(ConfigCommand):
             measured = cluster(reports, cuda)
             print(_summary(ranks, reports, measured) + _experts_across_nodes(settings.trainer))
             print("\n".join(lines(by_node, names, "SLURM_JOB_ID" in os.environ)), flush=True)
-            if write:
-                with named_if_full(Path(write)):
-                    write_cluster(write, measured)
         dist.barrier()
         dist.destroy_process_group()
+        if ranks.rank == 0 and write:  # no other rank waits
+            with writes("--write", write):
+                write_cluster(write, measured)
         if by_node:
             raise SystemExit(1)
 

@@ -113,6 +113,7 @@ RANGES = {
     "show": Range("[0, 1e6]", "conversations to print"),
     "search_nodes": Range("[1, 65536]", "nodes of the job"),
     "document_length": Range("[1, 16777216]", "tokens of a document"),
+    "steps": Range("[2, 1e6]", "optimizer steps, of which the first compiles"),
     "gpu_memory": Range("(0, 1e6]", "GiB of a card"),
 }
 

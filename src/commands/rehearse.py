@@ -16,6 +16,7 @@ from src.callbacks.progress import Progress
 from src.commands.config_command import ConfigCommand
 from src.commands.instances import errors_as_raised
 from src.commands.mtp_weight import mtp_loss_weight
+from src.commands.outputs import TRACES, check_output
 from src.commands.planned import plan_of, row_lengths
 from src.errors import UserError
 from src.planner.cluster import HOST_PART
@@ -37,10 +38,11 @@ class RehearseCLI(ConfigCommand):
         config, trainer = self.config, self.config.trainer
         if trainer.accelerator not in ("cpu", "auto") and not torch.cuda.is_available():
             self.parser.error(f"trainer.accelerator is {trainer.accelerator!r} and no GPU can be used here")
-        if config.steps < 2:
-            self.parser.error(f"--steps is {config.steps}; the first compiles, so that two are the fewest")
         try:
+            check_own(config, cuda=trainer.accelerator != "cpu" and torch.cuda.is_available())
             plan = plan_of(config)
+            if config.gpu_memory is not None:
+                hold_to(config.gpu_memory, plan)
         except UserError as error:
             self.parser.error(str(error))
         s, needed = plan.settings, alone(plan).host_total / plan.settings.gpus
@@ -51,10 +53,6 @@ class RehearseCLI(ConfigCommand):
                 f"a rank needs {needed / GIB:.0f} GiB of host memory by the plan, {available / GIB:.0f} are free here; "
                 "a larger trainer.num_nodes makes a rank's part smaller"
             )
-        if config.gpu_memory is not None:
-            outside = sum(line.nbytes for line in plan.overhead if line.name in ("CUDA context", "NCCL"))
-            card = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction((config.gpu_memory * GIB - outside) / card)
         if "OMP_NUM_THREADS" not in os.environ:  # of DeepSpeedCPUAdam: a rank's share of the machine
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // s.gpus))
         config.model.mtp_loss_weight = mtp_loss_weight(config.model)
@@ -85,6 +83,36 @@ class RehearseCLI(ConfigCommand):
             gradient_clip_val=trainer.gradient_clip_val,
         )
         print(report(plan, measured, job.rows))
+
+
+def check_own(config: Namespace, *, cuda: bool) -> None:
+    """Raises UserError where --timeline or --gpu_memory cannot be what is asked. cuda: the rank runs on a GPU."""
+    for option in ("timeline", "gpu_memory"):
+        if config[option] is not None and not cuda:
+            raise UserError(f"--{option} {config[option]} needs a GPU, and this rank runs on CPU: leave it out.")
+    check_output("--timeline", config.timeline, TRACES)
+    micro_steps = config.trainer.accumulate_grad_batches
+    if config.timeline is not None and micro_steps < 3:
+        raise UserError(
+            f"--timeline {config.timeline} needs a micro-step that is neither a step's first nor its last: "
+            f"trainer.accumulate_grad_batches is {micro_steps}; give 3 or more, or leave --timeline out."
+        )
+
+
+def hold_to(gib: float, plan: Plan) -> None:
+    """Lets PyTorch take no more of this card than is left of `gib` GiB beside CUDA's context and NCCL.
+
+    Raises:
+        UserError: nothing is left, or more than the card has.
+    """
+    outside = sum(line.nbytes for line in plan.overhead if line.name in ("CUDA context", "NCCL"))
+    card = torch.cuda.get_device_properties(0).total_memory
+    if not 0 < gib * GIB - outside <= card:
+        raise UserError(
+            f"--gpu_memory is {gib:g}; it must be in ({outside / GIB:.1f}, {(outside + card) / GIB:.1f}]: "
+            f"CUDA's context and NCCL take {outside / GIB:.1f} GiB, and this card has {card / GIB:.1f}."
+        )
+    torch.cuda.set_per_process_memory_fraction((gib * GIB - outside) / card)
 
 
 def rows_of(config: Namespace, settings: Settings) -> list[list[int]]:
@@ -129,7 +157,8 @@ def report(plan: Plan, measured: Measured, lengths: list[list[int]]) -> str:
 
     if measured.micro is not None:
         rows.append(("a micro-step, s", f"{measured.micro:.2f}", seconds((n * planned.time.micro - last) / (n - 1))))
-    rows.append(("the last and the optimizer, s", f"{measured.last:.2f}", seconds(last + planned.time.optimizer)))
+    what = "the last" if n > 1 else "the micro-step"
+    rows.append((f"{what} and the optimizer, s", f"{measured.last:.2f}", seconds(last + planned.time.optimizer)))
     if measured.busy is not None:
         rows.append(("compute stream busy in a micro-step", f"{measured.busy[0]:.1%}", ""))
         rows.append(("  any stream; else it waits for the host", f"{measured.busy[1]:.1%}", ""))

@@ -21,10 +21,20 @@ def lock_run(root: str | Path) -> None:
     """Locks `root` for this process; the kernel releases the lock when the process ends, however it does.
 
     Raises:
-        ValueError: another process holds it.
+        UserError: another process holds it, or its file cannot be written.
     """
-    Path(root).mkdir(parents=True, exist_ok=True)
-    file = open(Path(root) / LOCK, "a+")  # noqa: SIM115 - open as long as the process lives
+    try:
+        _lock(Path(root))
+    except OSError as error:
+        raise UserError(
+            f"trainer.default_root_dir {root}: its {LOCK} cannot be written: {error.strerror or error}. "
+            "Remove what is there if no fit runs, make room, or give another folder."
+        ) from error
+
+
+def _lock(root: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    file = open(root / LOCK, "a+")  # noqa: SIM115 - open as long as the process lives
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from src.callbacks.folders import checkpoint_folder, weights_folder
+from src.commands.options import STRATEGY
 from src.datamodules.files import default_cache_dir
 from src.disk.space import Room, try_to_write
 from src.errors import UserError
@@ -22,6 +23,11 @@ def places(config: Namespace) -> dict[str, str]:
         folders["trainer.default_root_dir, weights"] = str(weights_folder(root))
     if config.export.out is not None:
         folders["export.out"] = str(config.export.out)
+    if config.stop.marker is not None:
+        folders["stop.marker"] = str(Path(config.stop.marker).absolute().parent)
+    strategy = config.trainer.strategy.init_args
+    if "nvme" in (strategy.remote_device, strategy.offload_optimizer_device, strategy.offload_params_device):
+        folders[f"{STRATEGY}nvme_path"] = str(strategy.nvme_path)
     loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
     for logger in loggers:
         arguments = logger.get("init_args") if isinstance(logger, Namespace) else None

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import logging
 import os
 import threading
 import time
@@ -25,6 +26,8 @@ from src.datamodules.collate import Batch, Document, collate, shard
 
 from .loopback import join
 from .timeline import busy, read
+
+log = logging.getLogger(__name__)
 
 
 def host_in_use() -> int:
@@ -148,8 +151,12 @@ class _Record(pl.Callback):
             self._steps[-1].append(seconds)
         else:
             self._profile.stop()
-            self._profile.export_chrome_trace(str(self.timeline))
-            self.measured.busy, self._profile = busy(read(Path(str(self.timeline)))), None
+            try:
+                self._profile.export_chrome_trace(str(self.timeline))
+                self.measured.busy = busy(read(Path(str(self.timeline))))
+            except (OSError, ValueError) as error:  # the rest is measured: a full disk leaves a cut file or none
+                log.error("--timeline %s was not written: %s", self.timeline, error)
+            self._profile = None
         measured = self.measured
         if torch.cuda.is_initialized() and len(self._steps) > 1:
             measured.allocated = max(measured.allocated, torch.cuda.max_memory_allocated())

@@ -132,8 +132,11 @@ class CheckpointingStrategy(DeepSpeedStrategy):
             )
         if str(trainer.ckpt_path) != choices[0]:
             trainer.ckpt_path = choices[0]
-        digests: list[str] = [""] * len(choices)
-        dist.all_gather_object(digests, _digest(Path(choices[0])))
+        checkpoint, digests = Path(choices[0]), [""] * len(choices)
+        first = [_digest(checkpoint, 0) if dist.get_rank() == 0 else ""]
+        dist.broadcast_object_list(first)
+        patience = NFS_PATIENCE if first[0].startswith("manifest") else 0
+        dist.all_gather_object(digests, _digest(checkpoint, patience) if dist.get_rank() else first[0])
         if others := [f"rank {rank}: {digest}" for rank, digest in enumerate(digests) if digest != digests[0]]:
             raise UserError(
                 f"{choices[0]} is not the same checkpoint on all ranks: rank 0: {digests[0]}; {', '.join(others)}. "
@@ -186,10 +189,10 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         return self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
 
 
-def _digest(checkpoint: Path) -> str:
-    """Of its manifest, for which it waits as long as a listing over NFS may be old."""
-    manifest, until = checkpoint / MANIFEST, time.monotonic() + NFS_PATIENCE
-    while not manifest.is_file() and time.monotonic() < until and dist.get_rank() != 0:
+def _digest(checkpoint: Path, patience: float) -> str:
+    """Of its manifest, for which it waits `patience` seconds, as a listing over NFS may be old."""
+    manifest, until = checkpoint / MANIFEST, time.monotonic() + patience
+    while not manifest.is_file() and time.monotonic() < until:
         time.sleep(0.5)
     try:
         return f"manifest {zlib.crc32(manifest.read_bytes()):08x}" if manifest.is_file() else "no manifest"

@@ -1,5 +1,6 @@
 """Text and pictures reach the loggers that show them, and no callback needs TensorBoard."""
 
+import errno
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.callbacks.expert_load import ExpertLoad
-from src.callbacks.loggers import RunLogger, log_image, log_texts, outlive_full_disks
+from src.callbacks.loggers import WRITES, RunLogger, log_image, log_texts, outlive_full_disks
 from src.callbacks.throughput import Throughput
 from tests.disk.full import full_disk
 
@@ -192,3 +193,40 @@ def test_a_full_disk_ends_no_run_with_a_logger_of_the_users(tmp_path: Path, capl
     steps(range(5, 7))
     logger.finalize("success")
     assert (Path(logger.log_dir) / "metrics.csv").read_text().count("\n") > 2
+
+
+class Full(Fake):
+    """As W&B's on a full disk."""
+
+    def full(self, *_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log_metrics = log_hyperparams = log_graph = log_image = log_text = after_save_checkpoint = save = finalize = full
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_full_disk_ends_no_run_in_a_sample(wrapped: bool, caplog: pytest.LogCaptureFixture) -> None:
+    logger = Full()
+    trainer: Any = SimpleNamespace(loggers=[logger])
+    if wrapped:
+        outlive_full_disks(logger)
+        for name in WRITES:
+            getattr(logger, name)()
+    for step in range(2):
+        log_texts(trainer, "samples", {"Hi": "Hello"}, step)
+        log_image(trainer, "picture", np.zeros((2, 3, 3), dtype=np.uint8), step)
+    assert [r.levelname for r in caplog.records] == ["ERROR"] * (1 if wrapped else 4)
+    assert "was not written: No space left on device" in caplog.text
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_another_error_in_a_sample_is_not_hidden(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: Any, **__: Any) -> None:
+        raise TypeError("columns")
+
+    logger = Fake()
+    monkeypatch.setattr(logger, "log_text", wrong)
+    if wrapped:
+        outlive_full_disks(logger)
+    with pytest.raises(TypeError):
+        log_texts(SimpleNamespace(loggers=[logger]), "samples", {"Hi": "Hello"}, 1)  # type: ignore[arg-type]

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from src.checkpoints import export as module
 from src.checkpoints import zero_reader
+from src.checkpoints.export_folder import partial_of, start_live
 from src.checkpoints.manifest import MANIFEST
 from src.commands.export import export
+from src.disk.durable import publish
 from src.errors import UserError
 from src.weights import output
 from src.weights.fp8 import QUANTIZATION_CONFIG, is_quantised
@@ -111,20 +113,33 @@ def test_what_the_directory_holds(checkpoints: Checkpoints, tmp_path: Path) -> N
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("max_shard_size", ["500KB", "5GB"])
+@pytest.mark.parametrize(("max_shard_size", "out"), [("500KB", "out"), ("5GB", "out"), ("5GB", "new/deep/out")])
 def test_a_power_cut_right_after_it_costs_nothing(
-    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_shard_size: str
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_shard_size: str, out: str
 ) -> None:
     root = tmp_path / "root"
     root.mkdir()
     disk = Disk(root, 10**9, monkeypatch)
-    export(str(checkpoints.folder / "stage 3"), str(root / "out"), max_shard_size=max_shard_size)
+    export(str(checkpoints.folder / "stage 3"), str(root / out), max_shard_size=max_shard_size)
     monkeypatch.undo()
     left = disk.after_power_cut(tmp_path / "left")
     disk.close()
     files = {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
     assert {str(f.relative_to(left)): f.read_bytes() for f in left.rglob("*") if f.is_file()} == files
-    assert "out/config.json" in files and len(files) > 5
+    assert f"{out}/config.json" in files and len(files) > 5
+
+
+def test_a_power_cut_after_an_export_by_fit_costs_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    disk, out = Disk(root, 10**9, monkeypatch), root / "new" / "deep" / "out"
+    start_live(out)
+    publish(partial_of(out), out)
+    monkeypatch.undo()
+    assert (disk.after_power_cut(tmp_path / "left") / "new" / "deep" / "out").is_dir()
+    disk.close()
 
 
 def test_one_file_has_no_index(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -118,8 +118,9 @@ def test_data_that_is_there_is_counted(tmp_path: Path) -> None:
         (["--trainer.strategy.init_args.sequence_parallel_size", "0"], "sequence_parallel_size is 0"),
         (["--trainer.strategy.init_args.offload_optimizer_device", "nvme"], "offload_optimizer_device is 'nvme': plan"),
         (["--document_length", "0"], "document_length is 0"),
-        (["--trace", "nowhere/t.json"], "--trace nowhere/t.json cannot be written"),
-        (["--picture", "picture.xyz"], "no picture suffix"),
+        (["--trace", "nowhere/t.json"], "--trace nowhere/t.json cannot be written: No such file"),
+        (["--trace", "/proc/t.json"], "--trace /proc/t.json cannot be written: "),
+        (["--picture", "picture.xyz"], "picture.xyz has another suffix; use one of .png, "),
     ],
 )
 def test_a_wrong_question_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

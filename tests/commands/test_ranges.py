@@ -58,7 +58,7 @@ def test_every_number_has_a_range() -> None:
         for name, parameter in inspect.signature(cls).parameters.items()
         if _numeric(parameter.annotation)
     }
-    own = {"show", "search_nodes", "document_length", "gpu_memory", "seed_everything"}
+    own = {"show", "search_nodes", "document_length", "gpu_memory", "steps", "seed_everything"}
     assert found - OTHERWISE - RANGES.keys() == set() and RANGES.keys() - own <= found
     assert len(found) > 60
 

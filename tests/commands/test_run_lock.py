@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from src.commands.config_command import ConfigCommand
+from src.commands.options import STRATEGY
 from src.commands.run_lock import LOCK, lock_run
 from src.commands.writable import check_writable, unwritable
 from src.errors import UserError
@@ -65,6 +66,34 @@ def test_a_second_fit_in_a_folder_is_refused_and_a_killed_one_holds_nothing(tmp_
     assert f"process {os.getpid()} " in (tmp_path / LOCK).read_text()
 
 
+@pytest.mark.parametrize("there", ["folder", "fifo", "link to nowhere", "loop"])
+def test_a_lock_file_that_cannot_be_written_is_named(there: str, tmp_path: Path) -> None:
+    lock = tmp_path / LOCK
+    match there:
+        case "folder":
+            lock.mkdir()
+        case "fifo":
+            os.mkfifo(lock)
+        case _:
+            lock.symlink_to(lock if there == "loop" else tmp_path / "nowhere" / "file")
+    with pytest.raises(
+        UserError, match=f"^trainer.default_root_dir {tmp_path}: its {LOCK} cannot be written: .*Remove"
+    ):
+        lock_run(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_lock_file_that_is_anothers_or_on_a_full_disk_is_named(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path / LOCK))
+
+    monkeypatch.setattr("builtins.open", fails)
+    with pytest.raises(UserError, match=f"{LOCK} cannot be written: {os.strerror(number)}"):
+        lock_run(tmp_path)
+
+
 def test_a_child_that_outlives_it_does_not_hold_the_lock(tmp_path: Path) -> None:
     fork = "import os, time; os.fork() or time.sleep(15);"
     script = HOLD.replace("print", f"{fork} print")
@@ -92,6 +121,11 @@ class Parse(ConfigCommand):
         ("trainer.default_root_dir, weights", "--trainer.default_root_dir={0.parent} --weights.every_n_train_steps=1"),
         ("data.cache_dir", "--data.cache_dir={}"),
         ("export.out", "--export.out={}"),
+        ("stop.marker", "--stop.marker={}/marker"),
+        *(
+            (f"{STRATEGY}nvme_path", f"--{STRATEGY}nvme_path={{}} --{STRATEGY}{device}=nvme")
+            for device in ("remote_device", "offload_optimizer_device", "offload_params_device")
+        ),
         (
             "trainer.logger CSVLogger",
             "--trainer.logger=lightning.pytorch.loggers.CSVLogger --trainer.logger.save_dir={}",

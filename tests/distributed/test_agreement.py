@@ -53,7 +53,7 @@ def test_a_rank_that_sees_none_stops_all(steps: list[str]) -> None:
 def elsewhere(found: list[str | None], mount: Path) -> str:
     """Rank 1 has another folder in the place of rank 0's."""
     digest = checkpointing._digest
-    checkpointing._digest = lambda checkpoint: digest(mount if dist.get_rank() else checkpoint)
+    checkpointing._digest = lambda checkpoint, patience: digest(mount if dist.get_rank() else checkpoint, patience)
     return agreed(found)
 
 
@@ -66,3 +66,26 @@ def test_another_checkpoint_of_that_name_stops_all(steps: list[str], tmp_path: P
     first, second = run_distributed(elsewhere, 2, [steps[1], steps[1]], mount)
     assert first == second and "is not the same checkpoint on all ranks: rank 0: manifest" in first
     assert ("no manifest" in first) is (content is None)
+
+
+def unlisted(checkpoint: str) -> tuple[str, int]:
+    """And how often this rank has waited."""
+    waits, time = 0, checkpointing.time
+
+    def sleep(seconds: float) -> None:
+        nonlocal waits
+        waits += 1
+
+    checkpointing.time = SimpleNamespace(monotonic=time.monotonic, sleep=sleep)  # type: ignore[assignment]
+    return agreed([checkpoint, checkpoint]), waits
+
+
+@pytest.mark.parametrize("in_its_place", ["nothing", "a folder", "a link to nowhere"])
+def test_no_rank_waits_for_a_manifest_that_rank_0_does_not_see(steps: list[str], in_its_place: str) -> None:
+    manifest = Path(steps[1]) / "manifest.json"
+    manifest.unlink()
+    if in_its_place == "a folder":
+        manifest.mkdir()
+    elif in_its_place == "a link to nowhere":
+        manifest.symlink_to("nowhere")
+    assert run_distributed(unlisted, 2, steps[1]) == [(steps[1], 0)] * 2
