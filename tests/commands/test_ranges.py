@@ -80,6 +80,7 @@ REFUSED = [
     ("trainer.accumulate_grad_batches=0", r"accumulate_grad_batches is 0; it must be in \[1, 65536\]"),
     ("trainer.accumulate_grad_batches=1000000", r"accumulate_grad_batches is 1000000"),
     ("trainer.log_every_n_steps=0", r"log_every_n_steps is 0; it must be in \[1"),
+    ("trainer.strategy.zero_optimization=false", r".*zero_optimization is false; it must be true.*strategy\.stage=0"),
     ("trainer.val_check_interval=0", r"val_check_interval is 0"),
     ("trainer.val_check_interval=1.5", r"val_check_interval is 1\.5.*or a fraction in \(0, 1\]"),
     ("trainer.limit_train_batches=0", r"limit_train_batches is 0"),
