@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from src.datamodules.limits import Limits, check_training, check_validation
 from src.errors import UserError
@@ -51,9 +51,11 @@ def check(trainer: pl.Trainer) -> None:
     ],
 )
 def test_what_the_trainer_refuses_once_all_is_loaded_is_refused_before(options: dict[str, Any], message: str) -> None:
-    quiet = {name: False for name in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")}
+    quiet: dict[str, Any] = {
+        name: False for name in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    }
     trainer = pl.Trainer(accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, **quiet, **options)
-    loader = DataLoader(list(range(BATCHES)))  # type: ignore[arg-type]
+    loader = DataLoader(TensorDataset(torch.arange(BATCHES)))
     if not message:
         check(trainer)
         trainer.fit(Nothing(), loader, loader)

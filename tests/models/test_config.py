@@ -53,11 +53,13 @@ def test_absurd_values_are_named_before_any_memory_is_taken(name: str, value: An
         check_fields(DEEPSEEK_V3 | {name: value}, "config.json")
 
 
-NO_NUMBERS = [float("nan"), float("inf"), "7", [], {}, True, -1, 10**400]
+NO_NUMBERS: list[Any] = [float("nan"), float("inf"), "7", [], {}, True, -1, 10**400]
+NO_BOOLEANS: list[Any] = ["no", float("nan"), 1, None, []]
+NO_TOKENS: list[Any] = ["1", 1.0, True, [1, "2"], {}, -1]
 OF_WRONG_TYPES = [
     *[(name, value) for name in OBJECTS for value in ("yarn", "fp8", ["yarn"], 7, True)],
-    *[(name, value) for name in ("norm_topk_prob", "attention_bias") for value in ("no", float("nan"), 1, None, [])],
-    *[("eos_token_id", value) for value in ("1", 1.0, True, [1, "2"], {}, -1)],
+    *[(name, value) for name in ("norm_topk_prob", "attention_bias") for value in NO_BOOLEANS],
+    *[("eos_token_id", value) for value in NO_TOKENS],
     *[("rope_theta", value) for value in [*NO_NUMBERS, 0, 1]],
     ("routed_scaling_factor", 10**400),
     ("rms_norm_eps", 1e30),
