@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from src.checkpoints.run_files import RUN_CONFIG, read_record
+from src.checkpoints.run_files import RUN_CONFIG, read_record, read_settings
 from src.weights.kept import Kept, table
 from src.weights.output import Dtype
 
@@ -37,8 +37,7 @@ def model_card(
         mtp: whether the multi-token-prediction block is among them.
         kept: how much of the training they keep, by group of weights; empty or None: not measured.
     """
-    facts, text = read_record(record), _config(record)
-    settings: dict[str, Any] = yaml.safe_load(text) or {}
+    facts, settings = read_record(record), read_settings(record)
     sections = [
         _header(facts, settings),
         "# Model card\n\nWritten by the export from what the checkpoint recorded of its training.",
@@ -49,19 +48,15 @@ def model_card(
         *([_rounding(kept or {})] if dtype != "fp32" and not _from_scratch(settings) else []),
         _usage(record / "hf", dtype, mtp),
     ]
-    if text:
+    if settings:
+        text = (record / RUN_CONFIG).read_text(encoding="utf-8")
         sections.append(f"## Configuration of the run\n\n```yaml\n{text.rstrip()}\n```")
     return "\n\n".join(sections) + "\n"
 
 
 def from_scratch(record: Path) -> bool:
     """Whether the run that `record` describes started from random weights."""
-    return _from_scratch(yaml.safe_load(_config(record)) or {})
-
-
-def _config(record: Path) -> str:
-    file = record / RUN_CONFIG
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
+    return _from_scratch(read_settings(record))
 
 
 def _rounding(kept: Mapping[str, Kept]) -> str:
@@ -91,7 +86,7 @@ def _repository(base: str) -> str | None:
 
 
 def _from_scratch(settings: dict[str, Any]) -> bool:
-    return bool(settings.get("model", {}).get("from_scratch"))
+    return bool((settings.get("model") or {}).get("from_scratch"))
 
 
 def _rows(facts: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, str]]:

@@ -2,7 +2,10 @@
 
 import shutil
 from pathlib import Path
+from types import NoneType
 from typing import Any
+
+import yaml
 
 from src.checkpoints.safe_load import load_safely
 from src.disk.json_file import read_object
@@ -38,6 +41,32 @@ def read_record(directory: Path) -> dict[str, Any]:
     """The content of a checkpoint's run.json; empty if there is none."""
     file = directory / RUN_RECORD
     return read_object(file) if file.is_file() else {}
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """The settings in a checkpoint's config.yaml; empty if there is none.
+
+    Raises:
+        UserError: it cannot be read, or does not have the form in which `fit` writes it.
+    """
+    file = directory / RUN_CONFIG
+    remedy = "copy the checkpoint again"
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}; {remedy}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}; {remedy}") from error
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} holds no settings but {str(settings)[:40]!r}; {remedy}")
+    for name in ("model", "data", "trainer"):
+        if not isinstance(settings.get(name), (dict, NoneType)):
+            raise UserError(f"{file}: {name} is {str(settings[name])[:40]!r}, which must be a mapping; {remedy}")
+    weight = (settings.get("model") or {}).get("mtp_loss_weight")
+    if weight is not None and type(weight) not in (int, float):
+        raise UserError(f"{file}: model.mtp_loss_weight is {str(weight)[:40]!r}, which must be a number; {remedy}")
+    return settings
 
 
 def client_state(directory: str | Path) -> dict[str, Any]:

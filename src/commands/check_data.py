@@ -8,6 +8,7 @@ from src.commands.checks import check_data_fits_model, parallel_dims
 from src.commands.config_command import ConfigCommand
 from src.commands.outputs import check_output, writes
 from src.datamodules import SFTDataModule
+from src.datamodules.limits import Limits
 from src.datamodules.report.collect import check
 from src.datamodules.report.html import page
 from src.datamodules.report.text import report_lines, verdict
@@ -43,7 +44,8 @@ class CheckDataCLI(ConfigCommand):
             replicas = None if dims is None else dims.dp
         except UserError as error:
             problems.append(str(error))
-        reports = check(data, replicas, settings.trainer.accumulate_grad_batches, settings.show)
+        trainer = settings.trainer
+        reports = check(data, replicas, trainer.accumulate_grad_batches, settings.show, Limits.of(trainer))
         reports[0].problems[:0] = problems
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         wrong = sum(report.wrong for report in reports)

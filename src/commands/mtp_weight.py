@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import yaml
 from jsonargparse import Namespace
 
 from src.models.deepseek_v3.config_json import mtp_loss_weight_of, read_fields
@@ -18,16 +17,16 @@ def mtp_loss_weight(model: Namespace, checkpoint: Path | None = None) -> float:
     A base's config.json may name the block although its weights lack it, as transformers' save_pretrained writes it.
 
     Raises:
-        ValueError: it is positive and there is no block to train; there is no config.json to read.
+        ValueError: it is positive and there is no block to train; there is no config.json to read; the
+            checkpoint's config.yaml is damaged.
     """
     fields, base = read_fields(model.pretrained), f"{model.pretrained}/config.json"
     block = bool(fields.get("num_nextn_predict_layers"))
     if block and checkpoint is not None:
-        from src.checkpoints.run_files import RUN_CONFIG
+        from src.checkpoints.run_files import read_settings
 
-        record = checkpoint / RUN_CONFIG
-        recorded = yaml.safe_load(record.read_text())["model"] if record.is_file() else {}
-        block, base = recorded.get("mtp_loss_weight", 0.1) > 0, str(checkpoint)
+        recorded = (read_settings(checkpoint).get("model") or {}).get("mtp_loss_weight")
+        block, base = recorded is None or recorded > 0, str(checkpoint)
     elif block and not model.from_scratch and has_weights(model.pretrained):
         from src.weights.hf_reader import has_mtp
 

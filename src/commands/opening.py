@@ -23,7 +23,9 @@ def opening(directory: str) -> tuple[list[str], list[str]]:
     """
     path, fields = Path(directory), read_config(directory)
     problems, remarks = [], []
-    modules = {f"{name.rpartition('--')[2].split('.')[0]}.py" for name in (fields.get("auto_map") or {}).values()}
+    named = [code if isinstance(code, list) else [code] for code in (fields.get("auto_map") or {}).values()]
+    names = [name for codes in named for name in codes if isinstance(name, str)]  # a slow and a fast tokenizer, or null
+    modules = {f"{name.rpartition('--')[2].split('.')[0]}.py" for name in names}
     absent = ", ".join(sorted(module for module in modules if not (path / module).is_file()))
     known = transformers_knows(fields["model_type"])
     unknown = f"transformers {transformers.__version__} does not open model_type {fields['model_type']!r}"

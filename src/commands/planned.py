@@ -4,6 +4,8 @@ Without torch and Lightning; the tokenizer's libraries are imported only if ther
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from jsonargparse import Namespace
 from src.commands.mtp_weight import mtp_loss_weight
 from src.commands.options import STRATEGY
 from src.datamodules.files import NoMatch, expand
+from src.datamodules.limits import Limits, check_training, check_validation
 from src.errors import UserError
 from src.models.deepseek_v3.sizes import read_sizes, trained_part
 from src.planner import account
@@ -141,12 +144,16 @@ def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, floa
         )
         return max(1, -(-tokens // length)), tokens, source, length
     from src.datamodules.packed_set import pack_files
-    from src.datamodules.packing import check_accumulation
 
     packed = pack_files(values)
     lengths = packed.cache.lengths.astype("int64")
     rows, tokens = packed.rows_an_epoch, int(lengths.sum() * packed.rows_an_epoch / len(packed.rows))
-    check_accumulation(rows, settings.dp, settings.batch_size, settings.accumulate)
+    limits, dp, batch_size = Limits.of(config.trainer), settings.dp, settings.batch_size
+    check_training(rows, dp, batch_size, settings.accumulate, limits)
+    if isinstance(part := limits.limit_val_batches, float) and 0 < part < 1:  # else each set has a batch
+        for name, files in _validation(config):
+            here = pack_files(values | {"train_files": files, "train_weights": None})
+            check_validation(name, here.rows_an_epoch, dp, batch_size, part)
     document = float((lengths**2).sum() / lengths.sum())
     source = (
         f"{counted(len(lengths), 'sample')}, {lengths.sum():,} tokens, {counted(rows, 'row')} per epoch, "
@@ -154,6 +161,17 @@ def _counted(config: Namespace, settings: Settings) -> tuple[int, int, str, floa
         f"tokens (the mean over tokens); rows are {packed.fill(length):.1%} full, and planned as full"
     )
     return rows, tokens, source, document
+
+
+def _validation(config: Namespace) -> Iterator[tuple[str, list[str]]]:
+    """Name and files of each validation set that is here and may be tokenised here."""
+    sets = {"val": config.data.val_files} | {
+        f"val {name}": files for name, files in (config.data.val_sets or {}).items()
+    }
+    for name, files in sets.items():
+        with suppress(NoMatch):
+            if files and sum(os.path.getsize(file) for file in expand(files)) <= TOKENISED_HERE:
+                yield name, files
 
 
 def _values(config: Namespace) -> dict[str, Any]:

@@ -210,6 +210,11 @@ def _check_together(config: Namespace) -> None:
             "src.strategies.DeepSpeedSPStrategy."
         )
     options = trainer.strategy.init_args
+    if not options.zero_optimization:
+        raise UserError(
+            f"{STRATEGY}zero_optimization is false; it must be true: stage says what ZeRO shards, 0 for nothing "
+            "(--trainer.strategy.stage=0)."
+        )
     check_stage(options.stage, str(trainer.precision))
     if model.min_learning_rate > model.learning_rate:
         raise UserError(

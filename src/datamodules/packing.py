@@ -7,9 +7,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from src.errors import UserError
-from src.units import counted
-
 IntArray = npt.NDArray[np.integer[Any]]
 
 
@@ -73,19 +70,3 @@ def pack(lengths: IntArray, max_length: int) -> PackedRows:
     by_row = np.argsort(rows, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=count))]).astype(np.int64)
     return PackedRows(order[by_row], offsets)
-
-
-def check_accumulation(rows: int, replicas: int, batch_size: int, accumulation: int) -> None:
-    """Refuses an accumulation so large that an epoch's rows fill less than a tenth of one optimizer step.
-
-    Raises:
-        UserError: what the accumulation could be.
-    """
-    micro_steps = -(-rows // (replicas * batch_size))
-    if accumulation > 1 and accumulation >= 10 * micro_steps:
-        raise UserError(
-            f"trainer.accumulate_grad_batches is {accumulation}, but the {counted(rows, 'row')} of an epoch fill "
-            f"{counted(micro_steps, 'micro-batch', 'micro-batches')} "
-            f"(data parallel {replicas} x batch {batch_size}): lower it, to {micro_steps} say, or give "
-            "more data."
-        )

@@ -20,10 +20,10 @@ from .control_tokens import ControlTokens
 from .copies import Conversations, Copies
 from .files import expand
 from .formats import Format, check_fields
+from .limits import Limits, check_training, check_validation, taken
 from .loader import PackedDataLoader, PackedDataset
 from .mixture import check_weights
 from .packed_set import PackedSet, mix_samples, pack_samples
-from .packing import check_accumulation
 from .resume import align_progress, check_identity
 from .rows import RowError
 from .sampler import MicroBatchSampler
@@ -150,9 +150,7 @@ class SFTDataModule(LightningDataModule):
         if stage == "fit" and self.train_set is None:
             self.train_set = opened["train"] = self._packed("train", self.train_files, self.train_weights)
             if self.trainer is not None:
-                accumulation = self.trainer.accumulate_grad_batches
-                replicas = self._sampler(self.train_set, accumulation, shuffle=True).num_replicas
-                check_accumulation(self.train_set.rows_an_epoch, replicas, self.batch_size, accumulation)
+                self._check_training()
         if stage == "validate" and not self.val_files and not self.val_sets:
             raise UserError("there is nothing to validate on: give --data.val_files or --data.val_sets")
         if self.val_files and self.val_set is None:
@@ -160,8 +158,24 @@ class SFTDataModule(LightningDataModule):
         for name, files in self.val_sets.items():
             if name not in self.named_val_sets:
                 self.named_val_sets[name] = opened[f"val {name}"] = self._packed(f"val {name}", files)
+        if self.trainer is not None:
+            limit = Limits.of(self.trainer).limit_val_batches
+            for name, packed in opened.items():
+                if name != "train":
+                    check_validation(name, packed.rows_an_epoch, self._ranks["num_replicas"], self.batch_size, limit)
         if opened and (self.trainer is None or self.trainer.is_global_zero):
             self._warn(opened)
+
+    def _check_training(self) -> None:
+        assert self.train_set is not None and self.trainer is not None
+        accumulation = self.trainer.accumulate_grad_batches
+        if self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]  # set by the Trainer's constructor
+            raise UserError(
+                "overfit_batches replaces the sampler that packed rows need; use --trainer.limit_train_batches "
+                f"{accumulation} instead"
+            )
+        rows, limits = self.train_set.rows_an_epoch, Limits.of(self.trainer)
+        check_training(rows, self._ranks["num_replicas"], self.batch_size, accumulation, limits)
 
     def _warn(self, sets: dict[str, PackedSet]) -> None:
         """What `check-data` calls suspicious, in counts."""
@@ -250,15 +264,9 @@ class SFTDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> PackedDataLoader:
         assert self.train_set is not None and self.trainer is not None
-        if self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]  # set by the Trainer's constructor
-            raise UserError(
-                "overfit_batches replaces the sampler that packed rows need; use --trainer.limit_train_batches "
-                f"{self.trainer.accumulate_grad_batches} instead"
-            )
         sampler = self._sampler(self.train_set, self.trainer.accumulate_grad_batches, shuffle=True)
         if self._start is not None:
             sampler.resume_at(*self._start)
-        self._limited_steps(sampler)  # refuses a limit that cuts through an optimizer step, before training starts
         self._train_sampler = sampler
         return self._loader(self.train_set, sampler)
 
@@ -276,20 +284,25 @@ class SFTDataModule(LightningDataModule):
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one training epoch, limit_train_batches respected."""
         assert self.train_set is not None and self.trainer is not None
-        return self._limited_steps(self._sampler(self.train_set, self.trainer.accumulate_grad_batches, shuffle=True))
+        sampler = self._sampler(self.train_set, self.trainer.accumulate_grad_batches, shuffle=True)
+        return taken(len(sampler), self.trainer.limit_train_batches) // sampler.accumulate_grad_batches
+
+    @property
+    def _ranks(self) -> dict[str, int]:
+        """The strategy's data-parallel axis; ranks of one sequence-parallel group read the same rows."""
+        assert self.trainer is not None
+        return self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
 
     def _sampler(self, packed: PackedSet, accumulate_grad_batches: int, shuffle: bool) -> MicroBatchSampler:
         assert self.trainer is not None
-        # The strategy's data-parallel axis; ranks of one sequence-parallel group read the same rows.
-        ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
         return MicroBatchSampler(
             packed.rows.sum(packed.cache.lengths),
             packed.rows.sum(packed.cache.targets),
             packed.rows.sum(packed.cache.mtp_targets),
             batch_size=self.batch_size,
             accumulate_grad_batches=accumulate_grad_batches,
-            num_replicas=ranks["num_replicas"],
-            rank=ranks["rank"],
+            num_replicas=self._ranks["num_replicas"],
+            rank=self._ranks["rank"],
             shuffle=shuffle,
             seed=self.seed,
             mixture=packed.mixture,
@@ -303,17 +316,6 @@ class SFTDataModule(LightningDataModule):
         sp_rank, sp_size = (group.rank, group.size) if group is not None else (0, 1)
         dataset = PackedDataset(packed.cache, packed.rows, sp_rank, sp_size, more)
         return PackedDataLoader(dataset, sampler, self.num_workers)
-
-    def _limited_steps(self, sampler: MicroBatchSampler) -> int:
-        assert self.trainer is not None
-        limit, accumulation = self.trainer.limit_train_batches, sampler.accumulate_grad_batches
-        batches = min(len(sampler), limit) if isinstance(limit, int) else int(len(sampler) * limit)
-        if batches % accumulation:
-            raise UserError(
-                f"limit_train_batches {limit} ends an epoch of {len(sampler)} micro-batches after {batches}, in the "
-                f"middle of an optimizer step; it must give a multiple of accumulate_grad_batches {accumulation}"
-            )
-        return batches // accumulation
 
     # Resume -----------------------------------------------------------------------------------------------------
 

@@ -135,10 +135,12 @@ def read_cluster(path: str | Path) -> Cluster:
             memory or speed the file does not give.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; `preflight --write {path}` on the cluster makes it.")
     try:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; `preflight --write {path}` on the cluster makes it.")
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; give another file, or its rights to you.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}.") from error
     if given is None:

@@ -39,8 +39,9 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor's place: in the open file `descriptor`, `offset` bytes from its start."""
+    """A tensor's place: in `file`, open as `descriptor`, `offset` bytes from its start."""
 
+    file: Path
     descriptor: int
     offset: int
     dtype: torch.dtype
@@ -125,7 +126,7 @@ class HFDirectorySource:
     def _read_stored(self, name: str, start: int, stop: int) -> torch.Tensor:
         stored = self._tensors[name]
         buffer = torch.empty((stop - start) * stored.dtype.itemsize, dtype=torch.uint8)
-        _read_into(buffer, stored.descriptor, stored.offset + start * stored.dtype.itemsize, f"{self.path}: {name}")
+        _read_into(buffer, stored, start * stored.dtype.itemsize, name)
         with self._lock:
             self.bytes_read += buffer.numel()
         return buffer.view(stored.dtype)
@@ -201,11 +202,13 @@ def _weight_map(file: Path) -> dict[str, str]:
 
 
 def _open_file(file: Path, descriptors: list[int]) -> tuple[dict[str, Stored], list[str]]:
-    descriptor = os.open(file, os.O_RDONLY)
-    descriptors.append(descriptor)
-    size = os.fstat(descriptor).st_size
     try:
+        descriptor = os.open(file, os.O_RDONLY)
+        descriptors.append(descriptor)
+        size = os.fstat(descriptor).st_size
         header, data = _header(descriptor, size)
+    except OSError as error:
+        return {}, [f"cannot be read: {error.strerror}"]
     except ValueError as error:
         return {}, [str(error)]
     tensors, problems, end, total = {}, [], 0, 0
@@ -215,7 +218,7 @@ def _open_file(file: Path, descriptors: list[int]) -> tuple[dict[str, Stored], l
             problems.append(f"{name} is {entry['dtype']}, which is none of {', '.join(DTYPES)}")
             continue
         begin, stop = entry["data_offsets"]
-        stored = Stored(descriptor, data + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        stored = Stored(file, descriptor, data + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
         if stop - begin != stored.numel * stored.dtype.itemsize:
             problems.append(f"{name} of shape {stored.shape} has {stop - begin} bytes")
         tensors[name] = stored
@@ -255,12 +258,19 @@ def _is_entry(entry: Any) -> bool:
     return all(type(n) is int and 0 <= n < 2**63 for n in sizes) and offsets[0] <= offsets[1]
 
 
-def _read_into(buffer: torch.Tensor, descriptor: int, offset: int, what: str) -> None:
-    view = buffer.numpy().data
+def _read_into(buffer: torch.Tensor, stored: Stored, begin: int, name: str) -> None:
+    """Fills `buffer` from byte `begin` of the tensor `name` on."""
+    view, offset = buffer.numpy().data, stored.offset + begin
     while view:
-        count = os.preadv(descriptor, [view], offset)  # a call reads 2 GiB at most
+        try:
+            count = os.preadv(stored.descriptor, [view], offset)  # a call reads 2 GiB at most
+        except OSError as error:
+            raise UserError(
+                f"{stored.file}: {name} cannot be read at byte {offset}: {error.strerror}; check the disk, or copy the "
+                "file again"
+            ) from error
         if count == 0:
-            raise UserError(f"{what}: the file ended at byte {offset}; it was cut while being read")
+            raise UserError(f"{stored.file}: {name}: the file ended at byte {offset}; it was cut while being read")
         view, offset = view[count:], offset + count
 
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Deepse
 
 from src.checkpoints.run_files import write_run_files
 from src.commands.export import export
+from src.commands.opening import opening
 from src.commands.verify import verify
 from src.datamodules.tokenizer import load_tokenizer, opening_files
 from src.models.deepseek_v3 import config_from_dict
@@ -215,3 +216,10 @@ def test_verify_refuses_a_tokenizer_that_opens_as_another(tmp_path: Path, monkey
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: other)
     with pytest.raises(ValueError, match=r"AutoTokenizer opens a .*, whose tokens are not those of tokenizer\.json"):
         verify(str(tmp_path / "out"), layout_only=True)
+
+
+def test_what_auto_map_may_hold_is_read_for_the_code_that_it_names(tmp_path: Path) -> None:
+    codes = {"AutoTokenizer": ["own_tokenizer.Slow", None], "AutoConfig": "maker/model--own_config.Config", "Other": 7}
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3 | {"auto_map": codes}))
+    _, (remark, *_) = opening(str(tmp_path))
+    assert "auto_map names own_config.py, own_tokenizer.py, not here" in remark

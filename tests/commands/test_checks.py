@@ -9,7 +9,9 @@ import yaml
 from jsonargparse import Namespace
 from safetensors.torch import save_file
 
+from src.checkpoints.model_card import from_scratch
 from src.commands.mtp_weight import mtp_loss_weight
+from src.errors import UserError
 from src.models.sft_module import SFTModule
 from tests.models.tiny import DEEPSEEK_V3
 
@@ -68,6 +70,37 @@ def test_the_weight_follows_the_block(
     else:
         with pytest.raises(ValueError, match=r"mtp_loss_weight is 0\.25, but .* has no multi-token-prediction block"):
             mtp_loss_weight(model, resumed)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"", ""),
+        (b"model:\n", ""),
+        (b"model: {mtp_loss_weight: null}\n", ""),
+        (b"seed_everything: 0\n", ""),
+        (b"7\n", "holds no settings but '7'"),
+        (b"[model]\n", "holds no settings"),
+        (b"model: tiny\n", "model is 'tiny', which must be a mapping"),
+        (b"model: [1]\n", "model is .*, which must be a mapping"),
+        (b"trainer: 3\n", "trainer is '3', which must be a mapping"),
+        (b"model: {mtp_loss_weight: much}\n", r"model\.mtp_loss_weight is 'much', which must be a number"),
+        (b"model: {mtp_loss_weight: [0.1]}\n", r"model\.mtp_loss_weight is .*, which must be a number"),
+        (b"model: {mtp_loss\n", "is not valid YAML"),
+        (b"model: \xff\n", "is not valid YAML"),
+        (b"[" * 3000, "is not valid YAML"),
+    ],
+)
+def test_a_checkpoints_damaged_settings_are_named(text: bytes, says: str, tmp_path: Path) -> None:
+    model = Namespace(pretrained=base(tmp_path, 1, None), from_scratch=False, mtp_loss_weight=None)
+    (tmp_path / "config.yaml").write_bytes(text)
+    if not says:
+        assert mtp_loss_weight(model, tmp_path) == 0.1 and not from_scratch(tmp_path)
+        return
+    for reads in (lambda: mtp_loss_weight(model, tmp_path), lambda: from_scratch(tmp_path)):
+        with pytest.raises(UserError, match=rf"config\.yaml:? {says}.*; copy the checkpoint again$") as error:
+            reads()
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("claimed", "weight"), [(1, 0.1), (0, 0.0), (None, 0.0)])

@@ -80,6 +80,7 @@ REFUSED = [
     ("trainer.accumulate_grad_batches=0", r"accumulate_grad_batches is 0; it must be in \[1, 65536\]"),
     ("trainer.accumulate_grad_batches=1000000", r"accumulate_grad_batches is 1000000"),
     ("trainer.log_every_n_steps=0", r"log_every_n_steps is 0; it must be in \[1"),
+    ("trainer.strategy.zero_optimization=false", r".*zero_optimization is false; it must be true.*strategy\.stage=0"),
     ("trainer.val_check_interval=0", r"val_check_interval is 0"),
     ("trainer.val_check_interval=1.5", r"val_check_interval is 1\.5.*or a fraction in \(0, 1\]"),
     ("trainer.limit_train_batches=0", r"limit_train_batches is 0"),
@@ -176,6 +177,14 @@ def test_the_kernels_are_those_that_there_are() -> None:
     [
         ("--model.weight_decay=-1", "model.weight_decay is -1.0"),
         ("--trainer.accumulate_grad_batches=5000", "accumulate_grad_batches is 5000, but the 16 rows of an epoch fill"),
+        (
+            "--trainer.val_check_interval=17",
+            "trainer.val_check_interval is 17, but an epoch has 16 micro-batches: lower",
+        ),
+        (
+            "--trainer.limit_val_batches=0.05",
+            "limit_val_batches is 0.05, less than one of the 16 micro-batches of val m",
+        ),
     ],
 )
 def test_plan_check_data_and_fit_refuse_the_same(option: str, message: str, inputs: Path, tmp_path: Path) -> None:
@@ -183,6 +192,7 @@ def test_plan_check_data_and_fit_refuse_the_same(option: str, message: str, inpu
         *("--config=configs/tiny_cpu.yaml", option, f"--trainer.default_root_dir={tmp_path}"),
         *(f"--model.pretrained={inputs}/model", f"--data.tokenizer={inputs}/model", f"--data.cache_dir={tmp_path}/c"),
         *(f"--data.train_files=[{inputs}/train.jsonl]", "--data.val_files=null", "--data.max_length=256"),
+        f"--data.val_sets={{m: [{inputs}/train.jsonl]}}",
         *("--trainer.devices=1", "--trainer.strategy.sequence_parallel_size=1", "--data.packing=false"),
     ]
     for command in ("plan", "check-data", "fit"):

@@ -344,6 +344,7 @@ def test_the_first_rank_reads_the_files_and_the_others_open_what_it_names(
 
         strategy = SimpleNamespace(broadcast=broadcast)
         alone = {"accumulate_grad_batches": 1, "distributed_sampler_kwargs": None}
+        alone |= {"fast_dev_run": False, "overfit_batches": 0}
         return SimpleNamespace(is_global_zero=first, strategy=strategy, **alone)
 
     first, other = make(val_files=None), make(val_files=None)

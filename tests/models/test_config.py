@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
+from src.errors import UserError
 from src.models.deepseek_v3 import DeepseekV3ForCausalLM, config_from_dict, load_config
-from src.models.deepseek_v3.config_json import REQUIRED, check_fields
+from src.models.deepseek_v3.config_json import OBJECTS, REQUIRED, YARN_NEEDS, check_fields
+from src.models.deepseek_v3.config_json import YARN as YARN_NUMBERS
+from tests.command import ROOT
 
-from .tiny import DEEPSEEK_V3, KIMI_K2
+from .tiny import DEEPSEEK_V3, KIMI_K2, YARN
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,9 @@ from .tiny import DEEPSEEK_V3, KIMI_K2
         ({"num_key_value_heads": 2}, "num_key_value_heads 2 is not num_attention_heads 4"),
         ({"hidden_size": "64", "n_group": 2.0}, "hidden_size is '64', which must be an integer; n_group is 2.0"),
         ({"n_group": 0}, "n_routed_experts 8 is not a multiple of n_group 0"),
+        ({"num_nextn_predict_layers": True}, "num_nextn_predict_layers = True"),
+        ({"moe_layer_freq": True, "attention_dropout": False}, "moe_layer_freq = True.*attention_dropout = False"),
+        ({"rope_scaling": YARN | {"type": ["yarn"]}}, r"RoPE type = \['yarn'\]"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(change: dict[str, object], message: str) -> None:
@@ -40,12 +46,59 @@ def test_what_is_not_implemented_is_refused_by_name(change: dict[str, object], m
 @pytest.mark.parametrize("name", [name for name in REQUIRED if name != "norm_topk_prob"])
 @pytest.mark.parametrize("value", [0, -1, 10**9, float("nan"), float("inf"), "7", None, [], True])
 def test_absurd_values_are_named_before_any_memory_is_taken(name: str, value: Any) -> None:
-    allowed = {"first_k_dense_replace": (0,), "q_lora_rank": (None,), "routed_scaling_factor": (10**9,)}
-    allowed |= {"rms_norm_eps": (10**9,)}
+    allowed = {"first_k_dense_replace": (0,), "q_lora_rank": (None,)}
     if value in allowed.get(name, ()) and type(value) is not bool:
         return
     with pytest.raises(ValueError, match=rf"^config.json: .*{name}"):
         check_fields(DEEPSEEK_V3 | {name: value}, "config.json")
+
+
+NO_NUMBERS: list[Any] = [float("nan"), float("inf"), "7", [], {}, True, -1, 10**400]
+NO_BOOLEANS: list[Any] = ["no", float("nan"), 1, None, []]
+NO_TOKENS: list[Any] = ["1", 1.0, True, [1, "2"], {}, -1]
+OF_WRONG_TYPES = [
+    *[(name, value) for name in OBJECTS for value in ("yarn", "fp8", ["yarn"], 7, True)],
+    *[(name, value) for name in ("norm_topk_prob", "attention_bias") for value in NO_BOOLEANS],
+    *[("eos_token_id", value) for value in NO_TOKENS],
+    *[("rope_theta", value) for value in [*NO_NUMBERS, 0, 1]],
+    ("routed_scaling_factor", 10**400),
+    ("rms_norm_eps", 1e30),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OF_WRONG_TYPES)
+def test_values_of_other_types_are_named(name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"^config.json: .*{name} is .*which must be") as error:
+        check_fields(DEEPSEEK_V3 | {name: value}, "config.json")
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("form", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, value) for name in YARN_NUMBERS for value in NO_NUMBERS],
+        *[(name, None) for name in YARN_NEEDS],
+        *[("factor", 0), ("factor", 0.5), ("original_max_position_embeddings", 0)],
+        *[("original_max_position_embeddings", 4096.0), ("beta_fast", 0), ("rope_theta", 1)],
+    ],
+)
+def test_rope_has_numbers_that_it_can_work_with(form: str, name: str, value: Any) -> None:
+    fields = {name: value for name, value in DEEPSEEK_V3.items() if name != "rope_scaling"}
+    check_fields(fields | {form: YARN | {"rope_theta": 5e4}}, "config.json")
+    with pytest.raises(UserError, match=f"RoPE's {name} is"):
+        check_fields(fields | {form: YARN | {name: value}}, "config.json")
+    if name in YARN_NEEDS:
+        with pytest.raises(UserError, match=f"RoPE's {name} is None"):
+            check_fields(fields | {form: {key: YARN[key] for key in YARN if key != name}}, "config.json")
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v3-slim", "demo", "moonlight-16b", "small", "tiny"])
+def test_published_values_pass_as_they_are_and_as_transformers_writes_them(name: str) -> None:
+    config = load_config(ROOT / "configs/models" / name)
+    written = config.to_dict()
+    assert "rope_scaling" not in written and "rope_theta" in written["rope_parameters"]
+    assert config_from_dict(written | {"eos_token_id": [1, 2]}).rope_parameters == config.rope_parameters
 
 
 def test_what_decides_the_model_must_be_there() -> None:

@@ -1,9 +1,12 @@
 """The cluster file: what it says is measured, what it does not say is assumed, and what is wrong is said."""
 
+import errno
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from src.errors import UserError
 from src.planner.cluster import Cluster, read_cluster, write_cluster
 
 
@@ -49,3 +52,16 @@ def test_an_absent_file_and_unknown_measurements_are_refused(tmp_path: Path) -> 
         read_cluster(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match="unknown speed"):
         write_cluster(tmp_path / "x.yaml", {"speed": 1})
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cluster.yaml").write_text("nics_per_node: 1\n")
+
+    def denied(*args: object, **more: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for call in ("stat", "read_text"):  # a folder's rights, a file's
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, call, denied)
+            with pytest.raises(UserError, match=r"cluster\.yaml cannot be read: Permission denied; give another"):
+                read_cluster(tmp_path / "cluster.yaml")

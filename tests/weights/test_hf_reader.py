@@ -1,16 +1,19 @@
 """Ranges of directories that transformers and the safetensors library wrote, and ways in which one can be broken."""
 
+import errno
 import json
 import os
 import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from src.errors import UserError
 from src.weights.fp8 import is_quantised, quantise
 from src.weights.hf_reader import HFDirectorySource
 from tests.checkpoints.tiny import dequantise_whole, oracle, ranges, save_oracle, stored
@@ -190,6 +193,35 @@ def test_a_pipe_or_a_folder_in_a_files_place_does_not_hang(copy: Path, place: st
             HFDirectorySource(copy)
         if make is os.mkfifo:
             (copy / place).unlink()
+
+
+def failing(real: Callable[..., Any], failure: OSError, fails: Callable[..., bool]) -> Callable[..., Any]:
+    """The system's call, which fails where `fails` says so: root may read all, and no disk here is broken."""
+
+    def call(*args: Any) -> Any:
+        if fails(*args):
+            raise failure
+        return real(*args)
+
+    return call
+
+
+def test_shards_that_cannot_be_read_are_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    denied, broken = PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "Input/output error")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing(os.open, denied, lambda file, *_: Path(file).name == SHARD))
+        with pytest.raises(UserError, match=f"{SHARD}: cannot be read: Permission denied"):
+            HFDirectorySource(copy)
+    for offset in (0, 8):  # the header's length, the header
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pread", failing(os.pread, broken, lambda *args, offset=offset: args[2] == offset))
+            with pytest.raises(UserError, match=f"{SHARD}: cannot be read: Input/output error"):
+                HFDirectorySource(copy)
+    source = HFDirectorySource(copy)
+    monkeypatch.setattr(os, "preadv", failing(os.preadv, broken, lambda *_: True))
+    for name, file in json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"].items():
+        with pytest.raises(UserError, match=rf"{copy / file}: {name} cannot be read at byte \d+: Input/output error"):
+            source.read(name, 0, 1)
 
 
 def test_all_problems_are_one_error(copy: Path) -> None:

@@ -3,7 +3,8 @@
 It goes through the same reading, rendering, masking and packing as training, and leaves the cache that training opens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,8 +15,8 @@ from src.datamodules.collate import Document
 from src.datamodules.copies import Conversations, Copies, first_samples
 from src.datamodules.files import look_up
 from src.datamodules.findings import Findings
+from src.datamodules.limits import Limits, check_training, check_validation
 from src.datamodules.packed_set import PackedSet
-from src.datamodules.packing import check_accumulation
 from src.datamodules.row_account import Statistics
 from src.datamodules.sft import SFTDataModule
 from src.errors import UserError
@@ -51,29 +52,41 @@ class SetReport:
         return len(self.problems) + len(self.errors)
 
 
-def check(data: SFTDataModule, replicas: int | None, accumulation: int, show: int = 0) -> list[SetReport]:
+def check(
+    data: SFTDataModule, replicas: int | None, accumulation: int, show: int = 0, limits: Limits | None = None
+) -> list[SetReport]:
     """Reports on the training and the validation files of a datamodule that has its tokenizer.
 
     Args:
         replicas: data-parallel size; None where it is not known.
         accumulation: micro-steps of an optimizer step.
         show: conversations of each set to return as training sees them, evenly spread over the set.
+        limits: of the trainer, to agree with the data; by default none.
     """
-    train = SetReport("train")
+    limits, train = limits or Limits(), SetReport("train")
     trained = _check_files(train, data, data.train_files, show, None)
     if trained is not None and replicas is not None:
         train.numbers.append(_steps(trained[1], data.batch_size, replicas, accumulation))
-        try:
-            check_accumulation(trained[1], replicas, data.batch_size, accumulation)
-        except UserError as error:
-            train.problems.append(str(error))
+        with _noted(train):
+            check_training(trained[1], replicas, data.batch_size, accumulation, limits)
     reports = [train]
     sets = {"val": data.val_files or [], **{f"val {name}": files for name, files in data.val_sets.items()}}
     for name, files in sets.items():
         if files or name != "val":
             reports.append(SetReport(name))
-            _check_files(reports[-1], data, files, show, None if trained is None else trained[0])
+            validated = _check_files(reports[-1], data, files, show, None if trained is None else trained[0])
+            if validated is not None and replicas is not None:
+                with _noted(reports[-1]):
+                    check_validation(name, validated[1], replicas, data.batch_size, limits.limit_val_batches)
     return reports
+
+
+@contextmanager
+def _noted(report: SetReport) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        report.problems.append(str(error))
 
 
 def _check_files(
@@ -107,11 +120,9 @@ def _check_files(
         is_train, mixed = report.name == "train", []
         packed = data.pack(cache)
         if is_train and data.train_weights is not None and not report.problems:
-            try:
+            with _noted(report):
                 packed = data.pack(cache, data.train_weights)
                 mixed = packed.mixture.lines() if packed.mixture is not None else []
-            except UserError as error:
-                report.problems.append(str(error))
         report.numbers = [*_numbers(data, packed, copies, is_train), *mixed]
         report.notes = cache.summary(data.options)[1:]
         report.lengths = cuts(cache.statistics)

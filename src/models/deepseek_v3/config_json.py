@@ -3,7 +3,6 @@
 Without torch and transformers: whoever plans reads and refuses what whoever trains does.
 """
 
-import math
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -53,8 +52,27 @@ REQUIRED = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
+BOOLEANS = ("norm_topk_prob", "attention_bias", "tie_word_embeddings", "rope_interleave")
+OBJECTS = ("rope_scaling", "rope_parameters", "quantization_config", "auto_map")
 NO_INTEGERS = ("q_lora_rank", "norm_topk_prob", "routed_scaling_factor", "rms_norm_eps")  # of REQUIRED
 ROPE_TYPES = ("default", "yarn")
+# Least and most of other numbers, null or absent ones being transformers' own unless they are needed.
+FLOATS = {
+    "routed_scaling_factor": (1e-6, 1e4),
+    "rms_norm_eps": (1e-20, 0.1),
+    "rope_theta": (1.001, 1e12),
+    "initializer_range": (0, 100),
+}
+YARN = {
+    "factor": (1, 1e6),
+    "original_max_position_embeddings": (1, 2**28),
+    "mscale": (0, 100),
+    "mscale_all_dim": (0, 100),
+    "attention_factor": (1e-6, 1e4),
+    "beta_fast": (1e-6, 1e6),
+    "beta_slow": (1e-6, 1e6),
+}
+YARN_NEEDS = ("factor", "original_max_position_embeddings")
 # The most that a field may be: far beyond any model, and below what would take all memory before a weight is compared.
 MOST = {name: 2**18 for name in REQUIRED if name not in NO_INTEGERS} | {
     "vocab_size": 2**22,
@@ -92,16 +110,17 @@ def check_fields(fields: dict[str, Any], origin: str) -> None:
     if absent:
         raise UserError(f"{origin} lacks {', '.join(absent)}; take the config.json that came with the weights.")
     problems = [
-        f"{name} is {fields[name]!r}, which must be an integer"
+        f"{name} is {_short(fields[name])}, which must be an integer"
         for name in REQUIRED
         if name not in NO_INTEGERS and type(fields[name]) is not int
     ]
+    problems += _wrong_types(fields)
     if problems:
         raise UserError(f"{origin}: " + "; ".join(problems) + ".")
     problems = [
         f"{name} = {fields[name]!r} (implemented: {' or '.join(map(repr, values))})"
         for name, values in ONLY_VALUES.items()
-        if name in fields and fields[name] not in values
+        if name in fields and (fields[name] not in values or (type(fields[name]) is bool) != (type(values[0]) is bool))
     ]
     scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
@@ -114,6 +133,8 @@ def check_fields(fields: dict[str, Any], origin: str) -> None:
         problems.append(f"quantization_config.quant_method = {method!r} (implemented: 'fp8')")
     if problems:
         raise UserError(f"{origin} asks for what this model does not implement: " + "; ".join(problems) + ".")
+    if problems := _wrong_numbers(fields, scaling, rope_type == "yarn"):
+        raise UserError(f"{origin}: " + "; ".join(problems) + ".")
     _check_sizes(fields, origin)
 
 
@@ -133,19 +154,56 @@ def mtp_loss_weight_of(asked: float | None, has_block: bool, base: str) -> float
     return asked
 
 
+def _wrong_types(fields: dict[str, Any]) -> list[str]:
+    problems = [
+        f"{name} is {_short(fields[name])}, which must be true or false"
+        for name in BOOLEANS
+        if name in fields and type(fields[name]) is not bool
+    ]
+    problems += [
+        f"{name} is {_short(fields[name])}, which must be an object or null"
+        for name in OBJECTS
+        if not isinstance(fields.get(name), (dict, NoneType))
+    ]
+    ends = fields.get("eos_token_id")
+    if ends is not None and not all(type(end) is int and end >= 0 for end in (ends if type(ends) is list else [ends])):
+        problems.append(f"eos_token_id is {_short(ends)}, which must be a token's number or a list of them")
+    return problems
+
+
+def _wrong_numbers(fields: dict[str, Any], scaling: dict[str, Any], yarn: bool) -> list[str]:
+    """Of RoPE, as transformers reads it, and of the other floats."""
+    needed = YARN_NEEDS if yarn else ()
+    places = [("", fields, name, name in REQUIRED) for name in FLOATS]
+    places += [("RoPE's ", scaling, name, name in needed) for name in ("rope_theta", *(YARN if yarn else ()))]
+    problems = []
+    for whose, given, name, is_needed in places:
+        value: Any = given.get(name)
+        least, most = (FLOATS | YARN)[name]
+        if value is None and not is_needed:
+            continue
+        whole = name == "original_max_position_embeddings"
+        if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
+            number = "an integer" if whole else "a number"
+            problems.append(f"{whose}{name} is {_short(value)}, which must be {number} from {least:g} to {most:g}")
+    return problems
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else f"{shown[:40]}..."
+
+
 def _check_sizes(fields: dict[str, Any], origin: str) -> None:
     experts, groups, chosen_groups = fields["n_routed_experts"], fields["n_group"], fields["topk_group"]
     top_k, heads = fields["num_experts_per_tok"], fields["num_attention_heads"]
     problems = [
-        f"{name} is {fields[name]}, which must be {least} to {most:,}"
+        f"{name} is {_short(fields[name])}, which must be {least} to {most:,}"
         for name, most in MOST.items()
         if not (least := 0 if name in ("first_k_dense_replace", "n_group", "n_shared_experts") else 1)
         <= fields[name]
         <= most
     ]
-    for name in ("routed_scaling_factor", "rms_norm_eps"):
-        if type(fields[name]) not in (int, float) or not 0 < fields[name] < math.inf:
-            problems.append(f"{name} is {fields[name]!r}, which must be a positive number")
     if type(fields["q_lora_rank"]) not in (int, NoneType) or (fields["q_lora_rank"] or 0) > 2**18:
         problems.append(f"q_lora_rank is {fields['q_lora_rank']!r}, which must be null or an integer up to {2**18:,}")
     elif fields["qk_rope_head_dim"] % 2:
