@@ -103,9 +103,10 @@ class Journey:
         rows = torch.zeros(size * shards, dtype=torch.int64, device=chosen.device)
         rows.scatter_add_(0, shard.flatten(), torch.ones_like(shard).flatten())
         reached = goes.view(tokens, size, shards).any(2).sum(0)  # [G], tokens that go to each rank
-        # For each rank: the tokens here, its shards' rows, the tokens that go to each shard, `reached`.
+        # For each rank: the tokens here, its shards' rows, the tokens that go to each shard, to the rank, to all ranks.
         by_rank = [rows.new_full((size, 1), tokens), rows.view(size, shards), goes.sum(0).view(size, shards)]
-        self._counts = torch.cat([*by_rank, reached.expand(size, size)], 1).int()  # kept until they have left
+        by_rank += [reached[:, None], reached.expand(size, size)]
+        self._counts = torch.cat(by_rank, 1).int()  # kept until they have left
         ones = [1] * size
         self._received = host_copy(group.exchange(self._counts, ones, ones), chosen.device)
 
@@ -115,7 +116,7 @@ class Journey:
             return
         chosen, (tokens, top_k), size = self._chosen, self._chosen.shape, self.group.size
         counts = self._received.read()  # by sender
-        there, rows, for_shard, reached = counts.split([1, self._shards, self._shards, size], 1)
+        there, rows, for_shard, here, reached = counts.split([1, self._shards, self._shards, 1, size], 1)
         self._rows = rows.sum(0)  # [shards]
         share = max(1, -(-int(there.sum()) * top_k // size))
         received = reached.sum(0)  # [G], by each rank
@@ -129,7 +130,7 @@ class Journey:
         if self.in_pieces:
             to, of = goes.sum(0).view(size, -1).tolist(), for_shard.tolist()
         else:
-            to, of = reached[self.group.rank, :, None].tolist(), reached[:, self.group.rank, None].tolist()
+            to, of = reached[self.group.rank, :, None].tolist(), here.tolist()
         self.legs = _legs(to, of, max(1, pieces))
 
         # Rows in the order of destinations, a destination's in that of tokens; of pieces, in the order of legs.
