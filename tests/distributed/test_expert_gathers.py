@@ -131,7 +131,7 @@ def test_experts_are_gathered_twice_and_shard_by_shard(imbalanced: bool) -> None
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_shared_experts_run_twice_and_their_tokens_travel_twice(world: int) -> None:
-    counts = 1 + 2 * SHARDS // 2 + 2
+    counts = 1 + 2 * SHARDS // 2 + 1 + 2
     layer_forward, layer_backward = [(counts,), (2 * 3,), (64,), (64,)], [(2, 64), (3,), (64,)]
     for result in run_distributed(train, world, False, True, 2):
         assert result["shards"] == 3 * SHARDS // 2

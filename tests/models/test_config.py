@@ -35,7 +35,7 @@ from .tiny import DEEPSEEK_V3, KIMI_K2, YARN
         ({"n_group": 0}, "n_routed_experts 8 is not a multiple of n_group 0"),
         ({"num_nextn_predict_layers": True}, "num_nextn_predict_layers = True"),
         ({"moe_layer_freq": True, "attention_dropout": False}, "moe_layer_freq = True.*attention_dropout = False"),
-        ({"rope_scaling": YARN | {"type": ["yarn"]}}, r"RoPE type = \['yarn'\]"),
+        ({"rope_scaling": YARN | {"rope_type": ["yarn"]}}, r"RoPE type = \['yarn'\]"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(change: dict[str, object], message: str) -> None:
