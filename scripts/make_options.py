@@ -15,10 +15,11 @@ from jsonargparse import ArgumentParser, Namespace
 from src.commands.config_command import ConfigCommand
 from src.commands.export import export
 from src.commands.help_text import grouped
-from src.commands.options import OWN, STRATEGY, STRATEGY_CLASS, Option
+from src.commands.options import OWN, STRATEGY_CLASS, Option
 from src.commands.training import TrainingCLI
 from src.commands.verify import verify
 from src.strategies import DeepSpeedSPStrategy
+from src.strategies.zero_limits import STRATEGY
 
 ROOT = Path(__file__).parents[1]
 LIST, FULL = ROOT / "src/commands/option_list.py", ROOT / "configs/full.yaml"

@@ -24,7 +24,7 @@ from src.disk.durable import publish, sync_file
 from src.disk.space import check_room, named_if_full
 from src.units import counted
 from src.weights.file_size import parse_size
-from src.weights.hf_reader import INDEX_FILE, HFDirectorySource, has_mtp
+from src.weights.hf_reader import HFDirectorySource
 from src.weights.hf_writer import (
     Shard,
     index,
@@ -37,6 +37,7 @@ from src.weights.hf_writer import (
 from src.weights.kept import ENOUGH, Kept, by_group, table
 from src.weights.key_map import mtp_layer
 from src.weights.output import Dtype, output_tensors
+from src.weights.safetensors_files import INDEX_FILE, has_mtp
 from src.weights.side_files import copy_side_files, read_config, write_config
 from src.weights.source import WeightSource
 

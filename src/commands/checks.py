@@ -12,7 +12,7 @@ from src.datamodules import SFTDataModule
 from src.errors import UserError
 from src.models.deepseek_v3.config_json import read_fields
 from src.strategies.parallel_dims import ParallelDims
-from src.weights.hf_reader import stored_dtypes
+from src.weights.safetensors_files import stored_dtypes
 
 
 def parallel_dims(trainer: Namespace) -> ParallelDims | None:

@@ -12,9 +12,10 @@ from jsonargparse import Namespace
 from src.commands.config_files import ConfigFile
 from src.commands.help_text import CONFIG, help_text
 from src.commands.one_line import OneLineParser
-from src.commands.options import OF_FUNCTIONS, OWN, STRATEGY, STRATEGY_CLASS, STRATEGY_NAMES, Option, add, options_of
+from src.commands.options import OF_FUNCTIONS, OWN, STRATEGY_CLASS, STRATEGY_NAMES, Option, add, options_of
 from src.commands.ranges import CHOICES, check_ranges
 from src.errors import UserError
+from src.strategies.zero_limits import STRATEGY
 
 HELP = ("-h", "--help")
 

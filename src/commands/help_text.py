@@ -7,7 +7,8 @@ from itertools import groupby
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from src.commands.options import OWN, STRATEGY, Option, options_of
+from src.commands.options import OWN, Option, options_of
+from src.strategies.zero_limits import STRATEGY
 
 WHAT = {
     "fit": "Trains, from a config file.",

@@ -28,7 +28,7 @@ def mtp_loss_weight(model: Namespace, checkpoint: Path | None = None) -> float:
         recorded = (read_settings(checkpoint).get("model") or {}).get("mtp_loss_weight")
         block, base = recorded is None or recorded > 0, str(checkpoint)
     elif block and not model.from_scratch and has_weights(model.pretrained):
-        from src.weights.hf_reader import has_mtp
+        from src.weights.safetensors_files import has_mtp
 
         block, base = has_mtp(model.pretrained, fields["num_hidden_layers"]), model.pretrained
     return mtp_loss_weight_of(model.mtp_loss_weight, block, base)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-STRATEGY = "trainer.strategy.init_args."
 STRATEGY_CLASS = "src.strategies.DeepSpeedSPStrategy"
 STRATEGY_NAMES = (STRATEGY_CLASS, STRATEGY_CLASS.rpartition(".")[2])  # as text, as Lightning allows for its own
 

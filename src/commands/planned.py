@@ -12,7 +12,6 @@ import numpy as np
 from jsonargparse import Namespace
 
 from src.commands.mtp_weight import mtp_loss_weight
-from src.commands.options import STRATEGY
 from src.datamodules.files import NoMatch, expand
 from src.datamodules.limits import Limits, check_training, check_validation
 from src.errors import UserError
@@ -22,6 +21,7 @@ from src.planner.cluster import Cluster, read_cluster
 from src.planner.ledger import total
 from src.planner.plan import Data, Plan, make_plan
 from src.planner.settings import OPTIONS, Settings
+from src.strategies.zero_limits import STRATEGY
 from src.units import GIB, counted
 
 ASSUMED_ROWS = 100_000

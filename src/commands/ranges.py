@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
-from src.commands.options import STRATEGY, STRATEGY_CLASS
+from src.commands.options import STRATEGY_CLASS
 from src.errors import UserError
-from src.strategies.zero_limits import check_stage
+from src.strategies.zero_limits import STRATEGY, check_stage
 from src.weights.file_size import parse_size
 
 LARGEST = 2**53  # above it a number is a slip, and a float no longer holds every integer

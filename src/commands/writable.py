@@ -5,10 +5,10 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from src.callbacks.folders import checkpoint_folder, weights_folder
-from src.commands.options import STRATEGY
 from src.datamodules.files import default_cache_dir
 from src.disk.space import Room, try_to_write
 from src.errors import UserError
+from src.strategies.zero_limits import STRATEGY
 
 
 def places(config: Namespace) -> dict[str, str]:

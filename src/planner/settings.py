@@ -7,20 +7,19 @@ from src.errors import UserError
 from src.models.deepseek_v3.sizes import Sizes, reach
 from src.planner import rates
 from src.strategies.parallel_dims import ParallelDims
-from src.strategies.zero_limits import check_goes_with
+from src.strategies.zero_limits import STRATEGY, check_goes_with
 from src.units import counted
 
-_STRATEGY = "trainer.strategy.init_args."
 OPTIONS = {  # field: its name in the config
     "nodes": "trainer.num_nodes",
     "gpus": "trainer.devices",
-    "stage": f"{_STRATEGY}stage",
-    "sp": f"{_STRATEGY}sequence_parallel_size",
-    "ep": f"{_STRATEGY}expert_parallel_size",
-    "offload_optimizer": f"{_STRATEGY}offload_optimizer",
-    "offload_parameters": f"{_STRATEGY}offload_parameters",
-    "reduce_bucket": f"{_STRATEGY}reduce_bucket_size",
-    "reduce_dtype": f"{_STRATEGY}reduce_dtype",
+    "stage": f"{STRATEGY}stage",
+    "sp": f"{STRATEGY}sequence_parallel_size",
+    "ep": f"{STRATEGY}expert_parallel_size",
+    "offload_optimizer": f"{STRATEGY}offload_optimizer",
+    "offload_parameters": f"{STRATEGY}offload_parameters",
+    "reduce_bucket": f"{STRATEGY}reduce_bucket_size",
+    "reduce_dtype": f"{STRATEGY}reduce_dtype",
     "batch_size": "data.batch_size",
     "max_length": "data.max_length",
     "num_workers": "data.num_workers",

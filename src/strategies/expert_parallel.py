@@ -74,10 +74,6 @@ def make_groups(dims: ParallelDims, timeout: timedelta | None) -> ProcessGroupEP
 
 def check_zero(zero: dict[str, Any]) -> None:
     """Raises ValueError for settings of ZeRO under which shared experts would be wrong, or nobody has tried them."""
-    on_disk = [f"offload_{what}" for what in ("optimizer", "param") if _device(zero, what) == "nvme"]
-    check_goes_with("expert_parallel_size above 1", zero, _OTHERS, [f"{name} to nvme" for name in on_disk])
-
-
-def _device(zero: dict[str, Any], what: str) -> str | None:
-    device: str | None = zero.get(f"offload_{what}", {}).get("device")
-    return device
+    kept = ("offload_optimizer", "offload_param")
+    on_disk = [f"{name} to nvme" for name in kept if zero.get(name, {}).get("device") == "nvme"]
+    check_goes_with("expert_parallel_size above 1", zero, _OTHERS, on_disk)

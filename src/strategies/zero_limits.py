@@ -5,6 +5,8 @@ from typing import Any
 
 from src.errors import UserError
 
+STRATEGY = "trainer.strategy.init_args."  # before the strategy's options in a config
+
 # Bytes of a whole parameter from which it is gathered into memory of its own: copying it out of a buffer that it shares
 # would cost more than one more collective.
 OWN_MEMORY = 32 * 2**20

@@ -19,7 +19,7 @@ import torch
 
 from src.disk.durable import sync_file
 from src.disk.space import named_if_full
-from src.weights.hf_reader import DTYPE_NAMES, SINGLE_FILE
+from src.weights.safetensors_files import DTYPE_NAMES, SINGLE_FILE
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from src.disk.json_file import read_object
 from src.units import counted
 from src.weights.fp8 import BLOCK, QUANTIZATION_CONFIG, SCALE_SUFFIX, is_quantised, scale_shape
-from src.weights.hf_reader import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Stored, close, open_weights
 from src.weights.key_map import hf_shapes, mtp_copies, mtp_layer
+from src.weights.safetensors_files import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Stored, close, open_weights
 from src.weights.side_files import architecture, read_config
 from src.weights.source import raise_listed
 

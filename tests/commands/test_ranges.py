@@ -16,12 +16,13 @@ from src.callbacks.step_checkpoint import StepCheckpoint
 from src.callbacks.stop import Stop
 from src.callbacks.watchdog import Watchdog
 from src.callbacks.weights_checkpoint import WeightsCheckpoint
-from src.commands.ranges import RANGES, STRATEGY
+from src.commands.ranges import RANGES
 from src.datamodules import SFTDataModule
 from src.errors import UserError
 from src.models.kernels import ATTENTION
 from src.models.sft_module import SFTModule
 from src.strategies import DeepSpeedSPStrategy
+from src.strategies.zero_limits import STRATEGY
 from tests.command import ROOT, run
 from tests.test_configs import Parse
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from src.commands.config_command import ConfigCommand
-from src.commands.options import STRATEGY
 from src.commands.run_lock import LOCK, lock_run
 from src.commands.writable import check_writable, unwritable
 from src.errors import UserError
 from src.launcher import is_first_process
+from src.strategies.zero_limits import STRATEGY
 from tests.command import run
 
 HOLD = (
