@@ -92,10 +92,9 @@ class Tensors:
         self.head = self._head(settings)
 
     def _route(self, settings: Settings) -> Line:
-        """Chosen experts, order, tokens, slots and shards of each row, kept over the recomputation; int32, and counted
-        twice where each rank has all experts."""
+        """Chosen experts, order, tokens, slots and shards of each row, int32, kept over the recomputation."""
         s, top_k = settings, settings.sizes.num_experts_per_tok
-        a_token = 5 * 8 * top_k
+        a_token = 5 * 4 * top_k
         if s.ep > 1:  # as src/models/deepseek_v3/expert_parallel.py: of what is received, and of what is sent
             received = 12 * top_k * s.reach + 8 * top_k * s.load
             a_token = round(received + 4 * s.reach + 8 * s.ep + 8 * top_k)
